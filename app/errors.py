@@ -1,0 +1,109 @@
+"""The error tree. Raised in the core and at the seams, mapped to HTTP once in `app.api.errors`.
+
+::
+
+    SandledgerError
+    ├── Rejected                 a command was refused; carries a wire code; becomes a refusal record
+    │   ├── Invalid              400  the request breaks a rule
+    │   ├── NotFound             404  no such sandbox for this tenant, or it has ended
+    │   ├── Conflict             409  the sandbox is not in a state that allows it
+    │   ├── PreconditionFailed   412  If-Match names another version
+    │   ├── KeyReused            422  Idempotency-Key seen with another body
+    │   └── Unsupported          501  part of the contract that is not served yet, or not by this runtime
+    ├── RuntimeFault             the engine side
+    │   ├── RuntimeUnavailable   cannot be reached or answers 5xx: retried, never counted, never a verdict
+    │   └── RuntimeRejected      the engine's final word on this workload: the sandbox fails with this reason
+    ├── StoreUnavailable         503  PostgreSQL cannot be reached
+    ├── IllegalTransition        an event that the declared table does not allow; a bug, never appended
+    ├── UnknownEvent             a stored event this version cannot read; reading stops loudly
+    └── SettingsError            configuration; the message names file, key, value and what is allowed
+"""
+
+from __future__ import annotations
+
+
+class SandledgerError(Exception):
+    """Base of everything this project raises on purpose."""
+
+
+class Rejected(SandledgerError):
+    """A command was refused. `code` is the wire code, `message` is for people and never repeats secret input."""
+
+    status = 400
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+
+class Invalid(Rejected):
+    """The request breaks a rule of the contract."""
+
+    status = 400
+
+
+class NotFound(Rejected):
+    """No such sandbox for this tenant, or it has ended; the message then says when and why."""
+
+    status = 404
+
+
+class Conflict(Rejected):
+    """The sandbox is not in a state that allows the command."""
+
+    status = 409
+
+
+class PreconditionFailed(Rejected):
+    """`If-Match` names another version (RFC 9110, section 13.1.1)."""
+
+    status = 412
+
+
+class KeyReused(Rejected):
+    """The `Idempotency-Key` was used before with a different body."""
+
+    status = 422
+
+
+class Unsupported(Rejected):
+    """Known to the contract but not served, or not by this runtime."""
+
+    status = 501
+
+
+class RuntimeFault(SandledgerError):
+    """Anything a driver raises on purpose."""
+
+
+class RuntimeUnavailable(RuntimeFault):
+    """The engine cannot be reached or is failing. Says nothing about any sandbox; retried without counting."""
+
+
+class RuntimeRejected(RuntimeFault):
+    """The engine's final word on a workload.
+
+    `reason` is a stable upper-case word such as `IMAGE_NOT_FOUND`, `message` names the real cause.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(f"{reason}: {message}")
+        self.reason = reason
+        self.message = message
+
+
+class StoreUnavailable(SandledgerError):
+    """PostgreSQL cannot be reached."""
+
+
+class IllegalTransition(SandledgerError):
+    """An event that the declared transition table does not allow from the present state."""
+
+
+class UnknownEvent(SandledgerError):
+    """A stored event has a type or schema number that this version cannot read."""
+
+
+class SettingsError(SandledgerError):
+    """A setting is wrong. The message names file, key, value and what is allowed."""

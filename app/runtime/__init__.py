@@ -1,0 +1,1 @@
+"""Drivers: the only part that talks to a container engine."""
