@@ -17,21 +17,14 @@ before it lets the cancellation through, so that nobody concludes "absent" while
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import datetime
-from enum import StrEnum
 from typing import Protocol
 from uuid import UUID
 
 from msgspec import Struct
 
+from app.sandbox.observed import Exit, Observed, Power
 
-class Power(StrEnum):
-    """What a runtime object does at the moment of looking."""
-
-    CREATED = "created"
-    RUNNING = "running"
-    PAUSED = "paused"
-    EXITED = "exited"
+__all__ = ["Capabilities", "Driver", "EngineInfo", "Exit", "Limits", "Observed", "Power", "RegistryAuth", "Workload"]
 
 
 class Capabilities(Struct, frozen=True):
@@ -77,31 +70,6 @@ class Workload(Struct, frozen=True):
     def __repr__(self) -> str:
         """Keep env values out of tracebacks."""
         return f"Workload(sandbox_id={self.sandbox_id}, image={self.image!r}, env={sorted(self.env)})"
-
-
-class Exit(Struct, frozen=True):
-    """How a workload ended by itself."""
-
-    code: int
-    oom: bool = False
-    message: str = ""
-    at: datetime | None = None
-
-
-class Observed(Struct, frozen=True):
-    """What the engine said about one object, at one look."""
-
-    sandbox_id: UUID
-    runtime_id: str
-    name: str
-    power: Power
-    generation: int = 1
-    image_digest: str | None = None
-    created_at: datetime | None = None
-    started_at: datetime | None = None
-    exit: Exit | None = None
-    adopted: bool = False
-    """True when `ensure` met an object that an earlier try had created."""
 
 
 class EngineInfo(Struct, frozen=True):

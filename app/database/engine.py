@@ -1,0 +1,171 @@
+"""Connections to PostgreSQL: one SQLAlchemy engine per process, autocommit, as the application role.
+
+Every statement is its own transaction unless `transaction()` says otherwise. The role is part of the connection's
+start packet, so that no statement can forget it. `idle_in_transaction_session_timeout` ends a stuck writer, which
+would otherwise hold back every reader of the log.
+
+Failure: whatever means "the database is not there" becomes StoreUnavailable and the connection is dropped from the
+pool; parameters never appear in an error or a log (`hide_parameters`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol, cast
+
+import asyncpg
+from sqlalchemy import exc
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from app.database.statement import Statement
+from app.errors import SettingsError, StoreUnavailable
+
+APP_ROLE = "sandledger_app"
+_GONE = (
+    OSError,
+    asyncio.TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    exc.TimeoutError,
+    exc.OperationalError,
+    exc.InterfaceError,
+)
+
+
+def async_url(dsn: str) -> URL:
+    """Any PostgreSQL DSN, for SQLAlchemy on asyncpg."""
+    try:
+        url = make_url(dsn)
+    except exc.ArgumentError:
+        raise SettingsError(
+            "the PostgreSQL DSN does not parse; write postgresql://user:password@host/database"
+        ) from None
+    if url.get_backend_name() not in ("postgresql", "postgres"):
+        raise SettingsError("the DSN must begin with postgresql://")
+    return url.set(drivername="postgresql+asyncpg")
+
+
+class DriverConnection(Protocol):
+    """What we use of asyncpg's connection, which ships without types."""
+
+    async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]:
+        """All rows."""
+        ...
+
+    async def execute(self, query: str) -> str:
+        """A script."""
+        ...
+
+    def transaction(self) -> AbstractAsyncContextManager[object]:
+        """All or none."""
+        ...
+
+    async def add_listener(self, channel: str, callback: Callable[..., None]) -> None:
+        """LISTEN."""
+        ...
+
+    def add_termination_listener(self, callback: Callable[..., None]) -> None:
+        """Called when the connection ends."""
+        ...
+
+
+class Connection:
+    """One connection, inside a `Database.transaction()` or for a listener."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        """Wrap a checked-out connection."""
+        self._connection = connection
+
+    async def driver(self) -> DriverConnection:
+        """The asyncpg connection underneath."""
+        raw = await self._connection.get_raw_connection()
+        return cast("DriverConnection", raw.driver_connection)
+
+    async def fetch(self, statement: Statement, **values: Any) -> Sequence[asyncpg.Record]:
+        """All rows."""
+        return await (await self.driver()).fetch(statement.sql, *statement.arguments(values))
+
+    async def invalidate(self) -> None:
+        """Never give this one back to the pool."""
+        await self._connection.invalidate()
+
+
+class Database:
+    """The pool, and the two ways to use it."""
+
+    def __init__(
+        self, dsn: str, *, min_size: int = 1, max_size: int = 10, connect_timeout: float = 5, pool_timeout: float = 5
+    ) -> None:
+        """Open lazily. Timeouts in seconds."""
+        self.dsn = dsn
+        self.engine: AsyncEngine = create_async_engine(
+            async_url(dsn),
+            isolation_level="AUTOCOMMIT",
+            pool_size=max(min_size, max_size),
+            max_overflow=0,
+            pool_timeout=pool_timeout,
+            pool_reset_on_return=None,  # every statement commits by itself; transaction() cleans up after itself
+            pool_pre_ping=False,
+            pool_use_lifo=True,
+            hide_parameters=True,
+            json_deserializer=str,  # JSON stays text; each reader decodes it once, into its own struct
+            connect_args={
+                "timeout": connect_timeout,
+                "server_settings": {
+                    "application_name": "sandledger",
+                    "role": APP_ROLE,
+                    "idle_in_transaction_session_timeout": "5000",
+                    "jit": "off",
+                    "TimeZone": "UTC",
+                },
+            },
+        )
+
+    async def fetch(self, statement: Statement, **values: Any) -> Sequence[asyncpg.Record]:
+        """All rows of one autocommitted statement."""
+        async with self._connection() as connection:
+            return await connection.fetch(statement, **values)
+
+    async def fetch_one(self, statement: Statement, **values: Any) -> asyncpg.Record | None:
+        """The first row of one autocommitted statement, or None."""
+        rows = await self.fetch(statement, **values)
+        return rows[0] if rows else None
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[Connection]:
+        """Several statements, READ COMMITTED, all or none."""
+        async with self._connection() as connection, (await connection.driver()).transaction():
+            yield connection
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncGenerator[Connection]:
+        """A connection for as long as the caller wants, e.g. to listen."""
+        async with self._connection() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncGenerator[Connection]:
+        try:
+            async with self.engine.connect() as checked_out:
+                connection = Connection(checked_out)
+                try:
+                    yield connection
+                except (*_GONE, asyncio.CancelledError):
+                    # A statement of unknown fate may still be running on it.
+                    await connection.invalidate()
+                    raise
+        except _GONE as error:
+            raise StoreUnavailable(f"PostgreSQL is not reachable: {type(error).__name__}") from error
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.engine.dispose()

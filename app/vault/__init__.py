@@ -1,0 +1,1 @@
+"""Secrets: sealed on acceptance, unsealed only to make the container, erased when the sandbox ends."""

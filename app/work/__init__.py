@@ -1,0 +1,1 @@
+"""The imperative workers: reconcile queue, reconciler, resync, expiry."""

@@ -1,0 +1,284 @@
+"""The log, the current view, the reconcile queue, expiry jobs, the vault and refusals.
+
+Hand-written SQL: partitions, triggers and grants are what makes the log trustworthy, and no generator knows them.
+"""
+
+from __future__ import annotations
+
+from app.database.migrate import run_script
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+# Group role of every server process. Cluster-wide, so another database may have made it already, or be making it.
+ROLE = """
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'sandledger_app') THEN
+        CREATE ROLE sandledger_app NOLOGIN;
+    END IF;
+EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
+END $$;
+GRANT sandledger_app TO CURRENT_USER;
+DO $$
+BEGIN
+    EXECUTE format('GRANT CONNECT ON DATABASE %I TO sandledger_app', current_database());
+END $$;
+"""
+
+INSTALLATION = """
+CREATE TABLE installation (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    id uuid NOT NULL DEFAULT gen_random_uuid(),
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    master_key_id text
+);
+COMMENT ON TABLE installation IS 'Who we are: the id that labels our objects on engines, and which master key seals.';
+INSERT INTO installation DEFAULT VALUES;
+GRANT SELECT, UPDATE (master_key_id) ON installation TO sandledger_app;
+"""
+
+EVENTS = """
+CREATE SEQUENCE events_position AS bigint CACHE 1;
+-- A pristine sequence says last_value = 1 before anything was drawn, and would announce position 1 as handed out.
+SELECT nextval('events_position');
+
+CREATE TABLE events (
+    position bigint NOT NULL DEFAULT nextval('events_position'),
+    stream_id uuid NOT NULL,
+    tenant text NOT NULL,
+    version integer NOT NULL CHECK (version > 0),
+    type text NOT NULL,
+    schema smallint NOT NULL CHECK (schema > 0),
+    data jsonb NOT NULL,
+    meta jsonb NOT NULL CHECK (meta ? 'actor' AND meta ? 'app_version'),
+    recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (position)
+) PARTITION BY RANGE (position);
+CREATE INDEX events_recorded_at ON events USING brin (recorded_at);
+COMMENT ON TABLE events IS 'The lifecycle log. Append-only for every role. Read in order only up to log_horizon().';
+"""
+
+# The announced horizon (see app/log/store.py for the protocol). 21324 = 0x534C, 'SL'.
+HORIZON = """
+CREATE FUNCTION log_announce() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    handed_out bigint;
+BEGIN
+    SELECT last_value INTO handed_out FROM events_position;
+    PERFORM pg_advisory_xact_lock_shared((21324::bigint << 48) | handed_out);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER announce BEFORE INSERT ON events FOR EACH STATEMENT EXECUTE FUNCTION log_announce();
+
+CREATE FUNCTION log_horizon() RETURNS bigint LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    handed_out bigint;
+    announced bigint;
+BEGIN
+    -- First the sequence, then the announcements, each with a look of its own; never one statement for both.
+    SELECT last_value INTO handed_out FROM events_position;
+    SELECT min(((classid::bigint & 65535) << 32) | objid::bigint) INTO announced
+      FROM pg_locks
+     WHERE locktype = 'advisory' AND objsubid = 1 AND (classid::bigint >> 16) = 21324
+       AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
+    RETURN least(handed_out, announced);
+END $$;
+"""
+
+APPEND_ONLY = """
+CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '% is append-only: % refused', TG_TABLE_NAME, TG_OP USING ERRCODE = 'insufficient_privilege';
+END $$;
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON events
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+"""
+
+# Statement triggers are not inherited by partitions, so each gets its own, and its own unique (stream_id, version):
+# PostgreSQL cannot enforce that across partitions; the head row is the guard, this is the belt.
+PARTITIONS = """
+CREATE FUNCTION log_ensure_partitions(ahead integer DEFAULT 2, size bigint DEFAULT 25000000)
+RETURNS integer LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    present bigint;
+    slot bigint;
+    part text;
+    made integer := 0;
+BEGIN
+    SELECT last_value / size INTO present FROM events_position;
+    FOR slot IN present .. present + ahead LOOP
+        part := format('events_p%s', lpad(slot::text, 6, '0'));
+        CONTINUE WHEN to_regclass(part) IS NOT NULL;
+        -- Two servers may come here at once; one makes it, the other waits and finds it.
+        PERFORM pg_advisory_xact_lock(hashtextextended('sandledger.partitions', 0));
+        CONTINUE WHEN to_regclass(part) IS NOT NULL;
+        EXECUTE format('CREATE TABLE %I PARTITION OF events FOR VALUES FROM (%s) TO (%s) WITH '
+                       '(autovacuum_vacuum_insert_scale_factor = 0.02)', part, slot * size, (slot + 1) * size);
+        EXECUTE format('CREATE UNIQUE INDEX %I ON %I (stream_id, version)', part || '_stream', part);
+        EXECUTE format('CREATE TRIGGER announce BEFORE INSERT ON %I FOR EACH STATEMENT EXECUTE FUNCTION log_announce()',
+                       part);
+        EXECUTE format('CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON %I '
+                       'FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()', part);
+        made := made + 1;
+    END LOOP;
+    RETURN made;
+END $$;
+REVOKE ALL ON FUNCTION log_ensure_partitions FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION log_ensure_partitions TO sandledger_app;
+SELECT log_ensure_partitions();
+GRANT SELECT, INSERT ON events TO sandledger_app;
+GRANT SELECT, USAGE ON SEQUENCE events_position TO sandledger_app;
+"""
+
+SANDBOXES = """
+CREATE TABLE phase_transitions (
+    from_phase text NOT NULL,
+    to_phase text NOT NULL,
+    PRIMARY KEY (from_phase, to_phase)
+);
+COMMENT ON TABLE phase_transitions IS 'Which public state may follow which; enforced on sandboxes by trigger.';
+INSERT INTO phase_transitions VALUES
+    ('Pending', 'Running'), ('Pending', 'Resuming'), ('Pending', 'Terminated'), ('Pending', 'Failed'),
+    ('Pending', 'Stopping'),
+    ('Running', 'Pausing'), ('Running', 'Resuming'), ('Running', 'Terminated'), ('Running', 'Failed'),
+    ('Running', 'Stopping'),
+    ('Pausing', 'Paused'), ('Pausing', 'Terminated'), ('Pausing', 'Failed'), ('Pausing', 'Stopping'),
+    ('Paused', 'Resuming'), ('Paused', 'Pausing'), ('Paused', 'Terminated'), ('Paused', 'Failed'),
+    ('Paused', 'Stopping'),
+    ('Resuming', 'Running'), ('Resuming', 'Terminated'), ('Resuming', 'Failed'), ('Resuming', 'Stopping'),
+    ('Terminated', 'Stopping'), ('Failed', 'Stopping'), ('Failed', 'Terminated'), ('Stopping', 'Terminated');
+GRANT SELECT ON phase_transitions TO sandledger_app;
+
+CREATE TABLE sandboxes (
+    id uuid PRIMARY KEY,
+    tenant text NOT NULL,
+    version integer NOT NULL,
+    phase text NOT NULL,
+    driver text NOT NULL,
+    desired text NOT NULL,
+    observed text NOT NULL,
+    spec jsonb NOT NULL,
+    metadata jsonb NOT NULL,
+    runtime jsonb,
+    failure_reason text,
+    failure_message text,
+    fingerprint text NOT NULL,
+    created_at timestamptz NOT NULL,
+    changed_at timestamptz NOT NULL,
+    expires_at timestamptz,
+    ended_at timestamptz,
+    end_cause text,
+    ended_by text,
+    closed_at timestamptz,
+    since_position bigint NOT NULL
+) WITH (fillfactor = 80);
+CREATE INDEX sandboxes_listing ON sandboxes (tenant, created_at DESC, id DESC) WHERE ended_at IS NULL;
+CREATE INDEX sandboxes_all ON sandboxes (tenant, created_at DESC, id DESC);
+CREATE INDEX sandboxes_by_phase ON sandboxes (tenant, phase, created_at DESC, id DESC) WHERE ended_at IS NULL;
+CREATE INDEX sandboxes_open ON sandboxes (driver, id) WHERE closed_at IS NULL;
+CREATE INDEX sandboxes_metadata ON sandboxes USING gin (metadata jsonb_path_ops) WHERE ended_at IS NULL;
+
+CREATE FUNCTION check_phase() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.version <= OLD.version THEN
+        RAISE EXCEPTION 'sandbox %: version must rise', NEW.id USING ERRCODE = 'check_violation';
+    END IF;
+    IF NEW.phase <> OLD.phase AND NOT EXISTS (
+        SELECT FROM phase_transitions WHERE from_phase = OLD.phase AND to_phase = NEW.phase) THEN
+        RAISE EXCEPTION 'sandbox %: % cannot become %', NEW.id, OLD.phase, NEW.phase USING ERRCODE = 'check_violation';
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER check_phase BEFORE UPDATE ON sandboxes FOR EACH ROW EXECUTE FUNCTION check_phase();
+ALTER TABLE sandboxes ADD CONSTRAINT born_pending CHECK (version > 1 OR phase = 'Pending');
+GRANT SELECT, INSERT, UPDATE ON sandboxes TO sandledger_app;
+"""
+
+WORK = """
+CREATE TABLE reconcile_queue (
+    sandbox_id uuid PRIMARY KEY,
+    tenant text NOT NULL,
+    driver text NOT NULL,
+    generation bigint NOT NULL,
+    due_at timestamptz NOT NULL,
+    priority smallint NOT NULL DEFAULT 0,
+    attempts integer NOT NULL DEFAULT 0,
+    first_failed_at timestamptz,
+    lease_owner uuid,
+    lease_until timestamptz,
+    last_error text,
+    last_code text,
+    cause bigint,
+    missing_since timestamptz
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
+CREATE INDEX reconcile_queue_due ON reconcile_queue (driver, priority, due_at);
+
+CREATE TABLE expiry_jobs (
+    sandbox_id uuid PRIMARY KEY,
+    expires_at timestamptz NOT NULL,
+    next_run_time timestamptz NOT NULL,
+    attempts integer NOT NULL DEFAULT 0,
+    cause bigint
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
+CREATE INDEX expiry_jobs_due ON expiry_jobs (next_run_time);
+GRANT SELECT, INSERT, UPDATE, DELETE ON reconcile_queue, expiry_jobs TO sandledger_app;
+"""
+
+VAULT = """
+CREATE TABLE sandbox_secrets (
+    sandbox_id uuid PRIMARY KEY,
+    tenant text NOT NULL,
+    key_id text NOT NULL,
+    wrapped_key bytea NOT NULL,
+    sealed bytea NOT NULL,
+    sealed_at timestamptz NOT NULL
+);
+COMMENT ON TABLE sandbox_secrets IS 'Sealed values; a row is deleted when its sandbox ends.';
+GRANT SELECT, INSERT, DELETE ON sandbox_secrets TO sandledger_app;
+"""
+
+REFUSALS = """
+CREATE TABLE refusals (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    refused_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    tenant text NOT NULL,
+    sandbox_id uuid,
+    command text NOT NULL,
+    status smallint NOT NULL,
+    code text NOT NULL,
+    message text NOT NULL,
+    meta jsonb NOT NULL CHECK (meta ? 'actor' AND meta ? 'app_version')
+);
+COMMENT ON TABLE refusals IS 'Commands that were refused: who asked for what, when, and why not. Append-only.';
+CREATE INDEX refusals_by_sandbox ON refusals (sandbox_id, id) WHERE sandbox_id IS NOT NULL;
+CREATE INDEX refusals_by_tenant ON refusals (tenant, id);
+CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON refusals
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+GRANT SELECT, INSERT ON refusals TO sandledger_app;
+"""
+
+
+def upgrade() -> None:
+    """Make everything, in the one transaction that `sandledger migrate` opened."""
+    for block in (
+        ROLE,
+        INSTALLATION,
+        EVENTS,
+        HORIZON,
+        APPEND_ONLY,
+        PARTITIONS,
+        SANDBOXES,
+        WORK,
+        VAULT,
+        REFUSALS,
+        "GRANT SELECT ON alembic_version TO sandledger_app;",
+    ):
+        run_script(block)
+
+
+def downgrade() -> None:
+    """The log is append-only; going back is restoring a backup."""
+    raise NotImplementedError
