@@ -1,0 +1,138 @@
+"""Shared parts: a real PostgreSQL for the session, a fresh migrated database a test, a real engine where one runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from app.database.embedded import EmbeddedPostgres
+
+from app.database.engine import Database
+from app.database.migrate import migrate
+from app.log.signal import Signal
+from app.service import Service
+from app.vault.seal import Sealer
+from tests.support import drift
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _run(dsn: str, *statements: str) -> None:
+    async def run() -> None:
+        connection = await asyncpg.connect(dsn)
+        try:
+            for statement in statements:
+                await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(run())
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[EmbeddedPostgres]:
+    """The embedded server, in a folder of its own."""
+    home = Path(tempfile.mkdtemp(prefix="sandledger-test-"))
+    server = EmbeddedPostgres.start(home)
+    try:
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def template(postgres: EmbeddedPostgres) -> str:
+    """A migrated database to copy from."""
+    _run(postgres.dsn, "CREATE DATABASE template_test")
+    asyncio.run(migrate(on_database(postgres.dsn, "template_test")))
+    return "template_test"
+
+
+def on_database(dsn: str, name: str) -> str:
+    """The same server, another database."""
+    head, _, query = dsn.partition("?")
+    return f"{head.rpartition('/')[0]}/{name}" + (f"?{query}" if query else "")
+
+
+@pytest.fixture
+def dsn(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
+    """A fresh database. At the end every stream in it must fold to its head row."""
+    name = f"t_{uuid.uuid4().hex}"
+    _run(postgres.dsn, f"CREATE DATABASE {name} TEMPLATE {template}")
+    address = on_database(postgres.dsn, name)
+    try:
+        yield address
+        asyncio.run(drift.assert_no_drift(address))
+    finally:
+        _run(postgres.dsn, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def database(dsn: str) -> AsyncIterator[Database]:
+    """The application's pool on the fresh database."""
+    opened = Database(dsn)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def signal(database: Database) -> AsyncIterator[Signal]:
+    """A running signal."""
+    made = Signal(database)
+    task = asyncio.create_task(made.run())
+    yield made
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+def service(database: Database, signal: Signal) -> Service:
+    """The write path."""
+    return Service(database, signal)
+
+
+@pytest.fixture
+def sealer() -> Sealer:
+    """A sealer with a key of its own."""
+    return Sealer(os.urandom(32))
+
+
+@pytest.fixture(scope="session")
+def docker_host() -> str:
+    """Address of a reachable engine; skips where there is none, unless REQUIRE_ENGINE=1."""
+    import urllib.parse
+
+    host = os.environ.get("DOCKER_HOST")
+    recorded = ROOT / ".state" / "engine.env"
+    if host is None and recorded.exists():
+        lines = dict(
+            line.removeprefix("export ").split("=", 1) for line in recorded.read_text().split("\n") if "=" in line
+        )
+        host = lines.get("DOCKER_HOST", "").strip("'\"") or None
+    host = host or "unix:///var/run/docker.sock"
+    path = urllib.parse.urlparse(host).path
+    if host.startswith("unix://") and not Path(path).exists():
+        if os.environ.get("REQUIRE_ENGINE") == "1":
+            pytest.fail(f"REQUIRE_ENGINE=1 and no engine at {host}; run make engine")
+        pytest.skip(f"no engine at {host}; run make engine")
+    return host
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]:
+    """Poll a condition with a deadline."""
+
+    async def wait(condition: Callable[[], Awaitable[bool]], deadline_s: float = 30) -> None:
+        async with asyncio.timeout(deadline_s):
+            while not await condition():
+                await asyncio.sleep(0.02)
+
+    return wait
