@@ -1,0 +1,48 @@
+"""Settings: one TOML file and a few environment variables, read once, checked whole, then frozen.
+
+Protocol: `load` finds the file, judges its keys (`keys`, `unserved`), lays the environment over it (`environment`),
+converts to the structs of `schema`, and returns `Loaded`; the caller prints the warnings. A process that is about to
+listen calls `check_exposure`.
+
+Invariants: the struct types are the only list of served keys; nothing is read from the process environment except
+through the mapping `load` is given; no secret appears in a repr, a warning or an error.
+
+Failure: `SettingsError`, which names file (or variable), key, value and what is allowed. Unknown keys and keys that
+this version does not serve are warnings; those whose silent loss would weaken isolation are errors.
+"""
+
+from app.settings.dsn import redacted_dsn
+from app.settings.exposure import check_exposure, is_loopback
+from app.settings.loading import Loaded, load
+from app.settings.schema import (
+    ApiSettings,
+    DockerSettings,
+    Level,
+    LogSettings,
+    PostgresqlSettings,
+    RuntimeSettings,
+    SandledgerSettings,
+    ServerSettings,
+    Settings,
+    StoreSettings,
+    WorkerSettings,
+)
+
+__all__ = [
+    "ApiSettings",
+    "DockerSettings",
+    "Level",
+    "Loaded",
+    "LogSettings",
+    "PostgresqlSettings",
+    "RuntimeSettings",
+    "SandledgerSettings",
+    "ServerSettings",
+    "Settings",
+    "StoreSettings",
+    "WorkerSettings",
+    "check_exposure",
+    "is_loopback",
+    "load",
+    "redacted_dsn",
+]

@@ -1,0 +1,306 @@
+"""The settings as structs: one per TOML table, and the only list of keys that are served.
+
+Names, bounds and defaults follow the public server, so that its configuration files keep working. Where a default
+differs (`server.host`, `docker.network_mode`, `store.type`), the field says so. `app.settings.keys` walks these types
+to tell known keys from unknown ones, `app.settings.problems` to say what a key allows; nothing is listed twice.
+
+Two marks in `Meta(extra=...)` carry meaning:
+
+* `secret`: the value never appears in a repr, a rich repr or an error message;
+* `env_only`: the value comes from the named environment variable and is refused in a file.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+from msgspec import Meta, Struct
+from msgspec.inspect import Field, Metadata, StructType, Type, UnionType, type_info
+
+MASK = "***"
+
+_YEAR = 366 * 24 * 3600
+
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+CountOrNone = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Text = Annotated[str, Meta(min_length=1)]
+Seconds = Annotated[float, Meta(gt=0, le=_YEAR)]
+Grace = Annotated[float, Meta(ge=0, le=_YEAR)]
+WholeSeconds = Annotated[int, Meta(ge=1, le=_YEAR)]
+ApiKey = Annotated[str, Meta(extra={"secret": True})]
+Environment = Annotated[
+    dict[str, str], Meta(description="a table of text values (quote numbers)", extra={"secret": True})
+]
+Dsn = Annotated[
+    str,
+    Meta(
+        pattern=r"^(postgres|postgresql|postgresql\+asyncpg)://",
+        description="a URL that starts with postgresql://, postgres:// or postgresql+asyncpg://",
+        extra={"secret": True},
+    ),
+]
+MasterKey = Annotated[
+    bytes,
+    Meta(
+        min_length=32,
+        max_length=32,
+        description="32 random bytes in base64, such as `openssl rand -base64 32` prints",
+        extra={"secret": True, "env_only": "SANDLEDGER_MASTER_KEY"},
+    ),
+]
+Insecure = Annotated[bool, Meta(extra={"env_only": "OPENSANDBOX_INSECURE_SERVER=YES"})]
+EngineAddress = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z][a-z0-9+.-]*://.",
+        description="a URL such as unix:///var/run/docker.sock or tcp://127.0.0.1:2375",
+    ),
+]
+LogSize = Annotated[
+    str, Meta(pattern=r"^[1-9][0-9]*[kmg]?\Z", description="a size in bytes, or with k, m or g, such as 10m")
+]
+
+
+def marks(kind: Type) -> dict[str, object]:
+    """The `Meta(extra=...)` of a field's type, looking through `| None`."""
+    if isinstance(kind, UnionType):
+        return {name: mark for member in kind.types for name, mark in marks(member).items()}
+    if not isinstance(kind, Metadata):
+        return {}
+    return cast("dict[str, object]", kind.extra or {})
+
+
+@cache
+def fields_of(cls: type) -> dict[str, Field]:
+    """The fields of a table struct by key."""
+    info = type_info(cls)
+    assert isinstance(info, StructType)
+    return {field.encode_name: field for field in info.fields}
+
+
+@cache
+def _secrets(cls: type) -> frozenset[str]:
+    return frozenset(name for name, field in fields_of(cls).items() if "secret" in marks(field.type))
+
+
+class Table(Struct, frozen=True):
+    """One TOML table. Its repr shows that a secret is set, never which."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Rich has its own repr of structs, in tracebacks too: it must mask as well."""
+        hidden = _secrets(type(self))
+        values: list[tuple[str, Any]] = [(name, getattr(self, name)) for name in self.__struct_fields__]
+        return [(name, MASK if name in hidden and value else value) for name, value in values]
+
+    def __repr__(self) -> str:
+        """Mask secrets, at every depth: nested tables are printed by this same method."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+
+class ServerSettings(Table, frozen=True):
+    """`[server]`: the HTTP listener."""
+
+    host: Text = "127.0.0.1"
+    """Address to bind. Loopback here, secure by default; the public server defaults to 0.0.0.0."""
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    """TCP port; 0 = the kernel picks a free one."""
+    timeout_keep_alive: WholeSeconds = 30
+    """Seconds an idle connection is kept."""
+    limit_concurrency: CountOrNone = 1024
+    """Connections and tasks at once, beyond which requests get 503; 0 = no limit."""
+    timeout_graceful_shutdown: WholeSeconds = 5
+    """Seconds running requests get to finish at shutdown."""
+    backlog: Count = 2048
+    """Connections the kernel queues before they are accepted."""
+    loop: Literal["auto", "uvloop", "asyncio"] = "auto"
+    """Event loop."""
+    http: Literal["auto", "httptools", "h11"] = "auto"
+    """HTTP parser."""
+    api_key: ApiKey | None = None
+    """The key clients send; None = requests need no key. A blank key in file or environment becomes None."""
+    max_sandbox_timeout_seconds: Annotated[int, Meta(ge=60, le=2**31 - 1)] | None = None
+    """Longest time to live, in seconds, that a create or renewal may ask for; None = no limit."""
+    insecure: Insecure = False
+    """The operator accepts a listener beyond loopback without a key."""
+
+
+class Level(StrEnum):
+    """Log levels, read in any case."""
+
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+    CRITICAL = "CRITICAL"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Level | None:
+        upper = str(value).upper()
+        return next((level for level in cls if level.value == upper), None)
+
+
+class LogSettings(Table, frozen=True):
+    """`[log]`: the process log."""
+
+    level: Level = Level.INFO
+    """Least severe level that is written."""
+    file_enabled: bool = False
+    """Write to files instead of standard output."""
+    file_path: Path = Path("~/logs/opensandbox/server.log")
+    """Where the server log goes."""
+    access_file_path: Path = Path("~/logs/opensandbox/access.log")
+    """Where the access log goes."""
+    file_max_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)] = 100 * 1024 * 1024
+    """Bytes after which a log file is rotated."""
+    file_backup_count: CountOrNone = 5
+    """Rotated files that are kept."""
+
+
+class RuntimeSettings(Table, frozen=True):
+    """`[runtime]`: what runs sandboxes."""
+
+    type: Literal["docker"] = "docker"
+    """The driver. Mandatory in the public server, `docker` by default here."""
+    execd_image: str = ""
+    """Image that holds the in-sandbox agent; empty = sandboxes without one."""
+
+
+class DockerSettings(Table, frozen=True):
+    """`[docker]`: the engine, and what every container gets."""
+
+    host: EngineAddress | None = None
+    """Address of the engine; None = the engine's default socket. `DOCKER_HOST` wins."""
+    network_mode: Text = "bridge"
+    """`bridge`, `host` or the name of a network. The public server defaults to `host`, where sandboxes share ports."""
+    api_timeout: WholeSeconds = 180
+    """Seconds an engine call may take, pulls apart."""
+    pull_timeout_seconds: Seconds = 600
+    """Seconds an image pull may take."""
+    drop_capabilities: tuple[Text, ...] = (
+        "AUDIT_WRITE",
+        "MKNOD",
+        "NET_ADMIN",
+        "NET_RAW",
+        "SYS_ADMIN",
+        "SYS_MODULE",
+        "SYS_PTRACE",
+        "SYS_TIME",
+        "SYS_TTY_CONFIG",
+    )
+    """Linux capabilities taken from every container."""
+    apparmor_profile: str = ""
+    """Name of an AppArmor profile; empty = the engine's default."""
+    seccomp_profile: str = ""
+    """A seccomp profile; empty = the engine's default."""
+    no_new_privileges: bool = True
+    """Forbid set-uid programs to gain privileges."""
+    pids_limit: Count = 4096
+    """Processes and threads per container."""
+    log_max_size: LogSize = "10m"
+    """Size in bytes (k, m, g) at which the engine rotates a container's log."""
+    log_max_files: Annotated[int, Meta(ge=1, le=1000)] = 3
+    """Log files the engine keeps per container."""
+    sandbox_env: Environment = msgspec.field(default_factory=dict[str, str])
+    """Environment of every sandbox; the request's own values win."""
+
+
+class PostgresqlSettings(Table, frozen=True):
+    """`[store.postgresql]`: the database and the connection pool of one process."""
+
+    dsn: Dsn | None = None
+    """Which server; None = the embedded one. Kept as written."""
+    min_pool_size: CountOrNone = 1
+    """Connections that are kept open."""
+    max_pool_size: Count = 10
+    """Connections at most."""
+    connect_timeout_seconds: Seconds = 5
+    """Seconds to wait for a new connection."""
+    pool_timeout_seconds: Seconds = 5
+    """Seconds to wait for a free connection of the pool."""
+
+    def __post_init__(self) -> None:
+        """Check what one field cannot say."""
+        if self.min_pool_size > self.max_pool_size:
+            raise ValueError(f"min_pool_size ({self.min_pool_size}) exceeds max_pool_size ({self.max_pool_size})")
+
+
+class StoreSettings(Table, frozen=True):
+    """`[store]`: where the log lives."""
+
+    type: Literal["postgresql", "sqlite"] = "postgresql"
+    """`sqlite`, the public server's default, is read as "no server of my own" and warned about."""
+    postgresql: PostgresqlSettings = PostgresqlSettings()
+
+
+class WorkerSettings(Table, frozen=True):
+    """`[sandledger.worker]`: reconciling, expiry and clean-up."""
+
+    concurrency: Annotated[int, Meta(ge=1, le=10_000)] = 16
+    """Sandboxes one process works on at once."""
+    lease_seconds: Seconds = 30
+    """Seconds until work claimed by a silent worker is free again; renewed at a third of it."""
+    resync_seconds: Seconds = 300
+    """Seconds between two full comparisons with the engine."""
+    backoff_base_seconds: Seconds = 1
+    """Longest wait, in seconds, before the first retry; doubles with each failure."""
+    backoff_max_seconds: Seconds = 300
+    """Longest wait, in seconds, before any retry."""
+    poison_attempts: Count = 10
+    """Counted failures a sandbox may have before it is given up, provided `poison_seconds` have passed too."""
+    poison_seconds: Grace = 900
+    """Seconds a sandbox has to have failed for before it is given up."""
+    orphan_grace_seconds: Grace = 120
+    """Age in seconds below which an object nobody knows is left alone."""
+    missing_grace_seconds: Grace = 10
+    """Seconds an expected object has to be missing before it counts as lost."""
+    expiry_lease_seconds: Seconds = 30
+    """Seconds after which an expiry that was claimed and not finished fires again."""
+    orphan_dry_run: bool = False
+    """Report orphans, remove none."""
+
+    def __post_init__(self) -> None:
+        """Check what one field cannot say."""
+        if self.backoff_base_seconds > self.backoff_max_seconds:
+            raise ValueError(
+                f"backoff_base_seconds ({self.backoff_base_seconds:g}) exceeds"
+                f" backoff_max_seconds ({self.backoff_max_seconds:g})"
+            )
+
+
+class ApiSettings(Table, frozen=True):
+    """`[sandledger.api]`: bounds of requests."""
+
+    wait_seconds_max: Annotated[int, Meta(ge=0, le=300)] = 300
+    """Longest `Prefer: wait`, in seconds, that is honoured."""
+    body_limit_bytes: Annotated[int, Meta(ge=1024, le=2**31 - 1)] = 1024 * 1024
+    """Largest request body in bytes."""
+    metadata_max_entries: CountOrNone = 256
+    """Metadata entries a sandbox may have."""
+
+
+class SandledgerSettings(Table, frozen=True):
+    """`[sandledger]`: what the public server has no word for."""
+
+    state_dir: Path = Path(".state")
+    """Embedded database and generated keys. `load` puts the default of this machine here, see `app.settings.files`."""
+    master_key_file: Path | None = None
+    """File of the key that seals secrets; None = one in `state_dir`. Not opened here."""
+    master_key: MasterKey | None = None
+    """That key itself; wins over `master_key_file`."""
+    worker: WorkerSettings = WorkerSettings()
+    api: ApiSettings = ApiSettings()
+
+
+class Settings(Table, frozen=True):
+    """All settings, in force from start to stop."""
+
+    server: ServerSettings = ServerSettings()
+    log: LogSettings = LogSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    docker: DockerSettings = DockerSettings()
+    store: StoreSettings = StoreSettings()
+    sandledger: SandledgerSettings = SandledgerSettings()
