@@ -8,6 +8,14 @@ SHELL := /bin/bash
 # Recipes that use the engine get its address this way.
 with_engine = eval "$$(.ci/engine env 2>/dev/null)"
 
+# Whether nobody holds this lock of the embedded PostgreSQL (app/database/embedded.py says which they are).
+free = { [ ! -e .state/postgres/$(1).lock ] || flock -n .state/postgres/$(1).lock true; }
+
+# A killed server leaves its PostgreSQL running. To join it and leave as the last user ends it in order.
+define stop_postgres
+.venv/bin/python -c 'from pathlib import Path; from app.database.embedded import EmbeddedPostgres as E; E.start(Path(".state")).stop()'
+endef
+
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -26,9 +34,9 @@ demo: setup engine ## See it work: sandboxes, crashes and their history, in abou
 run: setup engine ## Serve the API on this machine
 	@$(with_engine); .venv/bin/sandledger serve
 
-test: setup ## Run every test (REQUIRE_ENGINE=1: fail instead of skip where no engine can run)
+test: setup ## Run every test; ARGS="..." goes to pytest, REQUIRE_ENGINE=1 forbids skipping for want of an engine
 	@.ci/engine start || { [ -z "$${REQUIRE_ENGINE:-}" ] && echo "Tests that need an engine will be skipped."; }
-	@$(with_engine); .venv/bin/python -m pytest
+	@$(with_engine); .venv/bin/python -m pytest $(ARGS)
 
 lint: setup ## Check style, format, types and import arrows
 	.venv/bin/ruff check .
@@ -43,5 +51,8 @@ format: setup ## Format the code and fix what can be fixed
 bench: setup engine ## Measure, as ratios against raw engine calls and a minimal handler
 	@$(with_engine); .venv/bin/python -m tests.bench
 
-clean: engine-stop ## Stop the private engine and remove all that was installed and stored here
+clean: ## Stop the private engine and remove all that was installed and stored here, the embedded database too
+	@if ! $(call free,users); then echo "A server of this checkout runs on the embedded database. Stop it first." >&2; exit 1; fi
+	@if ! $(call free,postmaster); then echo "Stopping the embedded PostgreSQL ..."; $(stop_postgres); fi
+	@.ci/engine stop
 	rm -rf .state .venv .pytest_cache .ruff_cache .hypothesis dist
