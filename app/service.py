@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from app.database.engine import Database
 from app.database.statement import Statement
-from app.errors import Conflict, KeyReused, PreconditionFailed, SandledgerError
+from app.errors import Conflict, KeyReused, PreconditionFailed, SandledgerError, Unsupported
 from app.log.append import append_statement
 from app.log.signal import Signal
 from app.log.store import EventLog, StoredEvent
@@ -30,6 +30,7 @@ from app.sandbox import commands as cmd
 from app.sandbox import events as ev
 from app.sandbox import transitions
 from app.sandbox.decide import decide, unknown
+from app.sandbox.observed import Capabilities
 from app.sandbox.state import Sandbox, evolve
 from app.vault import effects as vault
 from app.vault.seal import Sealed
@@ -70,8 +71,9 @@ def _update(*, touch: bool, schedule: bool, end: bool, erase: bool) -> Statement
 class Service:
     """Commands in, events out."""
 
-    def __init__(self, database: Database, signal: Signal) -> None:
-        """On an open database."""
+    def __init__(self, database: Database, signal: Signal, can: Capabilities | None = None) -> None:
+        """On an open database, for a driver that can do this much (None = everything)."""
+        self._can = can or Capabilities()
         self._database = database
         self._signal = signal
         self.log = EventLog(database)
@@ -122,9 +124,11 @@ class Service:
         """Decide and append.
 
         Raises:
-            Rejected: the core refuses, or `if_match` names another version.
+            Rejected: the core or the runtime's abilities refuse, or `if_match` names another version.
             StaleVersion: the stream is not at `at_version` any more.
         """
+        if isinstance(command, cmd.Pause | cmd.Resume) and not self._can.pause:
+            raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "This runtime cannot pause sandboxes.")
         for attempt in range(_RETRIES + 1):
             loaded = await self.view.load(sandbox_id, tenant)
             if loaded is None:

@@ -22,15 +22,9 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from app.sandbox.observed import Exit, Observed, Power
+from app.sandbox.observed import Capabilities, Exit, Observed, Power
 
 __all__ = ["Capabilities", "Driver", "EngineInfo", "Exit", "Limits", "Observed", "Power", "RegistryAuth", "Workload"]
-
-
-class Capabilities(Struct, frozen=True):
-    """What a driver can do; `decide` refuses the rest before anything is appended."""
-
-    pause: bool = True
 
 
 class RegistryAuth(Struct, frozen=True):

@@ -9,6 +9,12 @@ from uuid import UUID
 from msgspec import Struct
 
 
+class Capabilities(Struct, frozen=True):
+    """What a driver can do; the rest is refused before anything is appended."""
+
+    pause: bool = True
+
+
 class Power(StrEnum):
     """What a runtime object does at the moment of looking."""
 

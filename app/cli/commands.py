@@ -1,0 +1,129 @@
+"""The commands. Each loads settings, runs one coroutine, and turns our errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import click
+import uvloop
+
+from app import __version__
+from app.cli import doctor, logs, timeline
+from app.cli.demo import play
+from app.database.migrate import migrate as run_migrations
+from app.errors import SandledgerError
+from app.server import Role, open_database, run
+from app.settings import Settings, load, redacted_dsn
+
+T = TypeVar("T")
+_CONFIG = click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="TOML file; else SANDBOX_CONFIG_PATH, else ~/.sandbox.toml, else defaults.",
+)
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal."""
+    click.echo(line, err=True)
+
+
+def settings_of(config: Path | None) -> Settings:
+    """Load, and print each warning."""
+    loaded = load(config, os.environ)
+    for warning in loaded.warnings:
+        say(f"warning: {warning}")
+    return loaded.settings
+
+
+def go(work: Callable[[], Coroutine[Any, Any, T]], *, loop: str = "auto") -> T:
+    """Run to the end; our own errors become one line on standard error and exit code 1."""
+    try:
+        if loop == "asyncio":
+            return asyncio.run(work())
+        return uvloop.run(work())
+    except* SandledgerError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        say(f"error: {error}")
+        sys.exit(1)
+
+
+class Commands(click.Group):
+    """Shows our errors as lines also when they come before a command runs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except SandledgerError as error:
+            say(f"error: {error}")
+            ctx.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sandledger")
+def cli() -> None:
+    """Server for the OpenSandbox lifecycle API on an append-only event log."""
+
+
+@cli.command()
+@_CONFIG
+@click.option("--role", type=click.Choice([role.value for role in Role]), default="all", show_default=True)
+def serve(config: Path | None, role: str) -> None:
+    """Run the API and the worker, or one of them."""
+    settings = settings_of(config)
+    logs.configure(settings.log)
+    go(lambda: run(settings, Role(role), say), loop=settings.server.loop)
+
+
+@cli.command()
+@_CONFIG
+def migrate(config: Path | None) -> None:
+    """Bring the database schema to this version; does nothing when it is."""
+    settings = settings_of(config)
+
+    async def work() -> None:
+        dsn = settings.store.postgresql.dsn
+        if dsn is None:
+            async with open_database(settings, say) as store:
+                say(f"{store.where}: up to date")
+            return
+        done = await run_migrations(dsn)
+        change = "is up to date" if done.before == done.after else f"migrated from {done.before or 'empty'}"
+        say(f"{redacted_dsn(dsn)}: {change}, at {done.after}")
+
+    go(work)
+
+
+@cli.command(name="doctor")
+@_CONFIG
+def check(config: Path | None) -> None:
+    """Check database, migrations, engine, port and clock; exit 1 when something is wrong."""
+    settings = settings_of(config)
+    sys.exit(0 if go(lambda: doctor.examine(settings, say)) else 1)
+
+
+@cli.command()
+@_CONFIG
+@click.argument("sandbox", type=click.UUID)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def events(config: Path | None, sandbox: UUID, *, as_json: bool) -> None:
+    """Print the event history of SANDBOX, live or gone."""
+    settings = settings_of(config)
+    go(lambda: timeline.print_history(settings, sandbox, say, as_json=as_json))
+
+
+@cli.command(name="demo")
+@_CONFIG
+def show(config: Path | None) -> None:
+    """Show the main job on real parts, narrated, in under a minute."""
+    settings = settings_of(config)
+    go(lambda: play(settings))

@@ -1,0 +1,108 @@
+"""`sandledger doctor`: what a server would need to start here, one line each, with what to do about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from msgspec import Struct
+from sqlalchemy import func, select
+
+from app.database.engine import Database
+from app.database.installation import read_installation
+from app.database.migrate import migrate
+from app.database.statement import Statement
+from app.errors import SandledgerError
+from app.log.store import EventLog
+from app.server import docker_driver, listen, open_database
+from app.settings import Settings, check_exposure
+from app.vault.keyfile import master_key
+from app.vault.seal import Sealer
+
+Say = Callable[[str], None]
+_SKEW_S = 2.0
+_CLOCK = Statement(select(func.extract("epoch", func.clock_timestamp()).label("epoch")))
+
+
+class Finding(Struct, frozen=True):
+    """One line."""
+
+    subject: str
+    fine: bool
+    text: str
+
+
+async def examine(settings: Settings, say: Say) -> bool:
+    """Look at everything, print it, and say whether a server could start and work."""
+    findings: list[Finding] = []
+    say("looking at port, database, migrations, clock, master key and engine ...")
+    findings.append(_attempt("port", lambda: _port(settings)))
+    findings.append(_attempt("exposure", lambda: check_exposure(settings) or "not open to the world without a key"))
+    async with AsyncExitStack() as stack:
+        try:
+            database, where = await stack.enter_async_context(_database(settings, say))
+            findings.append(Finding("database", fine=True, text=where))
+            findings.extend(await _inside(settings, database))
+        except SandledgerError as error:
+            findings.append(Finding("database", fine=False, text=str(error)))
+    for finding in findings:
+        say(f"{'ok  ' if finding.fine else 'FAIL'}  {finding.subject:<11} {finding.text}")
+    return all(finding.fine for finding in findings)
+
+
+@asynccontextmanager
+async def _database(settings: Settings, say: Say) -> AsyncGenerator[tuple[Database, str]]:
+    async with open_database(settings, say) as store:
+        database = Database(store.dsn, connect_timeout=settings.store.postgresql.connect_timeout_seconds)
+        try:
+            yield database, store.where
+        finally:
+            await database.close()
+
+
+async def _inside(settings: Settings, database: Database) -> list[Finding]:
+    done = await migrate(database.dsn, apply=False)
+    current = done.before == done.head
+    newer = "" if done.known else ", written by a newer version"
+    found = [
+        Finding("migrations", current or not done.known, f"at {done.before}, this version wants {done.head}{newer}")
+    ]
+    row = await database.fetch_one(_CLOCK)
+    skew = 0.0 if row is None else abs(float(row["epoch"]) - time.time())
+    found.append(
+        Finding("clock", skew < _SKEW_S, f"{skew:.3f} s between this machine and the database, whose clock counts")
+    )
+    installation = await read_installation(database)
+    ours = settings.sandledger
+    try:
+        key, source = master_key(ours.master_key, ours.master_key_file, ours.state_dir)
+        matches = installation.master_key_id in (None, Sealer(key).key_id)
+        text = source if matches else f"{source} is not the key that seals this database ({installation.master_key_id})"
+        found.append(Finding("master key", matches, text))
+    except SandledgerError as error:
+        found.append(Finding("master key", fine=False, text=str(error)))
+    horizon = await EventLog(database).horizon()
+    found.append(Finding("log", fine=True, text=f"installation {installation.id}, settled up to position {horizon}"))
+    driver = docker_driver(settings, installation.id)
+    try:
+        info = await driver.check()
+        found.append(Finding("engine", fine=True, text=f"{info.name} {info.version} at {info.address}"))
+    except SandledgerError as error:
+        found.append(Finding("engine", fine=False, text=str(error)))
+    finally:
+        await driver.close()
+    return found
+
+
+def _port(settings: Settings) -> str:
+    with listen(settings) as listener:
+        host, port = listener.getsockname()[:2]
+        return f"{host}:{port} is free"
+
+
+def _attempt(subject: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(subject, fine=True, text=look())
+    except SandledgerError as error:
+        return Finding(subject, fine=False, text=str(error))
