@@ -184,7 +184,8 @@ class Demo:
         filters = json.dumps({"label": [f"{_LABEL}={installation}"]})
         boxes = await self.docker.containers.list(all=True, filters=filters)
         networks = await self.docker.networks.list(filters={"label": [f"{_LABEL}={installation}"]})
-        volumes = (await self.docker.volumes.list(filters={"label": [f"{_LABEL}={installation}"]}))["Volumes"] or []
+        answer = await self.docker.volumes.list(filters={"label": [f"{_LABEL}={installation}"]})
+        volumes = cast("list[dict[str, Any]]", answer["Volumes"] or [])
         return [*(f"container {box.id}" for box in boxes), *map(str, networks), *map(str, volumes)]
 
 
