@@ -1,0 +1,1 @@
+"""`make bench`: speed as ratios against floors taken in the same run."""
