@@ -40,6 +40,7 @@ def _run(dsn: str, *statements: str) -> None:
 def postgres() -> Iterator[EmbeddedPostgres]:
     """The embedded server, in a folder of its own."""
     home = Path(tempfile.mkdtemp(prefix="sandledger-test-"))
+    home.chmod(0o711)  # PostgreSQL runs as an account of its own and must be able to pass through
     server = EmbeddedPostgres.start(home)
     try:
         yield server

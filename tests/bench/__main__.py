@@ -347,6 +347,7 @@ def engine_address() -> str | None:
 
 async def main() -> None:
     home = Path(tempfile.mkdtemp(prefix="sandledger-bench-"))
+    home.chmod(0o711)  # PostgreSQL runs as an account of its own and must be able to pass through
     server = EmbeddedPostgres.start(home)
     try:
         CONSOLE.print("measuring, about two minutes ...")
