@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-_QUANTITY = re.compile(r"^\+?(?P<number>\d{1,18}(?:\.\d{0,9})?|\.\d{1,9})(?P<suffix>[a-zA-Z]{0,2}|[eE][-+]?\d{1,2})$")
+_QUANTITY = re.compile(
+    r"\+?(?P<number>\d{1,18}(?:\.\d{0,9})?|\.\d{1,9})(?P<suffix>[a-zA-Z]{0,2}|[eE][-+]?\d{1,2})", re.ASCII
+)
 _SCALE: dict[str, Decimal] = {
     "n": Decimal("1e-9"),
     "u": Decimal("1e-6"),
@@ -19,6 +21,7 @@ _SCALE: dict[str, Decimal] = {
     **{f"{unit}i": Decimal(1024) ** power for power, unit in enumerate("KMGTPE", start=1)},
 }
 _UPSTREAM = {
+    "k": "k",
     "kb": "k",
     "mb": "M",
     "gb": "G",
@@ -34,7 +37,7 @@ _UPSTREAM = {
 
 def parse_quantity(text: str) -> Decimal:
     """The value of a Kubernetes quantity. ValueError says what is wrong, without repeating the text."""
-    match = _QUANTITY.match(text)
+    match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ValueError("is not a Kubernetes quantity such as 500m, 2, 512Mi or 2Gi")
     number, suffix = Decimal(match["number"]), match["suffix"]
@@ -71,6 +74,6 @@ def parse_gpus(text: str) -> int:
     """A number of GPUs, or `all` = -1."""
     if text == "all":
         return -1
-    if not re.fullmatch(r"[1-9]\d{0,3}", text):
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
         raise ValueError("must be a positive whole number or all")
     return int(text)
