@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from app.errors import Conflict, Invalid, NotFound
 from app.sandbox import commands as cmd
 from app.sandbox import events as ev
-from app.sandbox.observed import Observed, Power
+from app.sandbox.observed import Exit, Observed, Power
 from app.sandbox.spec import check_metadata
 from app.sandbox.state import Phase, RuntimeState, Sandbox, describe_ending
 
@@ -65,13 +65,19 @@ def decide(box: Sandbox, command: cmd.Command, now: datetime) -> Events:
             return _removed(box)
         case cmd.RecordFailure(reason=reason, message=message):
             finished = box.ending or box.failure or box.observed in _GONE
-            return () if finished else (ev.Failed(reason, message),)
+            return () if finished else (ev.Failed(reason, _storable(message)),)
         case cmd.RecordRetry():
-            event = ev.ReconcileFailed(command.step, command.code, command.message, command.attempt)
+            event = ev.ReconcileFailed(command.step, command.code, _storable(command.message), command.attempt)
             return () if box.closed_at else (event,)
 
 
 _GONE = (RuntimeState.EXITED, RuntimeState.LOST, RuntimeState.REMOVED)
+_MESSAGE_CHARS = 4096
+
+
+def _storable(message: str) -> str:
+    """What an engine says, as PostgreSQL takes it: no NUL, half a surrogate or book may stop a fact."""
+    return message[:_MESSAGE_CHARS].replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 def _renew(box: Sandbox, command: cmd.Renew, now: datetime) -> Events:
@@ -170,12 +176,19 @@ def _lost(box: Sandbox, since: datetime) -> Events:
     return (ev.RuntimeLost(box.runtime.id, since),)
 
 
+def _exited(end: Exit) -> ev.RuntimeExited:
+    return ev.RuntimeExited(end.code, end.oom, _storable(end.message), end.at)
+
+
 def _seen(box: Sandbox, look: Observed, found_by: str) -> Events:
     if box.failure is not None or box.observed in _GONE:
         return ()  # final for the log; `plan` removes what still stirs
     found: list[ev.Event] = []
     known = box.observed
     if box.runtime is None or box.runtime.id != look.runtime_id:
+        if box.runtime is not None and known is not RuntimeState.CREATED and look.power is Power.CREATED:
+            # Names are unique on an engine: what ran is gone, and this never ran. `plan` removes it.
+            return (ev.RuntimeLost(box.runtime.id),)
         made = (look.runtime_id, look.name)
         adopted = look.adopted or box.runtime is not None or found_by != "ensure"
         found.append(
@@ -194,6 +207,5 @@ def _seen(box: Sandbox, look: Observed, found_by: str) -> Events:
     elif look.power is Power.RUNNING and known is RuntimeState.PAUSED:
         found.append(ev.Resumed())
     elif look.power is Power.EXITED:
-        end = look.exit
-        found.append(ev.RuntimeExited(-1) if end is None else ev.RuntimeExited(end.code, end.oom, end.message, end.at))
+        found.append(_exited(look.exit or Exit(-1)))
     return tuple(found)

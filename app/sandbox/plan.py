@@ -64,11 +64,9 @@ class Absence(Struct, frozen=True):
 def plan(box: Sandbox, look: Look | None, absence: Absence) -> Step:
     """The next step towards what is desired."""
     if box.closed_at is not None:
-        return Settled()
-    if box.desired is Desired.TERMINATED:
+        return _stay_away(look)
+    if box.desired is Desired.TERMINATED or (box.failure is not None and box.observed is not RuntimeState.REMOVED):
         return Remove()
-    if box.failure is not None:
-        return Settled() if box.observed is RuntimeState.REMOVED and not _stirs(look) else Remove()
     match box.observed:
         case RuntimeState.NONE | RuntimeState.CREATED:
             return Ensure()
@@ -80,7 +78,7 @@ def plan(box: Sandbox, look: Look | None, absence: Absence) -> Step:
                 return Observe()
             return Remove() if _stirs(look) else Settled()
         case RuntimeState.LOST | RuntimeState.REMOVED:
-            return Remove() if look is not None and look.observed is not None else Settled()
+            return _stay_away(look)
 
 
 def _keep(box: Sandbox, look: Look | None, absence: Absence) -> Step:
@@ -93,11 +91,21 @@ def _keep(box: Sandbox, look: Look | None, absence: Absence) -> Step:
         if since is None or absence.now < since + absence.grace:
             return ConfirmMissing((since or absence.now) + absence.grace)
         return Lose(since)
+    if look.observed.power is Power.CREATED:
+        # It ran, but an engine that lost power before its disk was written remembers only the create.
+        return Ensure()
     if box.desired is Desired.PAUSED and box.observed is RuntimeState.RUNNING:
         return SetPower(Power.PAUSED)
     if box.desired is Desired.RUNNING and box.observed is RuntimeState.PAUSED:
         return SetPower(Power.RUNNING)
     return Settled()
+
+
+def _stay_away(look: Look | None) -> Step:
+    """Nothing may be there any more; what is, came from a create that was still under way, or from a stranger."""
+    if look is None:
+        return Observe()
+    return Settled() if look.observed is None else Remove()
 
 
 def _stirs(look: Look | None) -> bool:

@@ -172,9 +172,9 @@ def _explain(box: Sandbox) -> tuple[str, str]:
 
 
 def _explain_exit(observed: RuntimeState, runtime: Runtime | None) -> tuple[str, str]:
-    if observed is RuntimeState.LOST:
-        return "RUNTIME_LOST", "Sandbox container disappeared from the engine without being asked to."
     code = None if runtime is None else runtime.exit_code
+    if observed is RuntimeState.LOST or code is None:
+        return "RUNTIME_LOST", "Sandbox container disappeared from the engine without being asked to."
     if code == 0:
         return "CONTAINER_EXITED", "Sandbox container exited successfully."
     if runtime is not None and runtime.oom:

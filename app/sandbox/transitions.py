@@ -24,7 +24,7 @@ ALLOWED: Mapping[type[ev.Event], frozenset[Phase]] = {
     ev.ResumeRequested: frozenset({Phase.PAUSED}),
     ev.TerminationRequested: _VISIBLE,
     ev.Expired: _VISIBLE,
-    ev.RuntimeCreated: _ALIVE | {Phase.STOPPING},
+    ev.RuntimeCreated: frozenset({Phase.PENDING, Phase.STOPPING}),
     ev.RuntimeAdopted: _ALIVE | {Phase.STOPPING},
     ev.Started: frozenset({Phase.PENDING, Phase.STOPPING}),
     ev.Paused: frozenset({Phase.RUNNING, Phase.PAUSING, Phase.STOPPING}),

@@ -1,0 +1,53 @@
+"""The declared table against every state that can be reached."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.errors import IllegalTransition
+from app.sandbox import commands as cmd
+from app.sandbox import events as ev
+from app.sandbox import transitions
+from app.sandbox.state import Phase, RuntimeState
+from tests.support.reachable import walk
+from tests.support.stream import Stream, in_phase, requested
+
+
+def test_the_walk_is_not_trivial():
+    states, _, _ = walk()
+    assert len(states) > 60
+    assert {stream.box.phase for stream in states} == set(Phase)
+    assert {stream.box.observed for stream in states} == set(RuntimeState)
+
+
+def test_declared_moves_are_the_reachable_ones():
+    _, moves, _ = walk()
+    assert moves == set(transitions.PHASE_MOVES)
+
+
+def test_declared_events_are_the_reachable_ones():
+    _, _, appended = walk()
+    declared = {(event, phase) for event, phases in transitions.ALLOWED.items() for phase in phases}
+    assert appended == declared
+
+
+def test_every_event_but_the_first_stands_in_the_table():
+    assert set(transitions.ALLOWED) == set(ev.EVENT_CLASSES) - {ev.Requested}
+
+
+def test_an_event_outside_the_table_is_refused_with_names():
+    with pytest.raises(IllegalTransition, match=r"sandbox.paused cannot follow in phase Pending"):
+        transitions.check(Stream().box, ev.Paused())
+
+
+def test_a_second_beginning_is_refused():
+    with pytest.raises(IllegalTransition):
+        transitions.check(Stream().box, requested())
+
+
+def test_nothing_follows_the_end():
+    closed = in_phase(Phase.STOPPING).after(cmd.RecordRemoved()).box
+    assert closed.closed_at is not None
+    for event in (ev.RuntimeRemoved(), ev.Failed("x", "y"), ev.Terminated(ev.EndCause.EXPIRED, 1.0)):
+        with pytest.raises(IllegalTransition):
+            transitions.check(closed, event)
