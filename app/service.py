@@ -189,7 +189,7 @@ def recorded(stored: StoredEvent) -> ev.Recorded:
         UnknownEvent: written by a newer version.
     """
     event = ev.from_payload(stored.type, stored.schema, stored.data)
-    meta = msgspec.convert(stored.meta, ev.Meta)
+    meta = ev.read_meta(stored.meta)
     return ev.Recorded(stored.position, stored.stream_id, stored.version, stored.recorded_at, event, meta)
 
 

@@ -244,21 +244,37 @@ def to_payload(event: Event) -> dict[str, Any]:
 
 
 def from_payload(
-    type_: str, schema: int, payload: Mapping[str, Any], upcasts: Mapping[tuple[str, int], Upcast] | None = None
+    type_: str,
+    schema: int,
+    payload: Mapping[str, Any],
+    *,
+    current: Mapping[str, int] = SCHEMA,
+    upcasts: Mapping[tuple[str, int], Upcast] = UPCASTS,
 ) -> Event:
     """Read a stored event of any schema number up to the current one.
 
     Raises:
-        UnknownEvent: the type or schema was written by a newer version. Never skipped.
+        UnknownEvent: the type or schema was written by a newer version, or the payload does not read. Never skipped.
     """
-    known = SCHEMA.get(type_)
-    steps = UPCASTS if upcasts is None else upcasts
-    data = dict(payload)
-    while (step := steps.get((type_, schema))) is not None:
-        data, schema = step(data), schema + 1
-    if known is None or (schema > known and upcasts is None):
+    newest = current.get(type_, 0)
+    if not 0 < schema <= newest:
         raise UnknownEvent(f"event {type_} schema {schema} was written by a newer version; upgrade this server first")
+    data = dict(payload)
+    for number in range(schema, newest):
+        data = upcasts[type_, number](data)
     try:
         return msgspec.convert({**data, "type": type_}, Event)
     except msgspec.ValidationError as error:
         raise UnknownEvent(f"event {type_} schema {schema} does not read: {error}") from error
+
+
+def read_meta(stored: Mapping[str, Any]) -> Meta:
+    """The `meta` column.
+
+    Raises:
+        UnknownEvent: written by a newer version, e.g. with a kind of actor not known here.
+    """
+    try:
+        return msgspec.convert(stored, Meta)
+    except msgspec.ValidationError as error:
+        raise UnknownEvent(f"meta of an event does not read: {error}; upgrade this server first") from error
