@@ -82,7 +82,7 @@ _HISTORY = Statement(
     .order_by(events.c.version)
     .limit(bindparam("limit", type_=Integer))
 )
-_PARTITIONS = Statement(select(func.log_ensure_partitions(2)))
+_PARTITIONS = Statement(select(func.log_ensure_partitions()))
 
 
 class EventLog:

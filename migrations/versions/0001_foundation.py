@@ -100,9 +100,11 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON events
 # Statement triggers are not inherited by partitions, so each gets its own, and its own unique (stream_id, version):
 # PostgreSQL cannot enforce that across partitions; the head row is the guard, this is the belt.
 PARTITIONS = """
-CREATE FUNCTION log_ensure_partitions(ahead integer DEFAULT 2, size bigint DEFAULT 25000000)
-RETURNS integer LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+CREATE FUNCTION log_ensure_partitions() RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
+    size CONSTANT bigint := 25000000;
+    ahead CONSTANT integer := 2;
     present bigint;
     slot bigint;
     part text;
@@ -112,16 +114,21 @@ BEGIN
     FOR slot IN present .. present + ahead LOOP
         part := format('events_p%s', lpad(slot::text, 6, '0'));
         CONTINUE WHEN to_regclass(part) IS NOT NULL;
-        -- Two servers may come here at once; one makes it, the other waits and finds it.
+        -- Two servers may come here at once; one makes it, the other waits and finds it. Finds it by a query, since
+        -- to_regclass would repeat from its cache that there is none.
         PERFORM pg_advisory_xact_lock(hashtextextended('sandledger.partitions', 0));
-        CONTINUE WHEN to_regclass(part) IS NOT NULL;
-        EXECUTE format('CREATE TABLE %I PARTITION OF events FOR VALUES FROM (%s) TO (%s) WITH '
-                       '(autovacuum_vacuum_insert_scale_factor = 0.02)', part, slot * size, (slot + 1) * size);
+        CONTINUE WHEN EXISTS (SELECT FROM pg_class WHERE relname = part AND relnamespace = 'public'::regnamespace);
+        -- Made apart and attached: CREATE TABLE ... PARTITION OF would wait for whoever reads or writes the log, be it a
+        -- dump of hours, and every append would wait behind it. ATTACH conflicts with neither.
+        EXECUTE format('CREATE TABLE %I (LIKE events INCLUDING ALL) WITH '
+                       '(autovacuum_vacuum_insert_scale_factor = 0.02)', part);
         EXECUTE format('CREATE UNIQUE INDEX %I ON %I (stream_id, version)', part || '_stream', part);
         EXECUTE format('CREATE TRIGGER announce BEFORE INSERT ON %I FOR EACH STATEMENT EXECUTE FUNCTION log_announce()',
                        part);
         EXECUTE format('CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON %I '
                        'FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()', part);
+        EXECUTE format('ALTER TABLE events ATTACH PARTITION %I FOR VALUES FROM (%s) TO (%s)',
+                       part, slot * size, (slot + 1) * size);
         made := made + 1;
     END LOOP;
     RETURN made;
@@ -129,7 +136,8 @@ END $$;
 REVOKE ALL ON FUNCTION log_ensure_partitions FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION log_ensure_partitions TO sandledger_app;
 SELECT log_ensure_partitions();
-GRANT SELECT, INSERT ON events TO sandledger_app;
+-- Not the position: a row below the horizon would never be seen.
+GRANT SELECT, INSERT (stream_id, tenant, version, type, schema, data, meta, recorded_at) ON events TO sandledger_app;
 GRANT SELECT, USAGE ON SEQUENCE events_position TO sandledger_app;
 """
 
