@@ -1,0 +1,53 @@
+"""The numbers of the workers, in one place. Times are seconds."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from msgspec import Struct
+
+
+class WorkPolicy(Struct, frozen=True):
+    """How a worker behaves. The defaults are for production; tests make time small."""
+
+    concurrency: int = 16
+    """Sandboxes one worker works on at once."""
+    tenant_share: int = 8
+    """Rows one tenant may get in one round of claiming, a lane; further rounds follow while slots are free."""
+    lease: float = 30
+    """After this long without a sign of life of its holder a claim is free again. Extended at a third."""
+    probe: float = 1
+    """How often the holder of a long step asks whether something else is wanted by now."""
+    poll: float = 1
+    """Longest wait for news; a lost notification costs no more than this."""
+    backoff_base: float = 1
+    backoff_max: float = 300
+    removal_retry_max: float = 300
+    """Longest wait between two tries to remove; removal never gives up."""
+    poison_attempts: int = 10
+    """Counted failures before a sandbox is given up, provided `poison_after` has passed as well."""
+    poison_after: float = 900
+    breaker_base: float = 1
+    breaker_max: float = 30
+    """Longest wait between two questions to an engine that is not there."""
+    missing_grace: float = 10
+    """How long an engine has to say "none" before it is believed."""
+    resync_every: float = 300
+    stranded_after: float = 30
+    """Age at which a sandbox that wants work and has no queue row is called a bug."""
+    orphan_grace: float = 120
+    orphan_dry_run: bool = False
+    hint_window: float = 0.05
+    """Hints of this long go to the queue together."""
+    expiry_lease: float = 30
+    expiry_concurrency: int = 8
+
+    @property
+    def heartbeat(self) -> float:
+        """How often leases are extended."""
+        return self.lease / 3
+
+    @property
+    def grace(self) -> timedelta:
+        """`missing_grace` for the core."""
+        return timedelta(seconds=self.missing_grace)
