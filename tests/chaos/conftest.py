@@ -1,0 +1,80 @@
+"""Real servers, a real engine, and what must be true after each test: nothing of ours is left."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from uuid import UUID
+
+import aiodocker
+import asyncpg
+import pytest
+
+from app.cli.local_image import ensure_busybox_image
+from tests.chaos.harness import Engine, ServerProcess, write_config
+
+IMAGE = "sandledger-test:1"
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A short-lived folder for configuration, state and logs."""
+    path = Path(tempfile.mkdtemp(prefix="sandledger-chaos-"))
+    path.chmod(0o711)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+async def docker(docker_host: str) -> AsyncIterator[aiodocker.Docker]:
+    """The engine's own client."""
+    async with aiodocker.Docker(url=docker_host) as client:
+        yield client
+
+
+@pytest.fixture
+async def image(docker: aiodocker.Docker) -> str:
+    """A tiny local image."""
+    return await ensure_busybox_image(docker, IMAGE)
+
+
+@pytest.fixture
+async def installation(dsn: str) -> UUID:
+    """The label of this test's objects."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return UUID(str(await connection.fetchval("SELECT id FROM installation")))
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def engine(docker: aiodocker.Docker, installation: UUID) -> AsyncIterator[Engine]:
+    """The engine seen from outside; cleared at the end whatever the test left."""
+    seen = Engine(docker)
+    yield seen
+    await seen.clear(installation)
+
+
+@pytest.fixture
+def serve(home: Path, dsn: str, docker_host: str) -> Iterator[Callable[..., ServerProcess]]:
+    """Start server processes on this test's database; all are killed at the end."""
+    started: list[ServerProcess] = []
+
+    def start(
+        role: str = "all",
+        name: str = "server",
+        host: str | None = None,
+        environ: dict[str, str] | None = None,
+        **tables: str,
+    ) -> ServerProcess:
+        config = write_config(home, dsn, host or docker_host, name, **tables)
+        process = ServerProcess(config, role, **(environ or {}))
+        started.append(process)
+        return process.start()
+
+    yield start
+    for process in started:
+        process.kill()

@@ -1,0 +1,78 @@
+"""A server process whose engine client can be told where to die.
+
+`python -m tests.chaos.entry CONFIG ROLE` with, in the environment:
+
+* `DIE_AT=create:3` kills the process with SIGKILL after the third engine call since the first `POST .../containers/create`,
+  `DIE_AT=delete:2` after the second call since the first look at an object that is to be removed. Counted at the HTTP
+  client, so that no hook is needed in the product.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from uuid import UUID
+
+import aiohttp
+import uvloop
+
+from app.cli import logs
+from app.runtime.docker import DockerDriver
+from app.runtime.driver import Driver
+from app.server import Role, docker_driver, run
+from app.settings import Settings, load
+
+
+class Death:
+    """Counts engine calls and ends the process at the wanted one."""
+
+    def __init__(self, wanted: str) -> None:
+        phase, _, number = wanted.partition(":")
+        self._phase, self._left = phase, int(number)
+        self._armed = False
+
+    def _relevant(self, method: str, path: str) -> bool:
+        if "/containers/" not in path or path.endswith("/containers/json"):
+            return False
+        if self._phase == "create":
+            self._armed = self._armed or path.endswith("/containers/create")
+        else:
+            self._armed = self._armed or method == "DELETE" or "/kill" in path
+        return self._armed
+
+    async def after(self, _session: object, _context: SimpleNamespace, params: aiohttp.TraceRequestEndParams) -> None:
+        """The engine has answered; the process has not seen the answer yet."""
+        if self._relevant(params.method, params.url.path):
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    async def before(
+        self, _session: object, _context: SimpleNamespace, params: aiohttp.TraceRequestStartParams
+    ) -> None:
+        """`...:0` dies before the first call is sent."""
+        if self._left == 0 and self._relevant(params.method, params.url.path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_driver(settings: Settings, installation: UUID) -> Driver:
+    """The real driver, with the trace on its session."""
+    driver = docker_driver(settings, installation)
+    wanted = os.environ.get("DIE_AT")
+    if wanted and isinstance(driver, DockerDriver):
+        death = Death(wanted)
+        trace = aiohttp.TraceConfig()
+        trace.on_request_start.append(death.before)
+        trace.on_request_end.append(death.after)
+        trace.freeze()
+        driver.docker.session._trace_configs.append(trace)
+    return driver
+
+
+if __name__ == "__main__":
+    loaded = load(Path(sys.argv[1]), os.environ).settings
+    logs.configure(loaded.log)
+    uvloop.run(run(loaded, Role(sys.argv[2]), lambda line: print(line, flush=True), make_driver))

@@ -1,0 +1,163 @@
+"""Server processes to kill, and what the tests ask of them over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import aiodocker
+import httpx
+
+API_LINE = re.compile(r"API\s+(http://\S+)/v1")
+ID_LABEL = "opensandbox.io/id"
+LABEL = "sandledger.io/installation"
+KEY = "test-key-0123456789"
+
+
+class ServerProcess:
+    """One `serve` in a process of its own."""
+
+    def __init__(self, config: Path, role: str = "all", **environ: str) -> None:
+        self._config, self._role, self._environ = config, role, environ
+        self.log = config.with_suffix(f".{role}.log")
+        self.base = ""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> ServerProcess:
+        """Until the banner is out."""
+        offset = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.entry", str(self._config), self._role],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environ},
+                cwd=Path(__file__).resolve().parents[2],
+            )
+        deadline = time.monotonic() + 60
+        wanted = "database  " if self._role == "worker" else "engine    "
+        while time.monotonic() < deadline:
+            text = self.log.read_bytes()[offset:].decode(errors="replace")
+            if wanted in text:
+                found = API_LINE.search(text)
+                self.base = found[1] if found else ""
+                return self
+            if self._process.poll() is not None:
+                break
+            time.sleep(0.02)  # a poll with a deadline: the process can only tell us through its log
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+
+    def send(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def wait(self, timeout: float = 60) -> int:
+        """Exit code; negative = the signal that ended it."""
+        assert self._process is not None
+        return self._process.wait(timeout)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait(30)
+
+    def client(self, **kwargs: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            base_url=f"{self.base}/v1", headers={"OPEN-SANDBOX-API-KEY": KEY}, timeout=60, **kwargs
+        )
+
+
+def write_config(home: Path, dsn: str, docker_host: str | None, name: str = "server", **tables: str) -> Path:
+    """A TOML file; `tables` adds lines to a table, e.g. worker='lease_seconds = 2'."""
+    lines = [
+        "[server]",
+        "port = 0",
+        f"api_key = {json.dumps(KEY)}",
+        tables.get("server", ""),
+        "[store.postgresql]",
+        f"dsn = {json.dumps(dsn)}",
+        "[docker]",
+        f"host = {json.dumps(docker_host)}" if docker_host else "",
+        tables.get("docker", ""),
+        "[sandledger]",
+        f"state_dir = {json.dumps(str(home / 'state'))}",
+        tables.get("sandledger", ""),
+        "[sandledger.worker]",
+        tables.get("worker", "lease_seconds = 2\nmissing_grace_seconds = 1"),
+    ]
+    path = home / f"{name}.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def body(image: str, timeout: int | None = 600, **more: Any) -> dict[str, Any]:
+    """A create request that sleeps."""
+    made: dict[str, Any] = {
+        "image": {"uri": image},
+        "entrypoint": ["sleep", "3600"],
+        "resourceLimits": {"cpu": "100m", "memory": "32Mi"},
+        **more,
+    }
+    if timeout is not None:
+        made["timeout"] = timeout
+    return made
+
+
+async def until(condition: Any, what: str, deadline_s: float = 45) -> Any:
+    """Poll an async condition; its first true answer."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            while not (answer := await condition()):
+                await asyncio.sleep(0.05)
+            return answer
+    except TimeoutError:
+        raise AssertionError(f"waited {deadline_s:.0f} s in vain: {what}") from None
+
+
+async def state(client: httpx.AsyncClient, sandbox: str) -> str:
+    answer = await client.get(f"/sandboxes/{sandbox}", params={"includeTerminal": "true"})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["status"]["state"]
+
+
+async def reaches(client: httpx.AsyncClient, sandbox: str, wanted: str, deadline_s: float = 45) -> None:
+    async def there() -> bool:
+        return await state(client, sandbox) == wanted
+
+    await until(there, f"{sandbox} reaches {wanted}", deadline_s)
+
+
+async def history(client: httpx.AsyncClient, sandbox: str) -> list[str]:
+    answer = await client.get(f"/sandboxes/{sandbox}/events", params={"limit": 1000})
+    return [item["type"] for item in answer.json()["items"]]
+
+
+class Engine:
+    """The engine seen with its own client."""
+
+    def __init__(self, docker: aiodocker.Docker) -> None:
+        self._docker = docker
+
+    async def containers(self, *, sandbox: str | None = None, installation: UUID | None = None) -> list[dict[str, Any]]:
+        label = f"{ID_LABEL}={sandbox}" if sandbox else f"{LABEL}={installation}"
+        return [
+            c._container for c in await self._docker.containers.list(all=True, filters=json.dumps({"label": [label]}))
+        ]
+
+    async def clear(self, installation: UUID) -> None:
+        for container in await self.containers(installation=installation):
+            await self._docker.containers.container(container["Id"]).delete(force=True, v=True)
