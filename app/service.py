@@ -31,6 +31,7 @@ from app.sandbox import events as ev
 from app.sandbox import transitions
 from app.sandbox.decide import decide, unknown
 from app.sandbox.observed import Capabilities
+from app.sandbox.spec import check_timeout
 from app.sandbox.state import Sandbox, evolve
 from app.vault import effects as vault
 from app.vault.seal import Sealed
@@ -84,7 +85,9 @@ class Service:
 
         Raises:
             KeyReused: the id was derived from a key that came with another body.
+            Invalid: the deadline would lie beyond the calendar.
         """
+        check_timeout(event.spec.timeout_s)
         first = _provisional(sandbox_id, 1, event, meta)
         row = await self._database.fetch_one(
             _CREATE,

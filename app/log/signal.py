@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 from sqlalchemy import Text, bindparam, func, select
 
 from app.database.engine import Database
@@ -30,6 +31,8 @@ _WINDOW_S = 0.02
 _MOST_IDS = 200  # 200 * 33 bytes stay below NOTIFY's 8000
 _RECONNECT_S = 1.0
 _NOTIFY = Statement(select(func.pg_notify(CHANNEL, bindparam("payload", type_=Text))))
+_FAILURES = (StoreUnavailable, asyncpg.PostgresError)
+"""A standby after a failover, or a full queue, refuses to notify: PostgreSQL's word, and no reason to stop either."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -104,7 +107,7 @@ class Signal:
             payload = "*" if len(ids) > _MOST_IDS else ",".join(sandbox_id.hex for sandbox_id in ids)
             try:
                 await self._database.fetch(_NOTIFY, payload=payload)
-            except StoreUnavailable as error:
+            except _FAILURES as error:
                 _LOG.warning("notification lost, readers fall back to polling: %s", error)
             await asyncio.sleep(_WINDOW_S)
 
@@ -112,7 +115,7 @@ class Signal:
         while True:
             try:
                 await self._listen()
-            except StoreUnavailable as error:
+            except _FAILURES as error:
                 _LOG.warning("not listening, polling instead: %s", error)
             await asyncio.sleep(_RECONNECT_S)
 
@@ -129,11 +132,13 @@ class Signal:
                 await connection.invalidate()
 
     def _heard(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
-        if payload == "*":
+        try:
+            ids = [UUID(text) for text in payload.split(",")]
+        except ValueError:  # `*`, or somebody else's words: either way, let everybody look
             self._wake_all()
             return
-        for text in payload.split(","):
-            self._wake(UUID(text))
+        for sandbox_id in ids:
+            self._wake(sandbox_id)
 
     def _wake(self, sandbox_id: UUID) -> None:
         for subscription in self._everything:

@@ -21,6 +21,7 @@ RESTORED_EXTENSION_PREFIX = "opensandbox.extensions."
 _DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*")
 _LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _MAX_PREFIX = 253
+_LONGEST_TIMEOUT_S = 100_000_000_000  # three thousand years
 
 
 class Platform(Struct, frozen=True):
@@ -76,6 +77,12 @@ def parse_limits(limits: Mapping[str, str]) -> dict[str, int]:
         except ValueError as error:
             raise Invalid("SANDBOX::INVALID_PARAMETER", f"resourceLimits.{key} {error}") from None
     return parsed
+
+
+def check_timeout(timeout_s: int | None) -> None:
+    """A deadline must fit any calendar, PostgreSQL's and Python's; else the stored row could never be read again."""
+    if timeout_s is not None and timeout_s > _LONGEST_TIMEOUT_S:
+        raise Invalid("SANDBOX::INVALID_PARAMETER", f"timeout may be at most {_LONGEST_TIMEOUT_S} s")
 
 
 def check_platform(platform: Platform) -> Platform:

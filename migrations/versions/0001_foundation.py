@@ -118,8 +118,8 @@ BEGIN
         -- to_regclass would repeat from its cache that there is none.
         PERFORM pg_advisory_xact_lock(hashtextextended('sandledger.partitions', 0));
         CONTINUE WHEN EXISTS (SELECT FROM pg_class WHERE relname = part AND relnamespace = 'public'::regnamespace);
-        -- Made apart and attached: CREATE TABLE ... PARTITION OF would wait for whoever reads or writes the log, be it a
-        -- dump of hours, and every append would wait behind it. ATTACH conflicts with neither.
+        -- Made apart and attached: CREATE TABLE ... PARTITION OF would wait for whoever reads or writes the log, be it
+        -- a dump of hours, and every append would wait behind it. ATTACH conflicts with neither.
         EXECUTE format('CREATE TABLE %I (LIKE events INCLUDING ALL) WITH '
                        '(autovacuum_vacuum_insert_scale_factor = 0.02)', part);
         EXECUTE format('CREATE UNIQUE INDEX %I ON %I (stream_id, version)', part || '_stream', part);

@@ -1,0 +1,218 @@
+"""Wake-ups: prompt when all is well, merely late when it is not, and never a reason to stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from app.database.engine import Database
+from app.log.signal import CHANNEL, Signal, Subscription
+from app.sandbox import commands as cmd
+from app.service import Service
+from tests.support.sql import connected
+from tests.support.stream import META as ACTOR
+from tests.support.stream import requested
+
+Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
+LISTENERS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query ILIKE 'LISTEN%'"
+
+
+@pytest.fixture
+async def remote(dsn: str) -> AsyncIterator[Signal]:
+    """Another process's signal."""
+    database = Database(dsn, max_size=2)
+    made = Signal(database)
+    task = asyncio.create_task(made.run())
+    yield made
+    assert not task.done()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await database.close()
+
+
+async def both_listen(dsn: str, until: Until, count: int = 2) -> None:
+    async with connected(dsn, owner=True) as owner:
+
+        async def listening() -> bool:
+            return await owner.fetchval(LISTENERS) >= count
+
+        await until(listening)
+
+
+async def heard(subscription: Subscription) -> bool:
+    """Within a time in which a healthy signal has long spoken."""
+    return await subscription.wait(20)
+
+
+async def silent(subscription: Subscription) -> bool:
+    return not await subscription.wait(0)
+
+
+async def test_a_poke_wakes_here_and_elsewhere_who_asked_for_it(dsn: str, signal: Signal, remote: Signal, until: Until):
+    await both_listen(dsn, until)
+    mine, other = uuid4(), uuid4()
+    with (
+        signal.subscribe(mine) as here,
+        signal.subscribe(other) as not_here,
+        remote.subscribe(mine) as there,
+        remote.subscribe(other) as not_there,
+        remote.subscribe() as anything,
+    ):
+        signal.poke(mine)
+        assert await here.wait(0.001), "at once, in this process"
+        assert await heard(there)
+        assert await heard(anything)
+        assert await silent(not_here)
+        assert await silent(not_there)
+
+
+async def test_an_append_pokes(service: Service, signal: Signal):
+    with signal.subscribe() as anything:
+        made = await service.create(uuid4(), requested(), None, ACTOR)
+        assert await anything.wait(0.001)
+        with signal.subscribe(made.sandbox.id) as here:
+            await service.execute(made.sandbox.id, cmd.RecordRemoved(), ACTOR)
+            assert await silent(here), "nothing was appended"
+            await service.execute(made.sandbox.id, cmd.Terminate(), ACTOR)
+            assert await here.wait(0.001)
+
+
+async def test_more_ids_than_a_notification_holds_wake_everybody(
+    dsn: str, signal: Signal, remote: Signal, until: Until
+):
+    await both_listen(dsn, until)
+    ids = [uuid4() for _ in range(500)]
+    with remote.subscribe(ids[0]) as first, remote.subscribe(ids[-1]) as last, remote.subscribe(uuid4()) as stranger:
+        for sandbox_id in ids:
+            signal.poke(sandbox_id)
+        assert await heard(first)
+        assert await heard(last)
+        assert await heard(stranger), "woken for nothing, which is allowed"
+
+
+async def test_just_as_many_as_it_holds(dsn: str, signal: Signal, remote: Signal, until: Until):
+    await both_listen(dsn, until)
+    ids = [uuid4() for _ in range(200)]
+    with remote.subscribe(ids[-1]) as last, remote.subscribe(uuid4()) as stranger:
+        for sandbox_id in ids:
+            signal.poke(sandbox_id)
+        assert await heard(last)
+        assert await silent(stranger)
+
+
+async def test_pokes_are_gathered(dsn: str, signal: Signal, until: Until):
+    """A burst is far fewer notifications than pokes."""
+    await both_listen(dsn, until, 1)
+    heard_ids: set[UUID] = set()
+    notifications = 0
+
+    def count(_connection: Any, _pid: int, _channel: str, payload: str) -> None:
+        nonlocal notifications
+        notifications += 1
+        heard_ids.update(map(UUID, payload.split(",")))
+
+    ids = [uuid4() for _ in range(150)]
+    async with connected(dsn) as connection:
+        await connection.add_listener(CHANNEL, count)
+        for sandbox_id in ids:
+            signal.poke(sandbox_id)
+
+        async def all_heard() -> bool:
+            return heard_ids >= set(ids)
+
+        await until(all_heard)
+    assert notifications <= 3
+
+
+async def test_a_killed_listener_comes_back_and_says_look_for_yourselves(
+    dsn: str, signal: Signal, remote: Signal, until: Until
+):
+    await both_listen(dsn, until)
+    mine = uuid4()
+    with remote.subscribe(mine) as there:
+        async with connected(dsn, owner=True) as owner:
+            killed = await owner.fetch(
+                "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND query ILIKE 'LISTEN%'"
+            )
+            assert len(killed) == 2
+        assert await heard(there), "whatever was said while nobody listened"
+        await both_listen(dsn, until)
+        while await there.wait(0):
+            pass
+        signal.poke(mine)
+        assert await heard(there)
+
+
+async def test_a_notification_that_cannot_be_sent_is_lost_and_the_next_one_is_not(
+    dsn: str, signal: Signal, remote: Signal, until: Until
+):
+    await both_listen(dsn, until)
+    mine, refused = uuid4(), uuid4()
+    async with connected(dsn, owner=True) as owner:
+        await owner.execute("REVOKE EXECUTE ON FUNCTION pg_notify(text, text) FROM PUBLIC")
+        with signal.subscribe(refused) as here, remote.subscribe(mine) as there:
+            signal.poke(refused)
+            assert await here.wait(0.001)
+            await _tried(owner, until)
+            await owner.execute("GRANT EXECUTE ON FUNCTION pg_notify(text, text) TO PUBLIC")
+
+            async def poked() -> bool:
+                signal.poke(mine)
+                return await there.wait(0.1)
+
+            await until(poked)
+
+
+async def _tried(owner: Any, until: Until) -> None:
+    """Until the refused notification was the last thing that a connection did."""
+
+    async def tried() -> bool:
+        return bool(
+            await owner.fetchval(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle' "
+                "AND query ILIKE '%pg_notify%' AND pid <> pg_backend_pid()"
+            )
+        )
+
+    await until(tried)
+
+
+@pytest.mark.parametrize("payload", ["", "nonsense", "*,*", "é" * 100], ids=range(4))
+async def test_nonsense_on_the_channel_wakes_everybody_and_harms_nobody(
+    dsn: str, remote: Signal, until: Until, payload: str
+):
+    await both_listen(dsn, until, 1)
+    mine = uuid4()
+    with remote.subscribe(mine) as there:
+        async with connected(dsn) as connection:
+            await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
+            assert await heard(there)
+            await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, mine.hex)
+            assert await heard(there)
+
+
+async def test_a_poke_before_the_wait_is_not_lost(signal: Signal):
+    mine = uuid4()
+    with signal.subscribe(mine) as here:
+        signal.poke(mine)
+        signal.poke(mine)
+        assert await here.wait(0.001)
+        assert await silent(here)
+
+
+async def test_who_leaves_is_forgotten(signal: Signal):
+    mine = uuid4()
+    with signal.subscribe(mine) as first:
+        with signal.subscribe(mine), signal.subscribe():
+            assert len(signal._by_id[mine]) == 2
+            assert len(signal._everything) == 1
+        signal.poke(mine)
+        assert await first.wait(0.001)
+    with pytest.raises(RuntimeError), signal.subscribe(mine):
+        raise RuntimeError
+    assert (signal._by_id, signal._everything) == ({}, set())
