@@ -4,8 +4,9 @@ Every statement is its own transaction unless `transaction()` says otherwise. Th
 start packet, so that no statement can forget it. `idle_in_transaction_session_timeout` ends a stuck writer, which
 would otherwise hold back every reader of the log.
 
-Failure: whatever means "the database is not there" becomes StoreUnavailable and the connection is dropped from the
-pool; parameters never appear in an error or a log (`hide_parameters`).
+Failure: whatever means "the database is not there, or may not write" becomes StoreUnavailable and the connection is
+dropped from the pool; parameters never appear in an error or a log (`hide_parameters`). Connections that died while
+nobody used them are replaced at checkout, so that a restart of PostgreSQL does not cost one request for each of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, cast
 
 import asyncpg
-from sqlalchemy import exc
+from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -30,14 +31,12 @@ _GONE = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
+    asyncpg.OperatorInterventionError,  # shutting down, starting up, killed
+    asyncpg.InsufficientResourcesError,  # disk full, too many connections
     asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.ReadOnlySQLTransactionError,  # a standby since the last failover
     exc.TimeoutError,
-    exc.OperationalError,
-    exc.InterfaceError,
+    exc.DBAPIError,  # SQLAlchemy only connects; its errors are refused connections
 )
 
 
@@ -99,6 +98,17 @@ class Connection:
         await self._connection.invalidate()
 
 
+def _replace_dead(connection: Any, _record: object, _proxy: object) -> None:
+    """At checkout. What PostgreSQL closed is known by now; SQLAlchemy answers this error with a new connection."""
+    if connection.driver_connection.is_closed():
+        raise exc.DisconnectionError
+
+
+def _what(error: BaseException) -> str:
+    """The server's words for a refused connection, which name no value of ours; else the kind of error."""
+    return str(error.orig) if isinstance(error, exc.DBAPIError) else type(error).__name__
+
+
 class Database:
     """The pool, and the two ways to use it."""
 
@@ -129,6 +139,7 @@ class Database:
                 },
             },
         )
+        event.listen(self.engine.sync_engine, "checkout", _replace_dead)
 
     async def fetch(self, statement: Statement, **values: Any) -> Sequence[asyncpg.Record]:
         """All rows of one autocommitted statement."""
@@ -164,7 +175,7 @@ class Database:
                     await connection.invalidate()
                     raise
         except _GONE as error:
-            raise StoreUnavailable(f"PostgreSQL is not reachable: {type(error).__name__}") from error
+            raise StoreUnavailable(f"PostgreSQL is not reachable: {_what(error)}") from error
 
     async def close(self) -> None:
         """Close every connection."""
