@@ -1,0 +1,45 @@
+"""What the HTTP application works on. Built by the server process, or by a test; nothing here is global."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from uuid import UUID
+
+from msgspec import Struct, field
+
+from app.database.engine import Database
+from app.log.refusals import Refusals
+from app.log.signal import Signal
+from app.runtime.driver import Driver
+from app.service import Service
+from app.vault.seal import Sealer
+from app.views.listing import Listing
+
+
+class ApiContext(Struct, frozen=True, kw_only=True):
+    """The parts and the bounds of one HTTP application."""
+
+    service: Service
+    listing: Listing
+    refusals: Refusals
+    sealer: Sealer
+    signal: Signal
+    database: Database
+    driver: Driver
+    """Only asked who it is and what it can do; the worker does the rest."""
+    installation: UUID
+    api_key: str | None = None
+    """None or blank = every request is accepted."""
+    tenant: str = "default"
+    max_sandbox_timeout_seconds: int | None = None
+    wait_seconds_max: int = 300
+    """Longest `Prefer: wait`."""
+    power_wait_seconds: float = 10
+    """How long pause and resume wait for the final state when the client says nothing."""
+    body_limit: int = 1024 * 1024
+    metadata_max_entries: int | None = 256
+    worker_alive: Callable[[], bool] | None = None
+    """Whether this process's worker runs. None = it has none, and needs no engine."""
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the process is asked to stop; requests that wait then answer what they have."""

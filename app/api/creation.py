@@ -1,0 +1,195 @@
+"""From the request to create to the event that begins a stream: the rules of contract 1.8, in its order.
+
+First shape (422), then what is not served yet (501, by name), then values (400). Secrets leave here in a `Secrets`
+that only the sealer sees; the event has names and keyed digests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import msgspec
+
+from app.api.context import ApiContext
+from app.api.errors import INVALID_PARAMETER, Issue, malformed
+from app.api.schema import CreateSandbox
+from app.errors import Invalid, Unsupported
+from app.sandbox.decide import LATEST
+from app.sandbox.events import Requested
+from app.sandbox.spec import (
+    RESTORED_EXTENSION_PREFIX,
+    Platform,
+    SandboxSpec,
+    check_metadata,
+    check_platform,
+    parse_limits,
+)
+from app.vault.seal import Secrets
+
+_RESERVED_ENV = "OPENSANDBOX_LIFECYCLE"
+_POOL = "poolRef"
+_RENEW = "access.renew.extend.seconds"
+_ISOLATION = "bootstrap.execd.isolation"
+_RENEW_BOUNDS = (300, 86400)
+
+
+def check_shape(request: CreateSandbox) -> None:
+    """The rules that span fields.
+
+    Raises:
+        Problem: 422 with every rule that is broken.
+    """
+    issues = tuple(_issues(request))
+    if issues:
+        raise malformed(*issues)
+
+
+def _issues(request: CreateSandbox) -> Iterator[Issue]:
+    yield from _env_issues(request.env or {})
+    extensions = request.extensions or {}
+    if _given(request.template_id):
+        yield from _template_issues(request)
+        return
+    if _given(extensions.get(_POOL)):
+        for name, value in (("lifecycle", request.lifecycle), ("snapshotId", request.snapshot_id)):
+            if value is not None:
+                yield _issue(name, "may not stand beside extensions.poolRef")
+        return
+    if request.credential_proxy is not None and request.credential_proxy.enabled and request.network_policy is None:
+        yield _issue("credentialProxy", "needs networkPolicy")
+    has_image = request.image is not None and _given(request.image.uri)
+    if has_image == _given(request.snapshot_id):
+        yield _issue("image", "exactly one of image and snapshotId is required")
+    if has_image and request.entrypoint is None:
+        yield _issue("entrypoint", "is required with image", "missing")
+    if request.resource_limits is None:
+        yield _issue("resourceLimits", "is required", "missing")
+
+
+def _env_issues(env: dict[str, str | None]) -> Iterator[Issue]:
+    if _RESERVED_ENV in env:
+        yield _issue("env", f"{_RESERVED_ENV} is reserved")
+    if any(not name or "=" in name for name in env):
+        yield _issue("env", "names must be non-empty and without =")
+
+
+def _template_issues(request: CreateSandbox) -> Iterator[Issue]:
+    beside = {
+        "image": request.image,
+        "snapshotId": request.snapshot_id,
+        "entrypoint": request.entrypoint,
+        "env": request.env,
+        "resourceLimits": request.resource_limits,
+        "resourceRequests": request.resource_requests,
+        "volumes": request.volumes,
+        "platform": request.platform,
+        "credentialProxy": request.credential_proxy,
+        "secureAccess": request.secure_access or None,
+        "lifecycle": request.lifecycle,
+    }
+    for name, value in beside.items():
+        if value is not None:
+            yield _issue(name, "may not stand beside templateId")
+    if request.timeout is None:
+        yield _issue("timeout", "is required with templateId", "missing")
+
+
+def _issue(name: str, rule: str, kind: str = "value_error") -> Issue:
+    return Issue(("body", name), rule, kind)
+
+
+def _given(text: str | None) -> bool:
+    return text is not None and bool(text.strip())
+
+
+def check_served(request: CreateSandbox) -> None:
+    """Refuse by name what is not served yet; accepting it would promise what nobody keeps.
+
+    Raises:
+        Unsupported: the field.
+        Invalid: a value that the contract does not allow either.
+    """
+    extensions = request.extensions or {}
+    renew = extensions.get(_RENEW)
+    if renew is not None and not _within(renew, *_RENEW_BOUNDS):
+        raise Invalid(INVALID_PARAMETER, f"extensions.{_RENEW} must be a whole number from 300 to 86400.")
+    asked = {
+        "snapshotId": _given(request.snapshot_id),
+        "templateId": _given(request.template_id),
+        f"extensions.{_POOL}": _given(extensions.get(_POOL)),
+        f"extensions.{_RENEW}": renew is not None,
+        f"extensions.{_ISOLATION}": _given(extensions.get(_ISOLATION)),
+        "lifecycle": request.lifecycle is not None,
+        "secureAccess": bool(request.secure_access),
+        "networkPolicy": request.network_policy is not None,
+        "credentialProxy": request.credential_proxy is not None and request.credential_proxy.enabled,
+        "volumes": bool(request.volumes),
+    }
+    for name, wanted in asked.items():
+        if wanted:
+            raise Unsupported("SANDBOX::API_NOT_SUPPORTED", f"{name} is not served yet.")
+
+
+def _within(text: str, low: int, high: int) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high
+
+
+def check_timeout(timeout: int | None, longest: int | None) -> None:
+    """The upper bounds of `timeout`; the lower one is in the schema."""
+    if timeout is None:
+        return
+    if longest is not None and timeout > longest:
+        raise Invalid(INVALID_PARAMETER, f"timeout may be at most {longest} s (max_sandbox_timeout_seconds).")
+    try:
+        fits = datetime.now(UTC) + timedelta(seconds=timeout) < LATEST
+    except OverflowError:
+        fits = False
+    if not fits:
+        raise Invalid(INVALID_PARAMETER, "timeout may not reach beyond the year 9998; leave it out for no end.")
+
+
+def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tuple[Requested, Secrets | None]:
+    """The first event, and what is to be sealed.
+
+    Raises:
+        Problem, Rejected: a rule is broken; nothing has been written.
+    """
+    check_shape(request)
+    check_served(request)
+    image, entrypoint = request.image, request.entrypoint
+    assert image is not None, "check_shape and check_served left only images"
+    assert entrypoint is not None, "check_shape demands it with an image"
+    if not entrypoint[0].strip():
+        raise Invalid("DOCKER::INVALID_ENTRYPOINT", "entrypoint must begin with a program.")
+    metadata = request.metadata or {}
+    most = context.metadata_max_entries
+    if most is not None and len(metadata) > most:
+        raise Invalid(INVALID_PARAMETER, f"metadata may hold at most {most} entries.")
+    check_metadata(metadata)
+    asked = request.platform
+    platform = None if asked is None else check_platform(Platform(asked.os, asked.arch))
+    check_timeout(request.timeout, context.max_sandbox_timeout_seconds)
+    limits = request.resource_limits or {}
+    parse_limits(limits)
+
+    env = {name: value for name, value in (request.env or {}).items() if value is not None}
+    digest = context.sealer.digest
+    spec = SandboxSpec(
+        image=image.uri,
+        entrypoint=tuple(entrypoint),
+        resource_limits=limits,
+        resource_requests=request.resource_requests or {},
+        env={name: digest(value.encode(), f"env/{sandbox_id}/{name}") for name, value in env.items()},
+        registry_auth=image.auth is not None,
+        platform=platform,
+        extensions={k: v for k, v in (request.extensions or {}).items() if k.startswith(RESTORED_EXTENSION_PREFIX)},
+        timeout_s=request.timeout,
+    )
+    fingerprint = digest(msgspec.json.encode(request, order="sorted"), "request")
+    event = Requested(context.tenant, context.driver.name, spec, fingerprint, metadata)
+    if not env and image.auth is None:
+        return event, None
+    login = image.auth
+    return event, Secrets(env, login and login.username, login and login.password)

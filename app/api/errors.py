@@ -1,0 +1,139 @@
+"""From exceptions to answers, in this one place. Every error body is `{code, message}`; validation adds `detail`.
+
+Nothing here repeats what the client sent: a field is named by its place and its rule, because a value may be a secret.
+Whatever is not known becomes 500 with the request id and nothing else; the log has the rest under that id.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+
+import msgspec
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from msgspec import UNSET, Struct, UnsetType
+
+from app.errors import Rejected, StoreUnavailable
+
+_LOG = logging.getLogger(__name__)
+_PLACE = re.compile(r"^(?P<rule>.*?)(?: - at `(?:key` in `)?\$(?P<path>[^`]*)`)?$", re.DOTALL)
+_STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
+_MISSING = re.compile(r"missing required field `(\w+)`")
+_SHOWN = 3
+
+VALIDATION = "GENERAL::VALIDATION_ERROR"
+INVALID_HEADER = "GENERAL::INVALID_HEADER"
+INVALID_PARAMETER = "SANDBOX::INVALID_PARAMETER"
+
+
+class Issue(Struct, frozen=True):
+    """One thing that is wrong with a request."""
+
+    loc: tuple[str | int, ...]
+    """Where: `body`, `query`, `header` or `path`, then the way down. `*` stands for a key of the client's own."""
+    msg: str
+    """The rule."""
+    type: str
+    """`missing`, `json_invalid` or `value_error`."""
+
+
+class ErrorBody(Struct, frozen=True):
+    """Every error answer."""
+
+    code: str
+    message: str
+    detail: tuple[Issue, ...] | UnsetType = UNSET
+    """Only on validation errors."""
+
+
+class Problem(Exception):
+    """An HTTP answer that refuses."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        headers: Sequence[tuple[str, str]] = (),
+        detail: tuple[Issue, ...] | UnsetType = UNSET,
+    ) -> None:
+        """`message` is for people and repeats no input."""
+        super().__init__(f"{status} {code}")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.headers = headers
+        self.detail = detail
+
+    @property
+    def body(self) -> bytes:
+        """As sent."""
+        return msgspec.json.encode(ErrorBody(self.code, self.message, self.detail))
+
+
+def malformed(*issues: Issue) -> Problem:
+    """422: the request does not have the contract's shape."""
+    shown = "; ".join(f"{'.'.join(map(str, issue.loc))}: {issue.msg}" for issue in issues[:_SHOWN])
+    more = len(issues) - _SHOWN
+    return Problem(422, VALIDATION, f"{shown}; and {more} more" if more > 0 else shown, detail=issues)
+
+
+def wrong(*loc: str | int, rule: str, kind: str = "value_error") -> Problem:
+    """422 for one place."""
+    return malformed(Issue(loc, rule, kind))
+
+
+def from_msgspec(error: msgspec.ValidationError) -> Problem:
+    """422 from the decoder's words: they name types and bounds of ours, and places, never values."""
+    found = _PLACE.match(str(error))
+    rule = found["rule"] if found else "does not fit"
+    path = (found["path"] if found else None) or ""
+    loc: list[str | int] = ["body"]
+    for name, index in _STEP.findall(path):
+        loc.append(name or ("*" if index == "..." else int(index)))
+    missing = _MISSING.search(rule)
+    if missing is not None:
+        return wrong(*loc, missing[1], rule="is required", kind="missing")
+    return wrong(*loc, rule=rule[:1].lower() + rule[1:])
+
+
+def unauthorised(code: str, message: str) -> Problem:
+    """401, with the header that says how to do better (RFC 9110, section 11.6.1)."""
+    return Problem(401, code, message, headers=[("www-authenticate", 'ApiKey header="OPEN-SANDBOX-API-KEY"')])
+
+
+def problem_of(error: BaseException, request_id: str) -> Problem:
+    """What to answer. Logs what nobody expected."""
+    match error:
+        case Problem():
+            return error
+        case Rejected():
+            return Problem(error.status, error.code, error.message)
+        case StoreUnavailable():
+            _LOG.warning("request %s: %s", request_id, error)
+            return Problem(
+                503,
+                "GENERAL::STORE_UNAVAILABLE",
+                "The database is not reachable at the moment; try again.",
+                headers=[("retry-after", "2")],
+            )
+        case NotFoundException():
+            return Problem(404, "GENERAL::NOT_FOUND", "There is no such path; /openapi.json lists what there is.")
+        case MethodNotAllowedException():
+            allow = allowed((error.headers or {}).get("allow", "").split(", "))
+            message = f"This path takes {allow}."
+            return Problem(405, "GENERAL::METHOD_NOT_ALLOWED", message, headers=[("allow", allow)])
+        case HTTPException() if error.status_code < 500:  # noqa: PLR2004
+            return Problem(error.status_code, "GENERAL::BAD_REQUEST", "The request is not well-formed HTTP.")
+        case _:
+            _LOG.error("request %s failed", request_id, exc_info=error)
+            return Problem(
+                500, "GENERAL::INTERNAL_ERROR", f"Something went wrong here; the log has it under request {request_id}."
+            )
+
+
+def allowed(methods: Sequence[str]) -> str:
+    """The value of `Allow`: HEAD goes wherever GET goes."""
+    return ", ".join(sorted({*filter(None, methods), "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))

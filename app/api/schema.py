@@ -1,0 +1,249 @@
+"""The shapes on the wire (contract 1.6 to 1.13): what is decoded, what is encoded, and the way between state and wire.
+
+camelCase; absent is absent, never null: an optional answer field is `UNSET`, which msgspec leaves out. The OpenAPI
+document is generated from these same structs. Parts of a request that are not served yet are typed as loosely as they
+are looked at.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, TypeAlias
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from app.sandbox.state import Sandbox
+
+Instant: TypeAlias = Annotated[datetime, Meta(tz=True, description="RFC 3339, UTC.")]
+Loose: TypeAlias = dict[str, Any]
+
+
+class RegistryLogin(Struct, frozen=True):
+    """Credentials of the image's registry. Sealed; never returned."""
+
+    username: str
+    password: str
+
+
+class ImageRequest(Struct, frozen=True):
+    """Which image. A blank uri counts as absent."""
+
+    uri: str
+    auth: RegistryLogin | None = None
+
+
+class PlatformBody(Struct, frozen=True):
+    """`linux` and `amd64` or `arm64`."""
+
+    os: str
+    arch: str
+
+
+class CredentialProxy(Struct, frozen=True):
+    """Not served yet."""
+
+    enabled: bool = False
+
+
+class CreateSandbox(Struct, frozen=True, rename="camel"):
+    """What to create. Field names are also taken in snake_case; unknown fields are ignored."""
+
+    image: ImageRequest | None = None
+    snapshot_id: str | None = None
+    template_id: Annotated[str, Meta(min_length=1)] | None = None
+    platform: PlatformBody | None = None
+    timeout: (
+        Annotated[int, Meta(ge=60, description="Seconds until it ends; absent or null: never by itself.")] | None
+    ) = None
+    resource_limits: dict[str, str] | None = None
+    resource_requests: dict[str, str] | None = None
+    entrypoint: Annotated[list[str], Meta(min_length=1)] | None = None
+    env: dict[str, str | None] | None = None
+    metadata: dict[str, str] | None = None
+    lifecycle: Loose | None = None
+    network_policy: Loose | None = None
+    credential_proxy: CredentialProxy | None = None
+    secure_access: bool | None = None
+    volumes: list[Loose] | None = None
+    extensions: dict[str, str] | None = None
+
+    def __repr__(self) -> str:
+        """Keep env values and credentials out of tracebacks."""
+        return "CreateSandbox(...)"
+
+
+class RenewExpiration(Struct, frozen=True, rename="camel"):
+    """The new end, shorter or longer than the present one."""
+
+    expires_at: (
+        Annotated[
+            datetime,
+            Meta(extra_json_schema={"format": "date-time"}, description="RFC 3339; without an offset it is UTC."),
+        ]
+        | int
+        | float
+    )
+
+
+MetadataPatch: TypeAlias = dict[str, str | None]
+"""Merge patch of depth one (RFC 7396): null removes."""
+
+
+class MetricsEvent(Struct, frozen=True, rename="camel"):
+    """What the SDKs report after a create. Checked and accepted, not stored."""
+
+    event_type: Annotated[str, Meta(pattern=r"^sandbox\.create$")]
+    create_duration_ms: Annotated[int, Meta(ge=0)]
+    success: bool
+    sandbox_id: str | None = None
+    image: str | None = None
+
+
+class StatusBody(Struct, frozen=True, rename="camel"):
+    """One of Pending, Running, Pausing, Paused, Resuming, Stopping, Terminated, Failed; and why."""
+
+    state: str
+    reason: str
+    message: str
+    last_transition_at: Instant
+
+
+class ImageBody(Struct, frozen=True):
+    """Never with credentials."""
+
+    uri: str
+
+
+class CreatedSandbox(Struct, frozen=True, rename="camel"):
+    """The answer to a create."""
+
+    id: str
+    status: StatusBody
+    entrypoint: tuple[str, ...]
+    created_at: Instant
+    expires_at: Instant | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
+    extensions: dict[str, str] | UnsetType = UNSET
+    platform: PlatformBody | UnsetType = UNSET
+
+
+class SandboxBody(Struct, frozen=True, rename="camel"):
+    """A sandbox."""
+
+    id: str
+    image: ImageBody
+    status: StatusBody
+    entrypoint: tuple[str, ...]
+    created_at: Instant
+    expires_at: Instant | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
+    extensions: dict[str, str] | UnsetType = UNSET
+    platform: PlatformBody | UnsetType = UNSET
+
+
+class Pagination(Struct, frozen=True, rename="camel"):
+    """Where this page lies."""
+
+    page: int
+    page_size: int
+    total_items: int
+    total_pages: int
+    has_next_page: bool
+
+
+class SandboxList(Struct, frozen=True, rename="camel"):
+    """A page, newest first."""
+
+    items: tuple[SandboxBody, ...]
+    pagination: Pagination
+    next_cursor: str | UnsetType = UNSET
+    """Give it back as `cursor` for the next page; absent on the last."""
+
+
+class RenewedExpiration(Struct, frozen=True, rename="camel"):
+    """The end that now holds."""
+
+    expires_at: Instant
+
+
+class ActorBody(Struct, frozen=True):
+    """Who did it."""
+
+    kind: str
+    id: str
+    name: str
+
+
+class EventBody(Struct, frozen=True, rename="camel"):
+    """One event of a sandbox's history."""
+
+    position: int
+    """Its place in the log of this installation."""
+    version: int
+    """Its place in this sandbox's history: 1, 2, 3 and so on."""
+    type: str
+    recorded_at: Instant
+    actor: ActorBody
+    data: Loose
+    """What happened, as stored; never a secret."""
+    occurred_at: str | UnsetType = UNSET
+    """When the engine says it happened."""
+    request_id: str | UnsetType = UNSET
+    cause: int | UnsetType = UNSET
+    """Position of the event that led here."""
+
+
+class EventList(Struct, frozen=True):
+    """A page of history, oldest first."""
+
+    items: tuple[EventBody, ...]
+    next: int | UnsetType = UNSET
+    """Give it back as `after`; absent when there is no more at the moment."""
+
+
+class Health(Struct, frozen=True):
+    """The process answers."""
+
+    status: str = "healthy"
+
+
+class Readiness(Struct, frozen=True):
+    """Whether requests can be served, part by part: `ok`, or what is wrong."""
+
+    status: str
+    checks: dict[str, str]
+
+
+class VersionBody(Struct, frozen=True):
+    """Of this server."""
+
+    version: str
+
+
+def status_of(box: Sandbox) -> StatusBody:
+    """As clients are shown it."""
+    status = box.status
+    return StatusBody(status.state.value, status.reason, status.message, status.last_transition_at)
+
+
+def _shared(box: Sandbox) -> tuple[Any, ...]:
+    spec = box.spec
+    return (
+        status_of(box),
+        spec.entrypoint,
+        box.created_at,
+        UNSET if box.expires_at is None else box.expires_at,
+        box.metadata or UNSET,
+        spec.extensions or UNSET,
+        UNSET if spec.platform is None else PlatformBody(spec.platform.os, spec.platform.arch),
+    )
+
+
+def created_body(box: Sandbox) -> CreatedSandbox:
+    """The create answer has no image (contract 1.8)."""
+    return CreatedSandbox(str(box.id), *_shared(box))
+
+
+def sandbox_body(box: Sandbox) -> SandboxBody:
+    """Everywhere else."""
+    return SandboxBody(str(box.id), ImageBody(box.spec.image), *_shared(box))

@@ -1,0 +1,225 @@
+"""Lists of sandboxes: one indexed statement a page, newest first.
+
+Order is (created_at, id) descending, which three indexes have (visible, all, by phase), so a page is an index scan
+that stops after `size` rows, whatever the table's size; the metadata filter uses the GIN index. `offset` pages as the
+public API does; `after` is a keyset, for which rows that come and go between pages shift nothing.
+
+The total comes with the page, from the same snapshot: for unfiltered lists by `app.views.totals`, else by counting
+the matching rows. Rows are ordered again here, few as they are, because the join that puts the total beside them
+promises no order.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import msgspec
+from msgspec import Struct
+from sqlalchemy import BigInteger, DateTime, Text, Uuid, bindparam, cast, func, literal_column, select, tuple_
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+from app.database.engine import Database
+from app.database.statement import Statement
+from app.sandbox.state import Sandbox
+from app.views.current import COLUMNS, from_row
+from app.views.tables import sandboxes
+from app.views.totals import ENOUGH, MOST, Totals, delta
+
+MOST_ROWS = 201
+"""The longest page, and the row that tells whether there is another."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_CURSOR = struct.Struct(">qI16s")
+_MOST_PAGES = 2**32 - 1
+
+
+class Cursor(Struct, frozen=True):
+    """The last row of a page, and how many pages lie before the next."""
+
+    created_at: datetime
+    id: UUID
+    page: int = 1
+
+    def __str__(self) -> str:
+        """Opaque to clients."""
+        micros = (self.created_at - _EPOCH) // timedelta(microseconds=1)
+        return (
+            base64.urlsafe_b64encode(_CURSOR.pack(micros, min(self.page, _MOST_PAGES), self.id.bytes))
+            .decode()
+            .rstrip("=")
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Cursor:
+        """ValueError when it is none of ours."""
+        try:
+            packed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+            micros, page, raw = _CURSOR.unpack(packed)
+            return cls(_EPOCH + timedelta(microseconds=micros), UUID(bytes=raw), page)
+        except (binascii.Error, struct.error, OverflowError, ValueError):
+            raise ValueError("is not a cursor that this server gave out") from None
+
+
+class Wanted(Struct, frozen=True):
+    """Which sandboxes."""
+
+    tenant: str
+    phases: tuple[str, ...] | None = None
+    """Any of these; None = every one. An empty tuple matches nothing."""
+    metadata: dict[str, str] = {}
+    """All of these."""
+    include_terminal: bool = False
+    """Also those that have ended."""
+
+    @property
+    def unfiltered(self) -> bool:
+        """Whether the total is known without looking at rows."""
+        return self.phases is None and not self.metadata
+
+
+class Page(Struct, frozen=True):
+    """Rows in order, and how many there are in all."""
+
+    boxes: tuple[Sandbox, ...]
+    total: int
+    next: Cursor | None
+    """Where to go on; None on the last page."""
+
+
+class _Shape(Struct, frozen=True):
+    """What decides a statement's text."""
+
+    phases: str
+    """`any`, `one` or `some`."""
+    metadata: bool
+    include_terminal: bool
+    keyset: bool
+    summed: bool
+    """Total from the log rather than by counting."""
+    offset: bool = False
+
+
+def _conditions(shape: _Shape) -> list[Any]:
+    rows = sandboxes.c
+    found: list[Any] = [rows.tenant == bindparam("tenant", type_=Text)]
+    if not shape.include_terminal:
+        found.append(rows.ended_at.is_(None))
+    if shape.phases == "one":  # equality keeps the order of the index by phase
+        found.append(rows.phase == bindparam("phase", type_=Text))
+    elif shape.phases == "some":
+        found.append(rows.phase == func.any(bindparam("phases", type_=ARRAY(Text))))
+    if shape.metadata:
+        found.append(rows.metadata.contains(cast(bindparam("metadata", type_=Text), JSONB)))
+    return found
+
+
+@lru_cache
+def page_statement(shape: _Shape) -> Statement:
+    """Total and rows. Parameters: tenant, size, offset, and those of the shape."""
+    conditions = _conditions(shape)
+    page = select(*COLUMNS).where(*conditions)
+    if shape.keyset:
+        last = tuple_(bindparam("created_at", type_=DateTime(timezone=True)), bindparam("id", type_=Uuid))
+        page = page.where(tuple_(sandboxes.c.created_at, sandboxes.c.id) < last)
+    page = page.order_by(sandboxes.c.created_at.desc(), sandboxes.c.id.desc())
+    size = bindparam("size", type_=BigInteger)
+    if shape.offset or not shape.summed:
+        # Planned anew each time, with the filter's values in sight: a rare phase is found by its index.
+        page = page.limit(size).offset(bindparam("offset", type_=BigInteger)).subquery("page")
+    else:
+        # For a limit it does not know, the planner of a reusable plan reckons with a tenth of the table, finds that
+        # too dear and plans anew each time, which costs more than such a page. The inner limit tells it.
+        page = select(page.limit(literal_column(str(MOST_ROWS), BigInteger)).subquery("most")).limit(size)
+        page = page.subquery("page")
+    if shape.summed:
+        total = delta()
+        numbers = [total.c.visible.label("d_visible"), total.c.ever.label("d_ever"), total.c.scanned.label("d_scanned")]
+    else:
+        total = select(func.count().label("total")).select_from(sandboxes).where(*conditions).subquery("total")
+        numbers = [total.c.total.label("d_total")]
+    return Statement(select(*numbers, *page.c).select_from(total.outerjoin(page, literal_column("true"))))
+
+
+_SINCE = Statement(
+    select(sandboxes.c.since_position).where(
+        sandboxes.c.id == bindparam("id", type_=Uuid), sandboxes.c.tenant == bindparam("tenant", type_=Text)
+    )
+)
+
+
+class Listing:
+    """Reads of many; `app.views.current` reads one."""
+
+    def __init__(self, database: Database) -> None:
+        """On an open database."""
+        self._database = database
+        self.totals = Totals(database)
+
+    async def page(self, wanted: Wanted, *, size: int, offset: int = 0, after: Cursor | None = None) -> Page:
+        """`size` rows (at most 200) from `offset`, or those that follow the cursor."""
+        if wanted.phases == ():
+            return Page((), 0, None)
+        offset = 0 if after is not None else offset
+        shape, values = _shape(wanted, offset, after), _values(wanted, size, offset, after)
+        rows, total = await (self._summed(shape, values) if shape.summed else self._counted(shape, values))
+        found = sorted(
+            (from_row(row) for row in rows if row["id"] is not None),
+            key=lambda box: (box.created_at, box.id),
+            reverse=True,
+        )
+        boxes = tuple(found[:size])
+        last = boxes[-1] if len(found) > size else None
+        page = 1 + (after.page if after is not None else offset // size)
+        return Page(boxes, total, None if last is None else Cursor(last.created_at, last.id, page))
+
+    async def _summed(self, shape: _Shape, values: dict[str, Any]) -> tuple[Sequence[asyncpg.Record], int]:
+        tenant = values["tenant"]
+        for read_base in (self.totals.base, self.totals.advance):
+            base = await read_base(tenant)
+            rows = await self._database.fetch(page_statement(shape), base=base.position, **values)
+            first = rows[0]
+            if first["d_scanned"] <= MOST:
+                if first["d_scanned"] > ENOUGH:
+                    await self.totals.advance(tenant)
+                known, change = ("ever", "d_ever") if shape.include_terminal else ("visible", "d_visible")
+                return rows, getattr(base, known) + int(first[change])
+        return await self._counted(msgspec.structs.replace(shape, summed=False), values)
+
+    async def _counted(self, shape: _Shape, values: dict[str, Any]) -> tuple[Sequence[asyncpg.Record], int]:
+        rows = await self._database.fetch(page_statement(shape), **values)
+        return rows, rows[0]["d_total"]
+
+    async def since(self, sandbox_id: UUID, tenant: str) -> int | None:
+        """A position below all events of a sandbox, also of one that has ended. None = this tenant never had it."""
+        row = await self._database.fetch_one(_SINCE, id=sandbox_id, tenant=tenant)
+        return None if row is None else row["since_position"]
+
+
+def _shape(wanted: Wanted, offset: int, after: Cursor | None) -> _Shape:
+    count = None if wanted.phases is None else len(wanted.phases)
+    return _Shape(
+        "any" if count is None else "one" if count == 1 else "some",
+        metadata=bool(wanted.metadata),
+        include_terminal=wanted.include_terminal,
+        keyset=after is not None,
+        summed=wanted.unfiltered,
+        offset=offset > 0,
+    )
+
+
+def _values(wanted: Wanted, size: int, offset: int, after: Cursor | None) -> dict[str, Any]:
+    values: dict[str, Any] = {"tenant": wanted.tenant, "size": size + 1, "offset": offset}
+    if wanted.phases is not None:
+        values |= {"phase": wanted.phases[0], "phases": list(wanted.phases)}
+    if wanted.metadata:
+        values["metadata"] = msgspec.json.encode(wanted.metadata).decode()
+    if after is not None:
+        values |= {"created_at": after.created_at, "id": after.id}
+    return values

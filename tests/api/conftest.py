@@ -1,0 +1,116 @@
+"""The application on a real database, driven in-process; and a live server on a loopback port for real clients."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from litestar import Litestar
+
+from app.api.app import create_app
+from app.api.context import ApiContext
+from app.database.engine import Database
+from app.log.refusals import Refusals
+from app.log.signal import Signal
+from app.runtime.fake import FakeDriver, FakeEngine
+from app.sandbox import commands as cmd
+from app.sandbox.events import Actor, ActorKind, Meta
+from app.sandbox.observed import Exit, Observed, Power
+from app.service import Service
+from app.vault.seal import Sealer
+from app.views.listing import Listing
+
+KEY = "test-key-0123456789"
+INSTALLATION = uuid4()
+WORKER = Meta(Actor(ActorKind.RECONCILER, "w1", "test-worker"), "0")
+MakeContext = Callable[..., ApiContext]
+
+
+@pytest.fixture
+def make_context(service: Service, database: Database, signal: Signal, sealer: Sealer) -> MakeContext:
+    """A context on the test's database; parts can be replaced."""
+
+    def make(**changes: Any) -> ApiContext:
+        parts: dict[str, Any] = {
+            "service": service,
+            "listing": Listing(database),
+            "refusals": Refusals(database),
+            "sealer": sealer,
+            "signal": signal,
+            "database": database,
+            "driver": FakeDriver(FakeEngine(), INSTALLATION),
+            "installation": INSTALLATION,
+            "api_key": KEY,
+        }
+        return ApiContext(**(parts | changes))
+
+    return make
+
+
+@pytest.fixture
+def context(make_context: MakeContext) -> ApiContext:
+    """With a key."""
+    return make_context()
+
+
+@pytest.fixture
+def app(context: ApiContext) -> Litestar:
+    """On that context."""
+    return create_app(context)
+
+
+def client(app: Litestar, **headers: str) -> httpx.AsyncClient:
+    """Calls `app` without a socket."""
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=True, client=("192.0.2.7", 4711))
+    return httpx.AsyncClient(transport=transport, base_url="http://api.test", headers=headers)
+
+
+@pytest.fixture
+async def http(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
+    """With the right key."""
+    async with client(app, **{"OPEN-SANDBOX-API-KEY": KEY}) as made:
+        yield made
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    """A create body that is accepted; None takes a field away."""
+    full: dict[str, Any] = {
+        "image": {"uri": "busybox:1"},
+        "entrypoint": ["sleep", "60"],
+        "timeout": 600,
+        "resourceLimits": {"cpu": "500m", "memory": "64Mi"},
+    } | changes
+    return {name: value for name, value in full.items() if value is not None}
+
+
+async def create(http: httpx.AsyncClient, headers: dict[str, str] | None = None, **changes: Any) -> dict[str, Any]:
+    """Create one; must be accepted."""
+    answer = await http.post("/v1/sandboxes", json=body(**changes), headers=headers)
+    assert answer.status_code == 202, answer.text
+    return answer.json()
+
+
+def look(sandbox_id: UUID | str, power: Power = Power.RUNNING, end: Exit | None = None) -> Observed:
+    """What an engine would say."""
+    return Observed(
+        UUID(str(sandbox_id)),
+        f"rt-{sandbox_id}",
+        f"sandbox-{sandbox_id}",
+        power,
+        started_at=datetime.now(UTC),
+        exit=end,
+    )
+
+
+async def observe(service: Service, sandbox_id: UUID | str, power: Power = Power.RUNNING, end: Exit | None = None):
+    """Record a look, as the reconciler does."""
+    await service.execute(UUID(str(sandbox_id)), cmd.RecordSeen(look(sandbox_id, power, end)), WORKER)
+
+
+async def remove(service: Service, sandbox_id: UUID | str):
+    """Record that nothing of it is left."""
+    await service.execute(UUID(str(sandbox_id)), cmd.RecordRemoved(), WORKER)

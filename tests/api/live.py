@@ -1,0 +1,107 @@
+"""The application under uvicorn on a loopback port, in a thread with an event loop of its own, for real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import uvicorn
+
+from app.api.app import create_app
+from app.api.context import ApiContext
+from app.database.engine import Database
+from app.log.refusals import Refusals
+from app.log.signal import Signal
+from app.runtime.fake import FakeDriver, FakeEngine
+from app.service import Service
+from app.vault.seal import Sealer
+from app.views.listing import Listing
+
+T = TypeVar("T")
+
+
+class Live:
+    """A running server. `run` executes a coroutine on its loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, context: ApiContext, server: uvicorn.Server, port: int) -> None:
+        self._loop = loop
+        self.context = context
+        self.server = server
+        self.port = port
+        self.base = f"http://127.0.0.1:{port}"
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+
+@contextmanager
+def serving(dsn: str, **changes: Any) -> Iterator[Live]:
+    """Until the block ends."""
+    ready = threading.Event()
+    made: list[Live] = []
+    failures: list[BaseException] = []
+
+    async def main() -> None:
+        database = Database(dsn)
+        signal = Signal(database)
+        parts: dict[str, Any] = {
+            "service": Service(database, signal),
+            "listing": Listing(database),
+            "refusals": Refusals(database),
+            "sealer": Sealer(os.urandom(32)),
+            "signal": signal,
+            "database": database,
+            "driver": FakeDriver(FakeEngine(), uuid4()),
+            "installation": uuid4(),
+        }
+        context = ApiContext(**(parts | changes))
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(create_app(context), log_config=None, access_log=False, lifespan="off", ws="none")
+        server = _Server(config)
+        hearing = asyncio.create_task(signal.run())
+        serving = asyncio.create_task(server.serve([listener]))
+        made.append(Live(asyncio.get_running_loop(), context, server, listener.getsockname()[1]))
+        ready.set()
+        try:
+            await serving
+        finally:
+            hearing.cancel()
+            await asyncio.gather(hearing, return_exceptions=True)
+            await database.close()
+
+    def thread() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            failures.append(error)
+            raise
+        finally:
+            ready.set()
+
+    runner = threading.Thread(target=thread, name="live-api")
+    runner.start()
+    ready.wait(30)
+    try:
+        assert made, failures
+        yield made[0]
+    finally:
+        if made:
+            made[0].context.stopping.set()
+            made[0].server.should_exit = True
+        runner.join(30)
+    assert not failures, failures
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to pytest."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
