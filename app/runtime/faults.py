@@ -1,0 +1,30 @@
+"""Faults of one attempt: between "the engine is not there" and "the engine's final word".
+
+::
+
+    RuntimeFault
+    ├── RuntimeUnavailable     engine trouble: retried, never counted
+    ├── AttemptFailed          this attempt failed for a reason of its own: counted, retried with back-off
+    │   └── ImagePullFailed    the registry's trouble: rate limit, unreachable, too slow
+    └── RuntimeRejected        final
+"""
+
+from __future__ import annotations
+
+from app.errors import RuntimeFault
+
+
+class AttemptFailed(RuntimeFault):
+    """It may work next time, and it may not for ever: counts as an attempt and becomes the reason when they run out.
+
+    `reason` is a stable upper-case word such as `REGISTRY_RATE_LIMITED`, `message` names the real cause.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(f"{reason}: {message}")
+        self.reason = reason
+        self.message = message
+
+
+class ImagePullFailed(AttemptFailed):
+    """The image could not be had now, for a reason outside the engine."""

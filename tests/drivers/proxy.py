@@ -1,0 +1,140 @@
+"""A proxy in front of a real engine, on a Unix socket of its own: the place where a test breaks the connection.
+
+It can hold a call before the engine sees it, lose a reply after the engine has acted, answer an error by itself, cut
+event streams, and be gone altogether. Everything else passes unchanged, streams included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+CALLS = (
+    ("POST", r"containers/create", "create"),
+    ("POST", r"containers/[^/]+/start", "start"),
+    ("POST", r"containers/[^/]+/pause", "pause"),
+    ("POST", r"containers/[^/]+/unpause", "unpause"),
+    ("GET", r"containers/[^/]+/json", "inspect"),
+    ("GET", r"containers/json", "list"),
+    ("DELETE", r"containers/[^/]+", "remove"),
+    ("POST", r"images/create", "pull"),
+    ("GET", r"images/.+/json", "image"),
+    ("GET", r"events", "events"),
+    ("GET", r"version", "version"),
+    ("GET", r"info", "info"),
+)
+PER_CONNECTION = {"connection", "transfer-encoding", "content-length", "content-encoding", "host", "keep-alive"}
+
+
+def call_name(method: str, path: str) -> str:
+    bare = re.sub(r"^/(v[\d.]+/)?", "", path)
+    return next((name for verb, shape, name in CALLS if verb == method and re.fullmatch(shape, bare)), bare)
+
+
+class Gate:
+    """Holds a call: `reached` fires when it stands there, `open()` lets it go on."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self._open = asyncio.Event()
+
+    async def pass_through(self) -> None:
+        self.reached.set()
+        await self._open.wait()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+class EngineProxy:
+    def __init__(self, engine: str) -> None:
+        self.calls: Counter[str] = Counter()
+        self.gates: dict[str, Gate] = {}
+        self.lost: Counter[str] = Counter()
+        self.refusals: dict[str, int] = {}
+        self.streams: dict[int, web.Request] = {}
+        """Event streams that the engine has answered."""
+        self._engine = engine
+        self._folder = Path(tempfile.mkdtemp(prefix="sl-"))
+        self._runner: web.AppRunner | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def address(self) -> str:
+        return f"unix://{self._folder}/s"
+
+    async def up(self) -> None:
+        is_socket = self._engine.startswith("unix://")
+        connector = aiohttp.UnixConnector(self._engine.removeprefix("unix://")) if is_socket else None
+        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.05, handler_cancellation=True)
+        await self._runner.setup()
+        await web.UnixSite(self._runner, f"{self._folder}/s").start()
+
+    async def down(self) -> None:
+        """As when the engine stops: connections die, new ones are refused."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def close(self) -> None:
+        for gate in self.gates.values():
+            gate.open()
+        await self.down()
+        shutil.rmtree(self._folder)
+
+    def drop_streams(self) -> None:
+        for request in list(self.streams.values()):
+            abort(request)
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        call = call_name(request.method, request.path)
+        self.calls[call] += 1
+        if gate := self.gates.get(call):
+            await gate.pass_through()
+        if status := self.refusals.get(call):
+            return web.json_response({"message": "refused by the test"}, status=status)
+        return await self._forward(call, request)
+
+    async def _forward(self, call: str, request: web.Request) -> web.StreamResponse:
+        assert self._session is not None
+        base = "http://engine" if self._engine.startswith("unix://") else self._engine.replace("tcp://", "http://")
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in PER_CONNECTION}
+        body = await request.read()
+        async with self._session.request(
+            request.method, base + request.raw_path, headers=headers, data=body or None
+        ) as answer:
+            if self.lost[call]:
+                self.lost[call] -= 1
+                await answer.read()
+                abort(request)
+                return web.Response()
+            kept = {name: value for name, value in answer.headers.items() if name.lower() not in PER_CONNECTION}
+            response = web.StreamResponse(status=answer.status, headers=kept)
+            await response.prepare(request)
+            if call == "events":
+                self.streams[id(request)] = request
+            try:
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
+                await response.write_eof()
+            finally:
+                self.streams.pop(id(request), None)
+            return response
+
+
+def abort(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
