@@ -1,57 +1,17 @@
-"""What every driver must do, on the fake and on a real Docker engine."""
+"""What every driver must do with one sandbox, on the fake and on a real Docker engine."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
-from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 
 from app.errors import RuntimeRejected, RuntimeUnavailable
-from app.runtime.driver import Driver, Limits, Observed, Power, Workload
+from app.runtime.driver import Limits, Power
+from tests.drivers.looks import Eventually, exited, inventory, power_of
 from tests.drivers.rigs import Rig
-
-Eventually = Callable[[Callable[[], Any]], Awaitable[Any]]
-
-
-async def power_of(driver: Driver, sandbox_id: UUID) -> Power | None:
-    seen = await driver.observe(sandbox_id)
-    return seen.power if seen else None
-
-
-async def inventory(driver: Driver) -> list[Observed]:
-    return [seen async for seen in driver.inventory()]
-
-
-async def exited(rig: Rig, work: Workload, eventually: Eventually) -> Observed:
-    async def look() -> Observed | None:
-        seen = await rig.driver.observe(work.sandbox_id)
-        return seen if seen is not None and seen.power is Power.EXITED else None
-
-    return await eventually(look)
-
-
-@asynccontextmanager
-async def heard(rig: Rig, eventually: Eventually) -> AsyncIterator[set[UUID]]:
-    ids: set[UUID] = set()
-
-    async def listen() -> None:
-        async for sandbox_id in rig.driver.hints():
-            ids.add(sandbox_id)
-
-    task = asyncio.create_task(listen())
-    try:
-        await eventually(rig.listening)
-        yield ids
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
 
 # ensure
 
@@ -338,129 +298,3 @@ async def test_ensure_after_remove_makes_a_new_object(rig: Rig):
     second = await rig.driver.ensure(work)
     assert second.runtime_id != first.runtime_id
     assert not second.adopted
-
-
-# inventory
-
-
-async def test_inventory_has_all_of_ours_and_nothing_else(rig: Rig, eventually: Eventually):
-    works = [rig.work(generation=n) for n in range(1, 4)]
-    for work in works:
-        await rig.driver.ensure(work)
-    ended = rig.ending(0)
-    await rig.driver.ensure(ended)
-    await exited(rig, ended, eventually)
-    await rig.driver.set_power(works[0].sandbox_id, Power.PAUSED)
-    await rig.elsewhere().ensure(rig.work())
-    await rig.stranger(f"sandbox-{uuid4()}")
-
-    rows = {seen.sandbox_id: seen for seen in await inventory(rig.another())}
-    powers = {sandbox_id: seen.power for sandbox_id, seen in rows.items()}
-    assert powers == {
-        works[0].sandbox_id: Power.PAUSED,
-        works[1].sandbox_id: Power.RUNNING,
-        works[2].sandbox_id: Power.RUNNING,
-        ended.sandbox_id: Power.EXITED,
-    }
-    assert [rows[work.sandbox_id].generation for work in works] == [1, 2, 3]
-    seen = await rig.driver.observe(works[1].sandbox_id)
-    assert seen is not None
-    assert rows[seen.sandbox_id].runtime_id == seen.runtime_id
-
-
-async def test_inventory_of_nothing_is_empty(rig: Rig):
-    assert await inventory(rig.driver) == []
-
-
-async def test_an_inventory_that_fails_raises(rig: Rig):
-    await rig.driver.ensure(rig.work())
-    rig.refuse("list")
-    with pytest.raises(RuntimeUnavailable):
-        await inventory(rig.driver)
-
-
-# hints
-
-
-async def test_hints_tell_start_exit_pause_and_removal(rig: Rig, eventually: Eventually):
-    work = rig.work()
-    async with heard(rig, eventually) as ids:
-
-        async def after(change: Awaitable[object]) -> None:
-            ids.clear()
-            await change
-            await eventually(lambda: work.sandbox_id in ids)
-
-        await after(rig.driver.ensure(work))
-        await after(rig.driver.set_power(work.sandbox_id, Power.PAUSED))
-        await after(rig.driver.set_power(work.sandbox_id, Power.RUNNING))
-        await after(rig.kill(work.sandbox_id))
-        await after(rig.driver.remove(work.sandbox_id))
-
-
-async def test_hints_pass_over_strangers(rig: Rig, eventually: Eventually):
-    async with heard(rig, eventually) as ids:
-        await rig.elsewhere().ensure(rig.work())
-        work = rig.work()
-        await rig.driver.ensure(work)
-        await eventually(lambda: ids)
-        assert ids == {work.sandbox_id}
-
-
-async def test_hints_survive_a_dropped_stream(rig: Rig, eventually: Eventually):
-    first, second = rig.work(), rig.work()
-    async with heard(rig, eventually) as ids:
-        await rig.driver.ensure(first)
-        await eventually(lambda: first.sandbox_id in ids)
-        rig.drop_streams()
-        await rig.driver.ensure(second)
-        await eventually(lambda: second.sandbox_id in ids)
-
-
-async def test_hints_tell_late_what_happened_while_the_engine_was_out_of_reach(rig: Rig, eventually: Eventually):
-    work = rig.work()
-    await rig.driver.ensure(work)
-    async with heard(rig, eventually) as ids:
-        await rig.down()
-        await rig.kill(work.sandbox_id)
-        await rig.up()
-        await eventually(lambda: work.sandbox_id in ids)
-
-
-# an engine that is away
-
-VERBS: dict[str, Callable[[Driver, Workload], Awaitable[object]]] = {
-    "ensure": lambda driver, work: driver.ensure(work),
-    "observe": lambda driver, work: driver.observe(work.sandbox_id),
-    "pause": lambda driver, work: driver.set_power(work.sandbox_id, Power.PAUSED),
-    "resume": lambda driver, work: driver.set_power(work.sandbox_id, Power.RUNNING),
-    "remove": lambda driver, work: driver.remove(work.sandbox_id),
-    "inventory": lambda driver, work: inventory(driver),
-    "check": lambda driver, work: driver.check(),
-}
-
-
-@pytest.mark.parametrize("verb", VERBS)
-async def test_an_engine_that_is_down_is_unavailable_and_comes_back(rig: Rig, verb: str):
-    work = rig.work()
-    await rig.driver.ensure(work)
-    await rig.down()
-    with pytest.raises(RuntimeUnavailable):
-        await VERBS[verb](rig.driver, work)
-    await rig.up()
-    await VERBS[verb](rig.driver, work)
-
-
-@pytest.mark.parametrize("call", ["create", "start", "inspect"])
-async def test_an_engine_in_trouble_gives_no_verdict(rig: Rig, call: str):
-    rig.refuse(call)
-    with pytest.raises(RuntimeUnavailable):
-        await rig.driver.ensure(rig.work())
-
-
-async def test_check_says_who_the_engine_is(rig: Rig):
-    info = await rig.driver.check()
-    assert info.name == rig.driver.name
-    assert info.version
-    assert info.engine_id
-    assert info.address

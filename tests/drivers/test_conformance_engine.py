@@ -1,0 +1,138 @@
+"""What every driver must tell of the engine as a whole, on the fake and on a real Docker engine."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from uuid import uuid4
+
+import pytest
+
+from app.errors import RuntimeUnavailable
+from app.runtime.driver import Driver, Power, Workload
+from tests.drivers.looks import Eventually, exited, heard, inventory
+from tests.drivers.rigs import Rig
+
+# inventory
+
+
+async def test_inventory_has_all_of_ours_and_nothing_else(rig: Rig, eventually: Eventually):
+    works = [rig.work(generation=n) for n in range(1, 4)]
+    for work in works:
+        await rig.driver.ensure(work)
+    ended = rig.ending(0)
+    await rig.driver.ensure(ended)
+    await exited(rig, ended, eventually)
+    await rig.driver.set_power(works[0].sandbox_id, Power.PAUSED)
+    await rig.elsewhere().ensure(rig.work())
+    await rig.stranger(f"sandbox-{uuid4()}")
+
+    rows = {seen.sandbox_id: seen for seen in await inventory(rig.another())}
+    powers = {sandbox_id: seen.power for sandbox_id, seen in rows.items()}
+    assert powers == {
+        works[0].sandbox_id: Power.PAUSED,
+        works[1].sandbox_id: Power.RUNNING,
+        works[2].sandbox_id: Power.RUNNING,
+        ended.sandbox_id: Power.EXITED,
+    }
+    assert [rows[work.sandbox_id].generation for work in works] == [1, 2, 3]
+    seen = await rig.driver.observe(works[1].sandbox_id)
+    assert seen is not None
+    assert rows[seen.sandbox_id].runtime_id == seen.runtime_id
+
+
+async def test_inventory_of_nothing_is_empty(rig: Rig):
+    assert await inventory(rig.driver) == []
+
+
+async def test_an_inventory_that_fails_raises(rig: Rig):
+    await rig.driver.ensure(rig.work())
+    rig.refuse("list")
+    with pytest.raises(RuntimeUnavailable):
+        await inventory(rig.driver)
+
+
+# hints
+
+
+async def test_hints_tell_start_exit_pause_and_removal(rig: Rig, eventually: Eventually):
+    work = rig.work()
+    async with heard(rig, eventually) as ids:
+
+        async def after(change: Awaitable[object]) -> None:
+            ids.clear()
+            await change
+            await eventually(lambda: work.sandbox_id in ids)
+
+        await after(rig.driver.ensure(work))
+        await after(rig.driver.set_power(work.sandbox_id, Power.PAUSED))
+        await after(rig.driver.set_power(work.sandbox_id, Power.RUNNING))
+        await after(rig.kill(work.sandbox_id))
+        await after(rig.driver.remove(work.sandbox_id))
+
+
+async def test_hints_pass_over_strangers(rig: Rig, eventually: Eventually):
+    async with heard(rig, eventually) as ids:
+        await rig.elsewhere().ensure(rig.work())
+        work = rig.work()
+        await rig.driver.ensure(work)
+        await eventually(lambda: ids)
+        assert ids == {work.sandbox_id}
+
+
+async def test_hints_survive_a_dropped_stream(rig: Rig, eventually: Eventually):
+    first, second = rig.work(), rig.work()
+    async with heard(rig, eventually) as ids:
+        await rig.driver.ensure(first)
+        await eventually(lambda: first.sandbox_id in ids)
+        rig.drop_streams()
+        await rig.driver.ensure(second)
+        await eventually(lambda: second.sandbox_id in ids)
+
+
+async def test_hints_tell_late_what_happened_while_the_engine_was_out_of_reach(rig: Rig, eventually: Eventually):
+    work = rig.work()
+    await rig.driver.ensure(work)
+    async with heard(rig, eventually) as ids:
+        await rig.down()
+        await rig.kill(work.sandbox_id)
+        await rig.up()
+        await eventually(lambda: work.sandbox_id in ids)
+
+
+# an engine that is away
+
+VERBS: dict[str, Callable[[Driver, Workload], Awaitable[object]]] = {
+    "ensure": lambda driver, work: driver.ensure(work),
+    "observe": lambda driver, work: driver.observe(work.sandbox_id),
+    "pause": lambda driver, work: driver.set_power(work.sandbox_id, Power.PAUSED),
+    "resume": lambda driver, work: driver.set_power(work.sandbox_id, Power.RUNNING),
+    "remove": lambda driver, work: driver.remove(work.sandbox_id),
+    "inventory": lambda driver, work: inventory(driver),
+    "check": lambda driver, work: driver.check(),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_an_engine_that_is_down_is_unavailable_and_comes_back(rig: Rig, verb: str):
+    work = rig.work()
+    await rig.driver.ensure(work)
+    await rig.down()
+    with pytest.raises(RuntimeUnavailable):
+        await VERBS[verb](rig.driver, work)
+    await rig.up()
+    await VERBS[verb](rig.driver, work)
+
+
+@pytest.mark.parametrize("call", ["create", "start", "inspect"])
+async def test_an_engine_in_trouble_gives_no_verdict(rig: Rig, call: str):
+    rig.refuse(call)
+    with pytest.raises(RuntimeUnavailable):
+        await rig.driver.ensure(rig.work())
+
+
+async def test_check_says_who_the_engine_is(rig: Rig):
+    info = await rig.driver.check()
+    assert info.name == rig.driver.name
+    assert info.version
+    assert info.engine_id
+    assert info.address
