@@ -49,6 +49,7 @@ from app.work.worker import Worker
 
 _LOG = logging.getLogger(__name__)
 _WATCH_S = 2.0
+_BANNER_S = 5.0
 _PING = Statement(select(literal(1)))
 Say = Callable[[str], None]
 MakeDriver = Callable[[Settings, UUID], Driver]
@@ -242,8 +243,11 @@ def _uvicorn(settings: Settings, app: Litestar) -> _Listener:
 
 async def _banner(parts: Opened, address: str | None, say: Say) -> None:
     try:
-        info = await parts.driver.check()
+        async with asyncio.timeout(_BANNER_S):
+            info = await parts.driver.check()
         engine = f"{info.name} {info.version} at {info.address}"
+    except TimeoutError:
+        engine = f"NO ANSWER within {_BANNER_S:.0f} s, creates will wait"
     except RuntimeUnavailable as error:
         engine = f"NOT REACHABLE yet, creates will wait: {error}"
     say(f"sandledger {__version__}")

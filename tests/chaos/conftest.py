@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -59,11 +60,11 @@ async def engine(docker: aiodocker.Docker, installation: UUID) -> AsyncIterator[
 
 
 @pytest.fixture
-def serve(home: Path, dsn: str, docker_host: str) -> Iterator[Callable[..., ServerProcess]]:
+def serve(home: Path, dsn: str, docker_host: str) -> Iterator[Callable[..., Awaitable[ServerProcess]]]:
     """Start server processes on this test's database; all are killed at the end."""
     started: list[ServerProcess] = []
 
-    def start(
+    async def start(
         role: str = "all",
         name: str = "server",
         host: str | None = None,
@@ -73,7 +74,8 @@ def serve(home: Path, dsn: str, docker_host: str) -> Iterator[Callable[..., Serv
         config = write_config(home, dsn, host or docker_host, name, **tables)
         process = ServerProcess(config, role, **(environ or {}))
         started.append(process)
-        return process.start()
+        # In a thread: the engine's proxy may live in this very loop.
+        return await asyncio.to_thread(process.start)
 
     yield start
     for process in started:

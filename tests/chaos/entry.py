@@ -68,7 +68,7 @@ def make_driver(settings: Settings, installation: UUID) -> Driver:
         trace.on_request_start.append(death.before)
         trace.on_request_end.append(death.after)
         trace.freeze()
-        driver.docker.session._trace_configs.append(trace)
+        driver._docker.session._trace_configs.append(trace)
     return driver
 
 

@@ -160,4 +160,8 @@ class Engine:
 
     async def clear(self, installation: UUID) -> None:
         for container in await self.containers(installation=installation):
-            await self._docker.containers.container(container["Id"]).delete(force=True, v=True)
+            try:
+                await self._docker.containers.container(container["Id"]).delete(force=True, v=True)
+            except aiodocker.DockerError as error:
+                if error.status not in (404, 409):  # gone, or going
+                    raise

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -17,7 +17,7 @@ from app.database.embedded import EmbeddedPostgres, binaries
 from tests.chaos.harness import KEY, Engine, ServerProcess, body, reaches
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
-Serve = Callable[..., ServerProcess]
+Serve = Callable[..., Awaitable[ServerProcess]]
 
 
 def forms(secret: str) -> list[bytes]:
@@ -35,7 +35,7 @@ async def test_no_secret_in_log_labels_answers_or_process_logs(
     postgres: EmbeddedPostgres,
 ) -> None:
     secret, password = f"canary-env-{uuid4().hex}", f"canary-registry-{uuid4().hex}"
-    server = serve("all", "canary", sandledger="", server="max_sandbox_timeout_seconds = 86400")
+    server = await serve("all", "canary", sandledger="", server="max_sandbox_timeout_seconds = 86400")
     answers: list[str] = []
     async with server.client() as client:
         wanted = body(image, env={"TOKEN": secret, "EMPTY": ""})

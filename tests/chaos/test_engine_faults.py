@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from uuid import UUID
 
 import httpx
@@ -13,7 +13,7 @@ from tests.chaos.harness import Engine, ServerProcess, body, history, reaches, u
 from tests.drivers.proxy import CALLS, EngineProxy, call_name
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
-Serve = Callable[..., ServerProcess]
+Serve = Callable[..., Awaitable[ServerProcess]]
 QUICK = "lease_seconds = 2\nmissing_grace_seconds = 1\nresync_seconds = 0.5\norphan_grace_seconds = 0"
 
 
@@ -69,7 +69,7 @@ async def several(proxy: LyingProxy, call: str, more: int) -> None:
 async def test_an_empty_listing_is_no_absence(
     serve: Serve, proxy: LyingProxy, engine: Engine, image: str, installation: UUID
 ) -> None:
-    server = serve("all", "empty", host=proxy.address, worker=QUICK)
+    server = await serve("all", "empty", host=proxy.address, worker=QUICK)
     async with server.client() as client:
         ids = await some(client, image, 3)
         proxy.empty = True
@@ -83,7 +83,7 @@ async def test_an_empty_listing_is_no_absence(
 async def test_an_engine_answering_500_fails_nothing(
     serve: Serve, proxy: LyingProxy, engine: Engine, image: str, installation: UUID
 ) -> None:
-    server = serve("all", "broken", host=proxy.address, worker=QUICK)
+    server = await serve("all", "broken", host=proxy.address, worker=QUICK)
     async with server.client() as client:
         ids = await some(client, image, 2)
         proxy.refusals = {name: 500 for _, _, name in CALLS}
@@ -103,7 +103,7 @@ async def test_an_engine_answering_500_fails_nothing(
 async def test_an_engine_that_is_down_fails_nothing(
     serve: Serve, proxy: LyingProxy, engine: Engine, image: str, installation: UUID
 ) -> None:
-    server = serve("all", "down", host=proxy.address, worker=QUICK)
+    server = await serve("all", "down", host=proxy.address, worker=QUICK)
     async with server.client() as client:
         ids = await some(client, image, 2)
         await proxy.down()
@@ -124,7 +124,7 @@ async def test_a_container_removed_behind_our_back_is_lost_and_said_so(
     serve: Serve, engine: Engine, image: str, installation: UUID
 ) -> None:
     """The counterpart: what is really gone is noticed, after a second look."""
-    server = serve("all", "lost", worker=QUICK)
+    server = await serve("all", "lost", worker=QUICK)
     async with server.client() as client:
         (sandbox,) = await some(client, image, 1)
         await engine.clear(installation)

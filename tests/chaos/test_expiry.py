@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -12,7 +12,7 @@ import pytest
 from tests.chaos.harness import Engine, ServerProcess, body, history, reaches, until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
-Serve = Callable[..., ServerProcess]
+Serve = Callable[..., Awaitable[ServerProcess]]
 
 
 def ahead(seconds: float) -> dict[str, str]:
@@ -22,7 +22,7 @@ def ahead(seconds: float) -> dict[str, str]:
 async def test_downtime_over_a_deadline_loses_nothing(
     serve: Serve, engine: Engine, image: str, installation: UUID
 ) -> None:
-    server = serve("all", "first")
+    server = await serve("all", "first")
     async with server.client() as client:
         answers = await asyncio.gather(
             *[client.post("/sandboxes", json=body(image), headers={"Prefer": "wait=60"}) for _ in range(3)]
@@ -39,7 +39,7 @@ async def test_downtime_over_a_deadline_loses_nothing(
 
     await until(passed, "the deadline passes while no server runs")
     assert len(await engine.containers(installation=installation)) == 3, "nobody was there to remove them"
-    heir = serve("all", "second")
+    heir = await serve("all", "second")
     async with heir.client() as client:
         for sandbox in ids[:2]:
             await reaches(client, sandbox, "Terminated", 10)
@@ -57,7 +57,7 @@ async def test_two_schedulers_and_renewals_racing_the_deadline(
     serve: Serve, engine: Engine, image: str, installation: UUID
 ) -> None:
     """A 200 with a later time is never followed by an expiry before it; nothing lives past its time + 5 s."""
-    one, two = serve("all", "one"), serve("all", "two")
+    one, two = await serve("all", "one"), await serve("all", "two")
     async with one.client() as a, two.client() as b:
         answers = await asyncio.gather(
             *[a.post("/sandboxes", json=body(image), headers={"Prefer": "wait=60"}) for _ in range(8)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -13,13 +13,13 @@ import pytest
 from tests.chaos.harness import Engine, ServerProcess, body, reaches
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
-Serve = Callable[..., ServerProcess]
+Serve = Callable[..., Awaitable[ServerProcess]]
 
 
 async def test_200_creates_with_one_key_over_two_servers(
     serve: Serve, engine: Engine, image: str, installation: UUID, dsn: str
 ) -> None:
-    servers = [serve("all", "a"), serve("all", "b")]
+    servers = [await serve("all", "a"), await serve("all", "b")]
     async with servers[0].client() as one, servers[1].client() as two:
         clients: list[httpx.AsyncClient] = [one, two]
 

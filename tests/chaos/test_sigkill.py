@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from uuid import UUID
 
 import pytest
@@ -12,7 +12,7 @@ from tests.chaos.harness import Engine, ServerProcess, body, history, reaches, u
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
-Serve = Callable[..., ServerProcess]
+Serve = Callable[..., Awaitable[ServerProcess]]
 
 
 @pytest.mark.parametrize("call", [0, 1, 2, 3])
@@ -20,7 +20,7 @@ async def test_create_survives_a_kill_at_each_call(
     serve: Serve, engine: Engine, image: str, installation: UUID, call: int
 ) -> None:
     """0: before create is sent; 1: create done, unreported; 2: started, unreported; 3: inspected, not recorded."""
-    doomed = serve("all", "doomed", environ={"DIE_AT": f"create:{call}"})
+    doomed = await serve("all", "doomed", environ={"DIE_AT": f"create:{call}"})
     async with doomed.client() as client:
         answer = await client.post("/sandboxes", json=body(image))
         assert answer.status_code == 202, answer.text
@@ -30,7 +30,7 @@ async def test_create_survives_a_kill_at_each_call(
     # The kill is real: what the dead process left differs from what must be there in the end, or is unrecorded.
     assert len(left) == (0 if call == 0 else 1)
 
-    heir = serve("all", "heir")
+    heir = await serve("all", "heir")
     async with heir.client() as client:
         await reaches(client, sandbox, "Running")
         (container,) = await engine.containers(sandbox=sandbox)
@@ -49,14 +49,14 @@ async def test_create_survives_a_kill_at_each_call(
 async def test_delete_survives_a_kill_at_each_call(
     serve: Serve, engine: Engine, image: str, installation: UUID, call: int
 ) -> None:
-    doomed = serve("all", "doomed", environ={"DIE_AT": f"delete:{call}"})
+    doomed = await serve("all", "doomed", environ={"DIE_AT": f"delete:{call}"})
     async with doomed.client() as client:
         answer = await client.post("/sandboxes", json=body(image), headers={"Prefer": "wait=60"})
         assert answer.json()["status"]["state"] == "Running", answer.text
         sandbox = answer.json()["id"]
         assert (await client.delete(f"/sandboxes/{sandbox}")).status_code == 204
     assert await asyncio.to_thread(doomed.wait) == -9
-    heir = serve("all", "heir")
+    heir = await serve("all", "heir")
     async with heir.client() as client:
         await reaches(client, sandbox, "Terminated")
         events = await history(client, sandbox)
@@ -67,9 +67,9 @@ async def test_delete_survives_a_kill_at_each_call(
 
 async def test_a_worker_dies_among_many(serve: Serve, engine: Engine, image: str, installation: UUID) -> None:
     """Two workers, twenty sandboxes, one worker killed in the middle: each comes up once."""
-    api = serve("api", "api")
-    serve("worker", "one")
-    two = serve("worker", "two", environ={"DIE_AT": "create:5"})
+    api = await serve("api", "api")
+    await serve("worker", "one")
+    two = await serve("worker", "two", environ={"DIE_AT": "create:5"})
     async with api.client() as client:
         answers = await asyncio.gather(*[client.post("/sandboxes", json=body(image)) for _ in range(20)])
         ids = [answer.json()["id"] for answer in answers]

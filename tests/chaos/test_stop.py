@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from uuid import UUID
 
@@ -17,7 +17,7 @@ from tests.chaos.harness import Engine, ServerProcess, body, history, reaches, u
 from tests.drivers.proxy import EngineProxy, Gate
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
-Serve = Callable[..., ServerProcess]
+Serve = Callable[..., Awaitable[ServerProcess]]
 
 
 async def leases(dsn: str) -> int:
@@ -34,7 +34,7 @@ async def test_sigterm_finishes_requests_hands_leases_back_and_fails_nothing(
     proxy = EngineProxy(docker_host)
     await proxy.up()
     proxy.gates["create"] = Gate()
-    server = serve(
+    server = await serve(
         "all", "first", host=proxy.address, worker="lease_seconds = 600", server="timeout_graceful_shutdown = 2"
     )
     async with server.client() as client:
@@ -49,7 +49,7 @@ async def test_sigterm_finishes_requests_hands_leases_back_and_fails_nothing(
     assert await asyncio.to_thread(server.wait) == 0
     assert await leases(dsn) == 0, "with a lease of ten minutes, nobody else could go on before long"
     await proxy.close()
-    heir = serve("all", "second")
+    heir = await serve("all", "second")
     async with heir.client() as client:
         await reaches(client, sandbox, "Running")
         assert not {"sandbox.failed", "sandbox.reconcile_failed"} & set(await history(client, sandbox))
@@ -60,7 +60,7 @@ async def test_a_second_sigterm_is_immediate(serve: Serve, docker_host: str, ima
     proxy = EngineProxy(docker_host)
     await proxy.up()
     proxy.gates["create"] = Gate()
-    server = serve("all", "stuck", host=proxy.address, server="timeout_graceful_shutdown = 600")
+    server = await serve("all", "stuck", host=proxy.address, server="timeout_graceful_shutdown = 600")
     async with server.client() as client:
         waiting = asyncio.create_task(client.post("/sandboxes", json=body(image), headers={"Prefer": "wait=60"}))
         await proxy.gates["create"].reached.wait()
@@ -85,7 +85,7 @@ async def test_the_embedded_postmaster_is_killed_under_a_live_server(
     config.write_text(text)
     server = ServerProcess(config)
     try:
-        server.start()
+        await asyncio.to_thread(server.start)
         async with server.client() as client:
             answer = await client.post("/sandboxes", json=body(image), headers={"Prefer": "wait=60"})
             sandbox = answer.json()["id"]
