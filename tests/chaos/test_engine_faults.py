@@ -121,10 +121,11 @@ async def test_an_engine_that_is_down_fails_nothing(
 
 
 async def test_a_container_removed_behind_our_back_is_lost_and_said_so(
-    serve: Serve, engine: Engine, image: str, installation: UUID
+    serve: Serve, proxy: LyingProxy, engine: Engine, image: str, installation: UUID
 ) -> None:
     """The counterpart: what is really gone is noticed, after a second look."""
-    server = await serve("all", "lost", worker=QUICK)
+    proxy.refusals = {"events": 500}  # no hint: else the dying container may be seen, exited, before it is gone
+    server = await serve("all", "lost", host=proxy.address, worker=QUICK)
     async with server.client() as client:
         (sandbox,) = await some(client, image, 1)
         await engine.clear(installation)
