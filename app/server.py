@@ -320,6 +320,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
         if listener is not None:
             http = _uvicorn(parts.settings, api_app(parts, worker, stop.asked))
             serving = tasks.create_task(http.serve([listener]), name="http")
+            listener.listen(parts.settings.server.backlog)  # the banner's curl line works from the moment it is read
             host, port = listener.getsockname()[:2]
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         await _banner(parts, address, say)
