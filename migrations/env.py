@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
+from app.database.installation import metadata as installation
 from app.log.refusals import metadata as refusals
 from app.log.tables import metadata as log
 from app.vault.tables import metadata as vault
@@ -23,7 +24,7 @@ def include_object(_object: object, name: str | None, kind: str, _reflected: boo
 
 context.configure(
     connection=connection,
-    target_metadata=[log, refusals, views, work, vault],
+    target_metadata=[installation, log, refusals, views, work, vault],
     include_object=include_object,
     transactional_ddl=True,
 )

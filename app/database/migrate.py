@@ -1,7 +1,8 @@
 """Bring the schema to this version, as the owner, guarded so that two servers starting at once do it once.
 
 `alembic_version` decides; a database that is ahead (a newer server ran first in a rolling deploy) is left alone and
-used, because releases read what the next one writes.
+used, because releases read what the next one writes. Alembic's `op` is one for the process: two databases migrate in two
+processes, or one after the other.
 """
 
 from __future__ import annotations
@@ -79,13 +80,13 @@ async def migrate(dsn: str, *, apply: bool = True) -> Migration:
             # Held to the end of the transaction: the second server waits here, then finds nothing to do.
             await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
             return await connection.run_sync(lambda sync: _upgrade(sync, apply=apply))
-    except asyncpg.InsufficientPrivilegeError as error:
-        raise SettingsError(
-            f"the database user may not do this: {error}. Migrations need the database's owner with CREATEROLE, or a "
-            "role sandledger_app made beforehand and granted to that user"
-        ) from error
     except (OSError, exc.DBAPIError, asyncpg.PostgresError) as error:
         cause = getattr(error, "orig", None) or error
+        if getattr(cause, "sqlstate", None) == asyncpg.InsufficientPrivilegeError.sqlstate:
+            raise SettingsError(
+                f"the database user may not do this: {cause}. Migrations need the database's owner with CREATEROLE, or "
+                "a role sandledger_app made beforehand and granted to that user"
+            ) from error
         raise StoreUnavailable(f"PostgreSQL did not migrate: {cause}") from error
     finally:
         await engine.dispose()

@@ -21,7 +21,15 @@ BEGIN
     END IF;
 EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
 END $$;
-GRANT sandledger_app TO CURRENT_USER;
+DO $$
+BEGIN
+    GRANT sandledger_app TO CURRENT_USER;
+EXCEPTION
+    WHEN duplicate_object OR unique_violation THEN NULL;
+    WHEN insufficient_privilege THEN
+        -- Made and granted beforehand, by somebody who may.
+        IF NOT pg_has_role(CURRENT_USER, 'sandledger_app', 'MEMBER') THEN RAISE; END IF;
+END $$;
 DO $$
 BEGIN
     EXECUTE format('GRANT CONNECT ON DATABASE %I TO sandledger_app', current_database());
@@ -268,6 +276,41 @@ CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON refusals
 GRANT SELECT, INSERT ON refusals TO sandledger_app;
 """
 
+# For whoever reads the tables with tools of their own.
+COMMENTS = """
+COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';
+COMMENT ON COLUMN events.stream_id IS 'The sandbox.';
+COMMENT ON COLUMN events.version IS '1..n within the stream.';
+COMMENT ON COLUMN events.type IS 'Stable wire name, e.g. sandbox.requested.';
+COMMENT ON COLUMN events.schema IS 'Schema number of data.';
+COMMENT ON COLUMN events.data IS 'What happened. Never a secret.';
+COMMENT ON COLUMN events.meta IS 'actor, request_id, cause, client, app_version.';
+COMMENT ON COLUMN refusals.command IS 'Method and route, e.g. POST /sandboxes/{id}/pause.';
+COMMENT ON COLUMN refusals.meta IS 'As on events.';
+COMMENT ON COLUMN sandboxes.version IS 'Version of the last event; the append''s guard.';
+COMMENT ON COLUMN sandboxes.phase IS 'Public state, derived.';
+COMMENT ON COLUMN sandboxes.spec IS 'As accepted; env is names with keyed digests.';
+COMMENT ON COLUMN sandboxes.runtime IS 'The engine''s object: id, name, image_digest, started_at, exit.';
+COMMENT ON COLUMN sandboxes.changed_at IS 'When the phase last changed.';
+COMMENT ON COLUMN sandboxes.ended_at IS 'Since when clients get 404.';
+COMMENT ON COLUMN sandboxes.closed_at IS 'When nothing of it was left on the engine.';
+COMMENT ON COLUMN sandboxes.since_position IS 'No event of it lies below; lets history prune partitions.';
+COMMENT ON COLUMN expiry_jobs.next_run_time IS 'Deadline, or the end of a claim''s lease.';
+COMMENT ON COLUMN expiry_jobs.cause IS 'Position of the event that set the deadline.';
+COMMENT ON COLUMN reconcile_queue.generation IS 'Rises with every touch.';
+COMMENT ON COLUMN reconcile_queue.due_at IS 'Also the visibility timeout of a claim.';
+COMMENT ON COLUMN reconcile_queue.priority IS '0 user, 1 background.';
+COMMENT ON COLUMN reconcile_queue.attempts IS 'Counted failures in a row.';
+COMMENT ON COLUMN reconcile_queue.lease_owner IS 'One value a claim.';
+COMMENT ON COLUMN reconcile_queue.cause IS 'Position of the event that asked for attention.';
+COMMENT ON COLUMN reconcile_queue.missing_since IS 'Since when the engine says there is none.';
+COMMENT ON COLUMN sandbox_secrets.key_id IS 'Which master key wraps the data key.';
+COMMENT ON COLUMN sandbox_secrets.wrapped_key IS 'The sandbox''s own data key, wrapped.';
+COMMENT ON COLUMN sandbox_secrets.sealed IS 'AES-256-GCM of the values, under the data key.';
+COMMENT ON COLUMN installation.id IS 'Label of every object of ours on an engine.';
+COMMENT ON COLUMN installation.master_key_id IS 'Digest of the master key that seals here.';
+"""
+
 
 def upgrade() -> None:
     """Make everything, in the one transaction that `sandledger migrate` opened."""
@@ -282,6 +325,7 @@ def upgrade() -> None:
         WORK,
         VAULT,
         REFUSALS,
+        COMMENTS,
         "GRANT SELECT ON alembic_version TO sandledger_app;",
     ):
         run_script(block)

@@ -1,0 +1,319 @@
+"""Migrations: once, by whoever comes first, as whoever may; and what they make is what the code believes."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, MetaData
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from app.database import installation
+from app.database.embedded import EmbeddedPostgres
+from app.database.engine import Database, async_url
+from app.database.migrate import Migration, migrate
+from app.errors import SettingsError, StoreUnavailable
+from app.log import refusals
+from app.log import tables as log
+from app.log.signal import Signal
+from app.log.store import EventLog
+from app.service import Service
+from app.vault import tables as vault
+from app.views import tables as views
+from app.work import tables as work
+from tests.conftest import ROOT, on_database
+from tests.support.drift import assert_no_drift
+from tests.support.sql import connected, partitions
+from tests.support.stream import META as ACTOR
+from tests.support.stream import requested
+
+HEAD = "0001"
+METADATA: list[MetaData] = [
+    log.metadata,
+    refusals.metadata,
+    views.metadata,
+    work.metadata,
+    vault.metadata,
+    installation.metadata,
+]
+
+
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "migrations" / "versions" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FOUNDATION = _script("0001_foundation")
+MakeEmpty = Callable[..., Awaitable[str]]
+MakeLogin = Callable[..., Awaitable[str]]
+Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
+
+
+async def works(dsn: str) -> None:
+    """A sandbox can be created there."""
+    database = Database(dsn)
+    service = Service(database, Signal(database))
+    made = await service.create(uuid4(), requested(), None, ACTOR)
+    assert (await service.log.read_after(0))[0][0].position == made.position
+    assert await EventLog(database).ensure_partitions() == 0
+    await database.close()
+    assert await assert_no_drift(dsn) == 1
+
+
+async def test_the_second_run_finds_nothing_to_do(make_empty: MakeEmpty):
+    dsn = await make_empty()
+    assert await migrate(dsn, apply=False) == Migration(None, None, HEAD, known=True)
+    assert await migrate(dsn) == Migration(None, HEAD, HEAD, known=True)
+    assert await migrate(dsn) == Migration(HEAD, HEAD, HEAD, known=True)
+    await works(dsn)
+
+
+async def test_four_at_once_do_it_once(make_empty: MakeEmpty):
+    dsn = await make_empty()
+    runs = await asyncio.gather(*(migrate(dsn) for _ in range(4)))
+    assert sorted(run.before or "" for run in runs) == ["", HEAD, HEAD, HEAD]
+    assert {run.after for run in runs} == {HEAD}
+    async with connected(dsn, owner=True) as owner:
+        assert await owner.fetchval("SELECT count(*) FROM installation") == 1
+        assert len(await partitions(owner)) == 3
+
+
+@pytest.fixture
+async def pristine() -> AsyncIterator[str]:
+    """A cluster that has never seen us."""
+    home = Path(tempfile.mkdtemp(prefix="sandledger-test-"))
+    home.chmod(0o711)
+    cluster = await asyncio.to_thread(EmbeddedPostgres.start, home)
+    yield cluster.dsn
+    await asyncio.to_thread(cluster.stop)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+
+
+@pytest.mark.parametrize(
+    ("before", "contended"),
+    [
+        ("SELECT", "CREATE ROLE sandledger_app NOLOGIN"),
+        ("CREATE ROLE sandledger_app NOLOGIN", "GRANT sandledger_app TO postgres"),
+    ],
+    ids=["role", "membership"],
+)
+async def test_databases_of_a_new_cluster_may_all_migrate_at_once(
+    pristine: str, until: Until, before: str, contended: str
+):
+    """The application's role is the cluster's: each makes it and is granted it, and all but one come second."""
+    async with AsyncExitStack() as stack:
+        superuser = await stack.enter_async_context(connected(pristine, owner=True))
+        others: list[Any] = []
+        for number in range(4):
+            await superuser.execute(f"CREATE DATABASE d{number}")
+            others.append(await stack.enter_async_context(connected(on_database(pristine, f"d{number}"), owner=True)))
+        watcher = await stack.enter_async_context(connected(pristine, owner=True))
+
+        async def all_wait() -> bool:
+            return await watcher.fetchval(WAITING) == len(others)
+
+        await superuser.execute(before)
+        await superuser.execute(f"BEGIN; {contended}")
+        runs = [asyncio.create_task(other.execute(FOUNDATION.ROLE)) for other in others]
+        await until(all_wait)
+        await superuser.execute("ROLLBACK")
+        await asyncio.gather(*runs)
+        assert await watcher.fetchval("SELECT pg_has_role('postgres', 'sandledger_app', 'MEMBER')")
+
+
+async def test_a_database_of_a_newer_version_is_left_alone_and_used(make_empty: MakeEmpty):
+    dsn = await make_empty()
+    await migrate(dsn)
+    async with connected(dsn, owner=True) as owner:
+        await owner.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert await migrate(dsn) == Migration("9999", "9999", HEAD, known=False)
+    await works(dsn)
+
+
+async def test_a_migration_that_fails_midway_leaves_nothing(make_empty: MakeEmpty):
+    dsn = await make_empty()
+    async with connected(dsn, owner=True) as owner:
+        await owner.execute("CREATE TABLE refusals (stranger int)")
+        with pytest.raises(StoreUnavailable, match="refusals"):
+            await migrate(dsn)
+        tables = await owner.fetch("SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace")
+        assert [row[0] for row in tables] == ["refusals"]
+        await owner.execute("DROP TABLE refusals")
+    assert (await migrate(dsn)).after == HEAD
+
+
+# As whom
+
+
+async def test_an_owner_that_may_create_roles_needs_nothing_else(
+    make_login: MakeLogin, make_empty: MakeEmpty, postgres: EmbeddedPostgres
+):
+    login = await make_login("CREATEROLE")
+    dsn = await make_empty(login)
+    async with connected(postgres.dsn, owner=True) as superuser:
+        # As if this login had made the role, which is there already in this cluster.
+        await superuser.execute(f"GRANT sandledger_app TO {login} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE")
+    assert (await migrate(dsn)).after == HEAD
+    await works(dsn)
+
+
+async def test_a_plain_owner_does_with_the_role_made_and_granted_beforehand(
+    make_login: MakeLogin, make_empty: MakeEmpty, postgres: EmbeddedPostgres
+):
+    login = await make_login()
+    dsn = await make_empty(login)
+    async with connected(postgres.dsn, owner=True) as superuser:
+        await superuser.execute(f"GRANT sandledger_app TO {login}")
+    assert (await migrate(dsn)).after == HEAD
+    await works(dsn)
+
+
+async def test_an_owner_without_the_role_is_told_what_to_do(make_login: MakeLogin, make_empty: MakeEmpty):
+    dsn = await make_empty(await make_login())
+    with pytest.raises(SettingsError, match="sandledger_app made beforehand and granted"):
+        await migrate(dsn)
+
+
+async def test_somebody_who_may_create_nothing_is_told_what_to_do(
+    make_login: MakeLogin, make_empty: MakeEmpty, postgres: EmbeddedPostgres
+):
+    login = await make_login()
+    dsn = (await make_empty()).replace("postgres@", f"{login}@")
+    with pytest.raises(SettingsError, match="may not do this"):
+        await migrate(dsn)
+
+
+async def test_nobody_there_is_unavailability(postgres: EmbeddedPostgres):
+    with pytest.raises(StoreUnavailable):
+        await migrate("postgresql://postgres@127.0.0.1:1/x")
+    with pytest.raises(StoreUnavailable, match='"gone" does not exist'):
+        await migrate(on_database(postgres.dsn, "gone"))
+
+
+# What it makes
+
+
+def _ours(_object: object, name: str | None, kind: str, _reflected: bool, _compare: object) -> bool:
+    """Partitions come and go; indexes, unique or not, are written by hand; two tables are the database's own affair."""
+    return kind not in ("index", "unique_constraint") and not (
+        kind == "table" and name is not None and (name.startswith("events_p") or name == "phase_transitions")
+    )
+
+
+def _differences(connection: Connection) -> list[object]:
+    context = MigrationContext.configure(
+        connection, opts={"target_metadata": METADATA, "compare_type": True, "include_object": _ours}
+    )
+    return [found for found in compare_metadata(context, METADATA) if found[0] != "remove_table_comment"]
+
+
+async def test_what_the_code_believes_is_what_the_migrations_made(dsn: str):
+    engine = create_async_engine(async_url(dsn))
+    async with engine.connect() as connection:
+        assert await connection.run_sync(_differences) == []
+    await engine.dispose()
+
+
+COLUMNS = """
+SELECT column_name, is_nullable = 'YES', udt_name FROM information_schema.columns
+ WHERE table_schema = 'public' AND table_name = $1 ORDER BY ordinal_position
+"""
+TYPES = {
+    "UUID": "uuid",
+    "TEXT": "text",
+    "BIGINT": "int8",
+    "INTEGER": "int4",
+    "SMALLINT": "int2",
+    "BOOLEAN": "bool",
+    "JSONB": "jsonb",
+    "BYTEA": "bytea",
+    "TIMESTAMP WITH TIME ZONE": "timestamptz",
+}
+
+
+async def test_column_by_column(dsn: str):
+    tables = [table for metadata in METADATA for table in metadata.sorted_tables]
+    assert len(tables) == 7
+    async with connected(dsn, owner=True) as owner:
+        for table in tables:
+            dialect = Database(dsn).engine.dialect
+            believed = [(column.name, column.nullable, TYPES[column.type.compile(dialect)]) for column in table.columns]
+            made = [tuple(row) for row in await owner.fetch(COLUMNS, table.name)]
+            assert believed == made, table.name
+
+
+PRIVILEGES = {
+    "alembic_version": "SELECT",
+    "events": "SELECT",
+    "expiry_jobs": "DELETE INSERT SELECT UPDATE",
+    "installation": "SELECT",
+    "phase_transitions": "SELECT",
+    "reconcile_queue": "DELETE INSERT SELECT UPDATE",
+    "refusals": "INSERT SELECT",
+    "sandbox_secrets": "DELETE INSERT SELECT",
+    "sandboxes": "INSERT SELECT UPDATE",
+}
+
+
+async def test_the_application_may_do_exactly_this(dsn: str):
+    async with connected(dsn, owner=True) as owner:
+        rows = await owner.fetch(
+            "SELECT table_name, string_agg(privilege_type, ' ' ORDER BY privilege_type) "
+            "FROM information_schema.role_table_grants WHERE grantee = 'sandledger_app' GROUP BY 1"
+        )
+        assert {row[0]: row[1] for row in rows} == PRIVILEGES
+        columns = await owner.fetch(
+            "SELECT table_name, column_name, privilege_type FROM information_schema.column_privileges "
+            "WHERE grantee = 'sandledger_app' AND table_name IN ('events', 'installation') AND privilege_type <> 'SELECT'"
+        )
+        by_table: dict[str, set[tuple[str, str]]] = {}
+        for table, column, privilege in columns:
+            by_table.setdefault(table, set()).add((privilege, column))
+        assert by_table["installation"] == {("UPDATE", "master_key_id")}
+        assert by_table["events"] == {
+            ("INSERT", column.name) for column in log.events.columns if column.name != "position"
+        }
+        assert not await owner.fetch(
+            "SELECT FROM information_schema.role_table_grants WHERE grantee = 'PUBLIC' AND table_schema = 'public'"
+        )
+        role = await owner.fetchrow(
+            "SELECT rolcanlogin, rolsuper, rolcreatedb, rolcreaterole, rolbypassrls FROM pg_roles "
+            "WHERE rolname = 'sandledger_app'"
+        )
+        assert set(role) == {False}
+
+
+async def test_an_outsider_reads_nothing(dsn: str, make_login: MakeLogin):
+    outsider = dsn.replace("postgres@", f"{await make_login()}@")
+    async with connected(dsn, owner=True) as owner:
+        tables = [row[0] for row in await owner.fetch(
+            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')"
+        )]  # fmt: skip
+    connection = await asyncpg.connect(outsider)
+    try:
+        for table in tables:
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(f"SELECT FROM {table}")
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute("SELECT log_ensure_partitions()")
+    finally:
+        await connection.close()
