@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 
 import aiodocker
 import asyncpg
+import msgspec
 from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
@@ -132,7 +133,9 @@ async def engine(home: Path, dsn: str, docker_host: str) -> None:
 
         async def bare() -> str:
             work = Workload(uuid4(), "bench", image, ("sleep", "3600"), {}, Limits(500_000_000, 64 * 1024 * 1024))
-            made = await docker.containers.create(container_config(work, options), name=f"bench-{work.sandbox_id}")
+            made = await docker.containers.create(
+                msgspec.to_builtins(container_config(work, options)), name=f"bench-{work.sandbox_id}"
+            )
             await made.start()
             return made.id
 
@@ -381,4 +384,5 @@ async def main() -> None:
     )
 
 
-asyncio.run(main())
+if __name__ == "__main__":
+    asyncio.run(main())
