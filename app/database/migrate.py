@@ -1,8 +1,8 @@
 """Bring the schema to this version, as the owner, guarded so that two servers starting at once do it once.
 
 `alembic_version` decides; a database that is ahead (a newer server ran first in a rolling deploy) is left alone and
-used, because releases read what the next one writes. Alembic's `op` is one for the process: two databases migrate in two
-processes, or one after the other.
+used, because releases read what the next one writes. Alembic's `op` is one for the process: two databases migrate in
+two processes, or one after the other.
 """
 
 from __future__ import annotations
