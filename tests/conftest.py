@@ -12,8 +12,8 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from app.database.embedded import EmbeddedPostgres
 
+from app.database.embedded import EmbeddedPostgres
 from app.database.engine import Database
 from app.database.migrate import migrate
 from app.log.signal import Signal
