@@ -4,7 +4,7 @@
 `Idempotency-Key` made. `execute` loads the head row with the database's clock, lets the core decide, checks the
 declared transitions, and appends behind the version guard. A conflict means that somebody else's event came first: it
 is loaded and decided again, at most three times with jitter. Two callers want no second chance: a client with
-`If-Match`, and a reconciler whose facts are about the version it looked at (`at_version`); both get the conflict.
+`If-Match`, and a reconciler whose facts are about the state it looked at (`record`); both get the conflict.
 """
 
 from __future__ import annotations
@@ -154,6 +154,20 @@ class Service:
         raise Conflict(
             "SANDLEDGER::CONCURRENT_CHANGE", "The sandbox is being changed by too many callers at once; try again."
         )
+
+    async def record(self, box: Sandbox, fact: cmd.Fact, meta: ev.Meta) -> Outcome:
+        """Append a fact that was found out about exactly this state. No load: the guard is the comparison.
+
+        Raises:
+            StaleVersion: the stream is not at the version of `box` any more.
+        """
+        events = decide(box, fact, _UNSET)
+        if not events:
+            return Outcome(box)
+        outcome = await self._append(box, events, meta, _UNSET, touch=False)
+        if outcome is None:
+            raise StaleVersion(f"sandbox {box.id} is not at version {box.version} any more")
+        return outcome
 
     async def _append(
         self, before: Sandbox, events: Sequence[ev.Event], meta: ev.Meta, now: datetime, *, touch: bool

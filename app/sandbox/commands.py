@@ -76,16 +76,7 @@ class RecordRetry(Struct, frozen=True):
     attempt: int
 
 
-Command: TypeAlias = (
-    Renew
-    | PatchMetadata
-    | Pause
-    | Resume
-    | Terminate
-    | Expire
-    | RecordSeen
-    | RecordLost
-    | RecordRemoved
-    | RecordFailure
-    | RecordRetry
-)
+Fact: TypeAlias = RecordSeen | RecordLost | RecordRemoved | RecordFailure | RecordRetry
+"""What a reconciler reports. Decided on the state alone, whatever the time."""
+
+Command: TypeAlias = Renew | PatchMetadata | Pause | Resume | Terminate | Expire | Fact

@@ -40,6 +40,7 @@ from sqlalchemy import (
     Integer,
     Interval,
     Uuid,
+    any_,
     bindparam,
     delete,
     func,
@@ -83,7 +84,8 @@ def _claim() -> Statement:
     )
     return Statement(
         update(expiry_jobs)
-        .where(_J.sandbox_id == due.c.sandbox_id)
+        # As an array, so that the rows are fetched by key however many others there are.
+        .where(_J.sandbox_id == any_(func.array(select(due.c.sandbox_id).scalar_subquery())))
         .values(next_run_time=_NOW + bindparam("lease", type_=Double) * _SECOND, attempts=_J.attempts + 1)
         .returning(*_COLUMNS)
     )

@@ -66,6 +66,7 @@ from app.work.tables import reconcile_queue
 USER, BACKGROUND = 0, 1
 _WINDOW = 400
 """Rows among which a round ranks, a lane."""
+_SPARE = 100
 _Q = reconcile_queue.c
 
 
@@ -132,6 +133,7 @@ def _later(now: ColumnElement[datetime], seconds: str) -> Any:
 
 def _claim() -> Statement:
     now = _clock()
+    slots = bindparam("slots", type_=Integer)
     due = union_all(
         *(
             select(_Q.sandbox_id, _Q.tenant, _Q.priority, _Q.due_at)
@@ -152,12 +154,15 @@ def _claim() -> Statement:
         .cte("fair")
     )
     kept = (fair.c.priority == BACKGROUND) & (fair.c.place <= bindparam("background", type_=Integer))
+    order = func.row_number().over(order_by=(case((kept, 0), else_=1), fair.c.priority, fair.c.place))
+    # Some more than slots, for those that others have locked; so few that they are fetched one by one.
+    first = select(fair.c.sandbox_id, order.label("order")).order_by("order").limit(_SPARE + slots).cte("first")
     picked = (
         select(_Q.sandbox_id)
-        .join(fair, fair.c.sandbox_id == _Q.sandbox_id)
+        .join(first, first.c.sandbox_id == _Q.sandbox_id)
         .where(_Q.due_at <= now)
-        .order_by(case((kept, 0), else_=1), fair.c.priority, fair.c.place)
-        .limit(bindparam("slots", type_=Integer))
+        .order_by(first.c.order)
+        .limit(slots)
         .with_for_update(of=reconcile_queue, skip_locked=True)
         .cte("picked")
     )

@@ -200,9 +200,9 @@ class Reconciler:
             actor = self._actors.runtime
         return await self._record(held, box, cmd.RecordSeen(seen, found_by), actor)
 
-    async def _record(self, held: Held, box: Sandbox, fact: cmd.Command, actor: ev.Actor) -> Sandbox:
+    async def _record(self, held: Held, box: Sandbox, fact: cmd.Fact, actor: ev.Actor) -> Sandbox:
         meta = ev.Meta(actor, self._actors.app_version, cause=held.claim.cause)
-        return (await self._service.execute(box.id, fact, meta, at_version=box.version)).sandbox
+        return (await self._service.record(box, fact, meta)).sandbox
 
     async def _judge(self, held: Held, box: Sandbox, step: Step, error: Exception) -> Sandbox | None:
         """The sandbox to go on with, or None when the claim was deferred."""

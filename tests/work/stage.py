@@ -1,0 +1,248 @@
+"""A stage for the workers: real PostgreSQL, a fake engine, and hands that turn single claims."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import msgspec
+
+from app.database.engine import Database
+from app.log.signal import Signal
+from app.runtime.driver import Driver
+from app.runtime.fake import FakeContainer, FakeDriver, FakeEngine, Hook
+from app.sandbox import commands as cmd
+from app.sandbox import events as ev
+from app.sandbox.observed import Exit
+from app.sandbox.spec import SandboxSpec
+from app.sandbox.state import Phase, Sandbox
+from app.service import Outcome, Service
+from app.vault.seal import Sealer, Secrets
+from app.work.leases import Held
+from app.work.policy import WorkPolicy
+from app.work.queue import Claim
+from app.work.worker import Worker
+
+CLIENT = ev.Meta(ev.Actor(ev.ActorKind.API_KEY, "k1", "default"), "test")
+QUICK = WorkPolicy(
+    probe=0.02, poll=0.05, backoff_base=0.02, backoff_max=0.1, removal_retry_max=0.1, breaker_base=0.02, breaker_max=0.1,
+    missing_grace=0.1, hint_window=0.01, resync_every=3600, expiry_lease=2,
+)  # fmt: skip
+"""Small times, so that conditions are reached soon; no test depends on how soon. No sweep after the first."""
+
+
+class Gate:
+    """A hook that stops at one call until it is opened."""
+
+    def __init__(self, call: str) -> None:
+        self.call = call
+        self.reached = asyncio.Event()
+        self.open = asyncio.Event()
+
+    async def __call__(self, call: str) -> None:
+        if call == self.call:
+            self.reached.set()
+            await self.open.wait()
+
+
+class Raiser:
+    """A hook that raises at some calls while it is armed."""
+
+    def __init__(self, error: Callable[[], Exception], *calls: str) -> None:
+        self.error = error
+        self.calls = calls
+        self.armed = True
+        self.raised = 0
+
+    async def __call__(self, call: str) -> None:
+        if self.armed and call in self.calls:
+            self.raised += 1
+            raise self.error()
+
+
+class Stage:
+    def __init__(self, dsn: str, database: Database, service: Service, signal: Signal, sealer: Sealer) -> None:
+        self.dsn = dsn
+        self.database = database
+        self.service = service
+        self.signal = signal
+        self.sealer = sealer
+        self.engine = FakeEngine()
+        self.installation = uuid4()
+
+    def driver(self, before: Hook | None = None, after: Hook | None = None) -> FakeDriver:
+        return FakeDriver(self.engine, self.installation, before=before, after=after)
+
+    def worker(
+        self, driver: Driver | None = None, policy: WorkPolicy = QUICK, worker_id: str = "w1", **changes: Any
+    ) -> Worker:
+        return Worker(
+            database=self.database,
+            service=self.service,
+            signal=self.signal,
+            driver=driver or self.driver(),
+            sealer=self.sealer,
+            policy=msgspec.structs.replace(policy, **changes),
+            worker_id=worker_id,
+            name="test",
+        )
+
+    @asynccontextmanager
+    async def working(self, *workers: Worker) -> AsyncIterator[None]:
+        """Workers run inside the block."""
+        running = [asyncio.create_task(worker.run()) for worker in workers]
+        try:
+            yield
+        finally:
+            for worker in workers:
+                await worker.stop(10)
+            await asyncio.gather(*running)
+
+    async def turn(self, worker: Worker, slots: int = 100) -> list[Claim]:
+        """One round of claims, worked on one after the other, as the worker would."""
+        found = await worker.queue.claim(slots, lease=30, share=slots)
+        for claim in found.claims:
+            await self.run(worker, claim)
+        return list(found.claims)
+
+    async def run(self, worker: Worker, claim: Claim) -> None:
+        held = self.hold(worker, claim)
+        held.run = asyncio.create_task(worker.reconciler.run(held))
+        try:
+            await asyncio.wait([held.run])
+        finally:
+            worker.leases.drop(held)
+        if not held.run.cancelled():
+            held.run.result()
+
+    def hold(self, worker: Worker, claim: Claim) -> Held:
+        return worker.leases.hold(claim, asyncio.get_running_loop().time())
+
+    async def settle(self, worker: Worker) -> None:
+        """Turn until nothing is due."""
+        while await self.turn(worker):
+            pass
+
+    async def create(
+        self,
+        *,
+        image: str = "busybox",
+        tenant: str = "default",
+        timeout_s: int | None = None,
+        secrets: Secrets | None = None,
+        ends: Exit | None = None,
+        sandbox_id: UUID | None = None,
+        **spec: Any,
+    ) -> UUID:
+        sandbox_id = sandbox_id or uuid4()
+        if ends is not None:
+            self.engine.scripts[sandbox_id] = ends
+        asked = SandboxSpec(
+            image,
+            ("sleep", "60"),
+            timeout_s=timeout_s,
+            env=dict.fromkeys(secrets.env, "digest") if secrets else {},
+            registry_auth=bool(secrets and secrets.registry_password),
+            **spec,
+        )
+        sealed = None if secrets is None else self.sealer.seal(sandbox_id, secrets)
+        await self.service.create(sandbox_id, ev.Requested(tenant, "fake", asked, "f" * 64), sealed, CLIENT)
+        return sandbox_id
+
+    async def running(self, worker: Worker, **details: Any) -> UUID:
+        """A sandbox that has come to run."""
+        sandbox_id = await self.create(**details)
+        await self.settle(worker)
+        assert await self.phase(sandbox_id) is Phase.RUNNING
+        return sandbox_id
+
+    async def ask(self, sandbox_id: UUID, command: cmd.Command, **options: Any) -> Outcome:
+        return await self.service.execute(sandbox_id, command, CLIENT, **options)
+
+    async def box(self, sandbox_id: UUID) -> Sandbox:
+        loaded = await self.service.view.load(sandbox_id)
+        assert loaded is not None
+        return loaded[0]
+
+    async def phase(self, sandbox_id: UUID) -> Phase:
+        return (await self.box(sandbox_id)).phase
+
+    async def history(self, sandbox_id: UUID, tenant: str = "default") -> list[ev.Recorded]:
+        return await self.service.history(sandbox_id, tenant)
+
+    async def told(self, sandbox_id: UUID) -> list[str]:
+        """Names of its events, without `sandbox.`."""
+        return [ev.wire_name(fact.event).removeprefix("sandbox.") for fact in await self.history(sandbox_id)]
+
+    def container(self, sandbox_id: UUID) -> FakeContainer | None:
+        return self.engine.of(sandbox_id)
+
+    async def sql(self, query: str, *arguments: Any) -> list[Any]:
+        """As the owner, outside of the application."""
+        connection = await asyncpg.connect(self.dsn)
+        try:
+            return await connection.fetch(query, *arguments)
+        finally:
+            await connection.close()
+
+    async def cut_connections(self) -> None:
+        """Every connection of the application breaks."""
+        await self.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = 'sandledger' AND datname = current_database()"
+        )
+
+    @asynccontextmanager
+    async def locked(self, table: str) -> AsyncIterator[None]:
+        """Nobody reads or writes this table inside the block."""
+        connection = await asyncpg.connect(self.dsn)
+        try:
+            async with connection.transaction():
+                await connection.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+                yield
+        finally:
+            await connection.close()
+
+    async def blocked(self) -> None:
+        """Until somebody waits for a lock."""
+        async with asyncio.timeout(30):
+            while not await self.sql("SELECT 1 FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+
+    async def row(self, sandbox_id: UUID) -> Any:
+        """Its queue row, or None."""
+        rows = await self.sql("SELECT * FROM reconcile_queue WHERE sandbox_id = $1", sandbox_id)
+        return rows[0] if rows else None
+
+    async def make_due(self, sandbox_id: UUID) -> None:
+        """Let its wait be over."""
+        await self.sql("UPDATE reconcile_queue SET due_at = clock_timestamp() WHERE sandbox_id = $1", sandbox_id)
+
+    async def make_overdue(self, sandbox_id: UUID, seconds: float = 0) -> None:
+        """Let its lease be over, as if its holder had died."""
+        await self.sql(
+            "UPDATE reconcile_queue SET due_at = clock_timestamp(), lease_until = clock_timestamp() "
+            "- make_interval(secs => $2) WHERE sandbox_id = $1",
+            sandbox_id,
+            seconds,
+        )
+
+    def is_phase(self, phase: Phase, *sandboxes: UUID) -> Callable[[], Awaitable[bool]]:
+        """A condition to wait for."""
+
+        async def reached() -> bool:
+            return all([await self.phase(sandbox_id) is phase for sandbox_id in sandboxes])
+
+        return reached
+
+    def is_idle(self) -> Callable[[], Awaitable[bool]]:
+        """Nothing is queued."""
+
+        async def idle() -> bool:
+            return not await self.sql("SELECT 1 FROM reconcile_queue")
+
+        return idle

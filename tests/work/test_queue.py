@@ -1,0 +1,325 @@
+"""The reconcile queue: what a claim is, and that no wake-up is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from app.sandbox import commands as cmd
+from app.work.queue import BACKGROUND, CLAIM, USER, Claim, Failed, Queue
+from tests.work.stage import Stage
+
+
+@pytest.fixture
+def queue(stage: Stage) -> Queue:
+    return Queue(stage.database, "fake")
+
+
+async def claim_one(queue: Queue, lease: float = 30) -> Claim:
+    found = await queue.claim(1, lease=lease, share=10)
+    assert len(found.claims) == 1
+    return found.claims[0]
+
+
+async def is_claimable(queue: Queue) -> bool:
+    return bool((await queue.claim(100, lease=30, share=100)).claims)
+
+
+async def test_many_touches_are_one_row_of_the_latest_cause(stage: Stage):
+    sandbox_id = await stage.create()
+    first = await stage.row(sandbox_id)
+    assert (first["generation"], first["priority"], first["attempts"], first["lease_owner"]) == (1, USER, 0, None)
+    outcome = await stage.ask(sandbox_id, cmd.Terminate())
+    second = await stage.row(sandbox_id)
+    assert second["generation"] == 2
+    assert first["cause"] < second["cause"] == outcome.position
+
+
+async def test_what_does_not_ask_for_work_does_not_touch(stage: Stage):
+    sandbox_id = await stage.create()
+    await stage.ask(sandbox_id, cmd.PatchMetadata({"a": "b"}))
+    assert (await stage.row(sandbox_id))["generation"] == 1
+
+
+async def test_a_claim_is_nobody_elses_until_its_lease_ends(stage: Stage, queue: Queue):
+    sandbox_id = await stage.create()
+    mine = await claim_one(queue)
+    assert mine.sandbox_id == sandbox_id
+    assert not await is_claimable(queue)
+    await stage.make_overdue(sandbox_id)
+    theirs = await claim_one(queue)
+    assert theirs.owner != mine.owner
+
+    # The first holder wakes up: whatever it does has no effect.
+    assert await queue.extend([mine], 30) == {}
+    assert await queue.probe([mine]) == {}
+    assert not await queue.complete(mine)
+    assert not await queue.defer(mine, 0)
+    await queue.release(mine)
+    row = await stage.row(sandbox_id)
+    assert row["lease_owner"] == theirs.owner
+    assert await queue.complete(theirs)
+    assert await stage.row(sandbox_id) is None
+
+
+async def test_extending_moves_lease_and_due_time_together(stage: Stage, queue: Queue):
+    one, other = await stage.create(), await stage.create()
+    claims = (await queue.claim(10, lease=1, share=10)).claims
+    before = await stage.row(one)
+    beats = await queue.extend(claims, 1000)
+    assert beats.keys() == {one, other}
+    assert {beat.generation for beat in beats.values()} == {1}
+    after = await stage.row(one)
+    assert after["lease_until"] == after["due_at"] > before["due_at"]
+
+
+async def test_a_wish_during_a_claim_is_not_lost(stage: Stage, queue: Queue):
+    sandbox_id = await stage.create()
+    claim = await claim_one(queue)
+    await stage.ask(sandbox_id, cmd.Terminate())
+    assert not await is_claimable(queue), "the holder keeps its claim"
+    assert (await queue.probe([claim]))[sandbox_id].generation == 2, "and can learn of the wish"
+    assert not await queue.complete(claim)
+    again = await claim_one(queue)
+    assert (again.sandbox_id, again.generation) == (sandbox_id, 2)
+
+
+async def test_deleting_the_row_when_done_would_lose_it(stage: Stage, queue: Queue):
+    """The naive way, to show that the test above has something to find."""
+    sandbox_id = await stage.create()
+    claim = await claim_one(queue)
+    await stage.ask(sandbox_id, cmd.Terminate())
+    await stage.sql("DELETE FROM reconcile_queue WHERE sandbox_id = $1 AND lease_owner = $2", sandbox_id, claim.owner)
+    assert not await is_claimable(queue)
+    assert (await stage.box(sandbox_id)).closed_at is None, "a sandbox that nobody will ever remove"
+
+
+async def test_a_touch_that_commits_during_the_completion_is_not_lost(stage: Stage, queue: Queue):
+    """The delete waits for the touch's lock and must then see that the generation has risen."""
+    await stage.create()
+    claim = await claim_one(queue)
+    touching = await asyncpg.connect(stage.dsn)
+    try:
+        transaction = touching.transaction()
+        await transaction.start()
+        await touching.execute("UPDATE reconcile_queue SET generation = generation + 1")
+        completing = asyncio.create_task(queue.complete(claim))
+        await stage.blocked()
+        await transaction.commit()
+        assert not await completing
+    finally:
+        await touching.close()
+    assert (await claim_one(queue)).generation == 2
+
+
+async def test_a_hint_during_a_claim_leads_to_another_look(stage: Stage, queue: Queue):
+    sandbox_id = await stage.create()
+    claim = await claim_one(queue)
+    assert await queue.enqueue([sandbox_id]) == 1
+    assert not await is_claimable(queue)
+    assert not await queue.complete(claim)
+    assert (await claim_one(queue)).sandbox_id == sandbox_id
+
+
+async def test_a_hint_after_a_dead_holders_lease_is_not_lost_to_its_late_completion(stage: Stage, queue: Queue):
+    sandbox_id = await stage.create()
+    claim = await claim_one(queue)
+    await stage.make_overdue(sandbox_id, seconds=5)
+    await queue.enqueue([sandbox_id])
+    assert not await queue.complete(claim)
+    assert (await claim_one(queue)).sandbox_id == sandbox_id
+
+
+async def test_a_wish_ends_a_back_off_and_a_hint_does_not(stage: Stage, queue: Queue):
+    sandbox_id = await stage.create()
+    await queue.defer(await claim_one(queue), 1000, failed=Failed(3, "X", "why"))
+    await queue.enqueue([sandbox_id])
+    assert not await is_claimable(queue)
+    await stage.ask(sandbox_id, cmd.Terminate())
+    again = await claim_one(queue)
+    assert (again.attempts, again.first_failed_at, again.failing_for) == (0, None, 0)
+
+
+async def test_a_hint_during_a_failing_run_does_not_skip_the_back_off(stage: Stage, queue: Queue):
+    """A container that fails at its start makes events; they must not become the pace of the retries."""
+    sandbox_id = await stage.create()
+    claim = await claim_one(queue)
+    await queue.enqueue([sandbox_id])
+    await queue.defer(claim, 1000, failed=Failed(1, "X", "why"))
+    assert not await is_claimable(queue)
+    row = await stage.row(sandbox_id)
+    assert (row["attempts"], row["last_code"], row["last_error"], row["lease_owner"]) == (1, "X", "why", None)
+
+
+async def test_a_wish_during_a_failing_run_is_due_at_once_and_begins_anew(stage: Stage, queue: Queue):
+    sandbox_id = await stage.create()
+    claim = await claim_one(queue)
+    await stage.ask(sandbox_id, cmd.Terminate())
+    await queue.defer(claim, 1000, failed=Failed(7, "X", "why"))
+    again = await claim_one(queue)
+    assert (again.attempts, again.generation) == (0, 2)
+
+
+async def test_a_wish_ends_a_wait_that_is_no_failure(stage: Stage, queue: Queue):
+    sandbox_id = await stage.create()
+    claim = await claim_one(queue)
+    await queue.defer(claim, 1000)
+    assert not await is_claimable(queue)
+    await queue.enqueue([sandbox_id])
+    assert await is_claimable(queue), "nothing has failed, so a hint is as good as a wish"
+
+
+async def test_failures_are_timed_from_the_first(stage: Stage, queue: Queue):
+    sandbox_id = await stage.create()
+    await queue.defer(await claim_one(queue), 0, failed=Failed(1, "X", "why"))
+    await stage.sql("UPDATE reconcile_queue SET first_failed_at = clock_timestamp() - interval '1 hour'")
+    claim = await claim_one(queue)
+    assert claim.failing_for >= 3600
+    await queue.defer(claim, 0, failed=Failed(1, "X", "not counted"))
+    assert (await claim_one(queue)).failing_for >= 3600
+    await stage.make_overdue(sandbox_id)
+    await queue.complete(await claim_one(queue))
+    await queue.enqueue([sandbox_id])
+    assert (await claim_one(queue)).failing_for == 0
+
+
+async def test_a_release_is_due_at_once_and_counts_nothing(stage: Stage, queue: Queue):
+    sandbox_id = await stage.create()
+    await queue.defer(await claim_one(queue), 0, failed=Failed(2, "X", "why"))
+    await queue.release(await claim_one(queue))
+    row = await stage.row(sandbox_id)
+    assert (row["attempts"], row["generation"], row["lease_owner"], row["lease_until"]) == (2, 1, None, None)
+    assert (await claim_one(queue)).attempts == 2
+
+
+async def test_only_open_sandboxes_of_the_driver_are_enqueued(stage: Stage, queue: Queue):
+    ended, open_ = await stage.running(stage.worker()), await stage.running(stage.worker())
+    await stage.ask(ended, cmd.Terminate())
+    await stage.settle(stage.worker())
+    assert (await stage.box(ended)).closed_at is not None
+    assert await queue.enqueue([ended, open_, uuid4()]) == 1
+    assert await Queue(stage.database, "other").enqueue([open_]) == 0
+    row = await stage.row(open_)
+    assert (row["priority"], row["cause"], row["tenant"]) == (BACKGROUND, None, "default")
+    await queue.enqueue([open_], USER)
+    assert (await stage.row(open_))["priority"] == USER
+    await queue.enqueue([open_], BACKGROUND)
+    assert (await stage.row(open_))["priority"] == USER
+
+
+async def test_tenants_take_turns_and_none_gets_more_than_its_share(stage: Stage, queue: Queue):
+    for _ in range(12):
+        await stage.create(tenant="greedy")
+    late = [await stage.create(tenant="modest") for _ in range(2)]
+    found = await queue.claim(8, lease=30, share=4)
+    tenants = Counter([(await stage.row(claim.sandbox_id))["tenant"] for claim in found.claims])
+    assert tenants == {"greedy": 4, "modest": 2}
+    assert found.due == 14
+    assert {claim.sandbox_id for claim in found.claims} >= set(late)
+    assert len((await queue.claim(3, lease=30, share=4)).claims) == 3, "a share is for one round"
+
+
+async def test_the_user_lane_goes_first_but_slots_can_be_kept(stage: Stage, queue: Queue):
+    worker = stage.worker()
+    background = [await stage.running(worker) for _ in range(3)]
+    await queue.enqueue(background)
+    users = [await stage.create() for _ in range(10)]
+
+    async def lanes(kept: int, slots: int = 8) -> Counter[bool]:
+        found = await queue.claim(slots, lease=30, share=100, background=kept)
+        for claim in found.claims:
+            await queue.release(claim)
+        return Counter(claim.sandbox_id in background for claim in found.claims)
+
+    assert await lanes(0) == {False: 8}
+    assert await lanes(1) == {False: 7, True: 1}
+    assert await lanes(1, slots=1) == {True: 1}
+    assert await lanes(0, slots=13) == {False: 10, True: 3}
+    for sandbox_id in users:
+        await stage.sql("DELETE FROM reconcile_queue WHERE sandbox_id = $1", sandbox_id)
+    assert await lanes(0) == {True: 3}, "an empty lane leaves its slots"
+
+
+async def test_claims_at_once_take_each_row_once_and_leave_none(stage: Stage, queue: Queue):
+    sandboxes = {await stage.create(tenant=f"t{number % 3}") for number in range(60)}
+    taken: list[Claim] = []
+
+    async def claimer() -> None:
+        while (found := await queue.claim(3, lease=300, share=2)).due:
+            taken.extend(found.claims)
+
+    await asyncio.gather(*[claimer() for _ in range(6)])
+    assert len(taken) == 60
+    assert {claim.sandbox_id for claim in taken} == sandboxes
+
+
+async def test_many_versions_many_holders_some_of_which_die(stage: Stage, queue: Queue):
+    """Whatever is wanted last has been read by a run that ended well, and no two runs overlap."""
+    sandboxes = [await stage.running(stage.worker()) for _ in range(4)]
+    handled: dict[UUID, int] = {}
+    working: set[UUID] = set()
+    writing = True
+
+    async def writer(sandbox_id: UUID) -> None:
+        for number in range(40):
+            await stage.ask(sandbox_id, cmd.PatchMetadata({"n": str(number)}))
+            await queue.enqueue([sandbox_id])
+
+    async def runner(number: int) -> None:
+        turns = 0
+        while writing or await stage.sql("SELECT 1 FROM reconcile_queue"):
+            for claim in (await queue.claim(1, lease=300, share=10)).claims:
+                turns += 1
+                assert claim.sandbox_id not in working, "overlap"
+                working.add(claim.sandbox_id)
+                seen = (await stage.box(claim.sandbox_id)).version
+                working.discard(claim.sandbox_id)
+                if (turns + number) % 5 == 0:  # dies
+                    await stage.make_overdue(claim.sandbox_id)
+                    continue
+                handled[claim.sandbox_id] = seen
+                await queue.complete(claim)
+            await asyncio.sleep(0)
+
+    runners = [asyncio.create_task(runner(number)) for number in range(3)]
+    await asyncio.gather(*[writer(sandbox_id) for sandbox_id in sandboxes])
+    writing = False
+    async with asyncio.timeout(60):
+        await asyncio.gather(*runners)
+    for sandbox_id in sandboxes:
+        assert handled[sandbox_id] == (await stage.box(sandbox_id)).version
+
+
+async def test_depth(stage: Stage, queue: Queue):
+    for _ in range(3):
+        await stage.create()
+    await claim_one(queue)
+    await queue.defer(await claim_one(queue), 1000)
+    depth = await queue.stats()
+    assert (depth.rows, depth.leased, depth.due) == (3, 1, 1)
+    assert depth.oldest_due_s > 0
+    assert (await Queue(stage.database, "other").stats()).rows == 0
+
+
+async def test_a_round_reads_what_is_due_and_not_the_queue(stage: Stage):
+    connection = await asyncpg.connect(stage.dsn)
+    try:
+        await connection.execute(
+            "INSERT INTO reconcile_queue (sandbox_id, tenant, driver, generation, due_at, priority)"
+            " SELECT gen_random_uuid(), 't', 'fake', 1, clock_timestamp() + make_interval(secs => n - 10), n % 2"
+            " FROM generate_series(1, 20000) n"
+        )
+        await connection.execute("ANALYZE reconcile_queue")
+        values = {"driver": "fake", "slots": 16, "share": 8, "background": 2, "lease": 30.0, "owner": uuid4()}
+        for mode in ("force_custom_plan", "force_generic_plan"):
+            await connection.execute(f"SET plan_cache_mode = {mode}")
+            rows = await connection.fetch("EXPLAIN " + CLAIM.sql, *CLAIM.arguments(values))
+            plan = "\n".join(row[0] for row in rows)
+            assert "Index Scan using reconcile_queue_due" in plan
+            assert "Seq Scan on reconcile_queue" not in plan
+    finally:
+        await connection.close()

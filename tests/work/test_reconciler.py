@@ -1,0 +1,393 @@
+"""Runs of single claims: from head to goal."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+import msgspec
+import pytest
+
+from app.runtime.driver import Exit, Limits, Power, RegistryAuth, Workload
+from app.runtime.fake import FakeDriver, name_of
+from app.sandbox import commands as cmd
+from app.sandbox import events as ev
+from app.sandbox.spec import Platform
+from app.sandbox.state import Phase, RuntimeState
+from app.service import StaleVersion
+from app.vault.seal import Sealer, Secrets
+from app.work.queue import Claim
+from tests.work.stage import CLIENT, Gate, Stage
+
+ALL_OF_A_LIFE = ["requested", "runtime_created", "started", "termination_requested", "runtime_removed", "terminated"]
+
+
+class Recorder(FakeDriver):
+    """Keeps what it was told to make."""
+
+    made: Workload
+
+    async def ensure(self, work: Workload):
+        self.made = work
+        return await super().ensure(work)
+
+
+async def claim(stage: Stage) -> Claim:
+    found = await stage.worker().queue.claim(1, lease=30, share=1)
+    return found.claims[0]
+
+
+async def test_a_create_that_goes_well_asks_the_engine_nothing_beyond_the_create(stage: Stage):
+    sandbox_id = await stage.create()
+    await stage.settle(stage.worker())
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+    assert stage.engine.calls == {"create": 1, "start": 1, "inspect": 1}
+    assert await stage.told(sandbox_id) == ["requested", "runtime_created", "started"]
+    assert await stage.row(sandbox_id) is None
+
+
+async def test_a_whole_life(stage: Stage):
+    worker = stage.worker()
+    sandbox_id = await stage.running(worker)
+    await stage.ask(sandbox_id, cmd.Terminate())
+    await stage.settle(worker)
+    assert await stage.told(sandbox_id) == ALL_OF_A_LIFE
+    assert stage.container(sandbox_id) is None
+
+
+async def test_pause_and_resume(stage: Stage):
+    worker = stage.worker()
+    sandbox_id = await stage.running(worker)
+    await stage.ask(sandbox_id, cmd.Pause())
+    await stage.settle(worker)
+    assert await stage.phase(sandbox_id) is Phase.PAUSED
+    await stage.ask(sandbox_id, cmd.Resume())
+    await stage.settle(worker)
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+    assert await stage.told(sandbox_id) == [
+        "requested", "runtime_created", "started", "pause_requested", "paused", "resume_requested", "resumed",
+    ]  # fmt: skip
+
+
+async def test_the_workload_is_the_spec_with_its_secrets(stage: Stage):
+    driver = Recorder(stage.engine, stage.installation)
+    sandbox_id = await stage.create(
+        secrets=Secrets({"TOKEN": "s3cret", "MODE": "fast"}, "me", "hunter2"),
+        resource_limits={"cpu": "500m", "memory": "64Mi"},
+        platform=Platform("linux", "amd64"),
+    )
+    await stage.settle(stage.worker(driver))
+    assert driver.made == Workload(
+        sandbox_id, "default", "busybox", ("sleep", "60"), {"TOKEN": "s3cret", "MODE": "fast"},
+        limits=Limits(500_000_000, 64 * 1024**2), platform="linux/amd64", auth=RegistryAuth("me", "hunter2"),
+    )  # fmt: skip
+
+
+async def test_secrets_that_are_gone_fail_the_sandbox(stage: Stage):
+    sandbox_id = await stage.create(secrets=Secrets({"A": "b"}))
+    await stage.sql("DELETE FROM sandbox_secrets")
+    await stage.settle(stage.worker())
+    failure = (await stage.box(sandbox_id)).failure
+    assert failure is not None
+    assert failure.reason == "SECRETS_UNAVAILABLE"
+    assert stage.engine.calls["create"] == 0
+
+
+async def test_secrets_that_are_gone_because_it_has_ended_are_no_failure(stage: Stage):
+    """The delete comes after the head was loaded, and erases what the run is about to read."""
+    sandbox_id = await stage.create(secrets=Secrets({"A": "b"}))
+    worker = stage.worker()
+    before = await stage.box(sandbox_id)
+    await stage.ask(sandbox_id, cmd.Terminate())
+    with pytest.raises(StaleVersion):  # what the run does next, on the head that it has
+        await stage.service.record(before, cmd.RecordFailure("SECRETS_UNAVAILABLE", ""), CLIENT)
+    await stage.settle(worker)
+    box = await stage.box(sandbox_id)
+    assert (box.failure, box.phase) == (None, Phase.TERMINATED)
+
+
+async def test_secrets_sealed_by_another_key_wait_for_the_right_worker(stage: Stage):
+    sandbox_id = await stage.create(secrets=Secrets({"A": "b"}))
+    right, stage.sealer = stage.sealer, Sealer(bytes(32))
+    await stage.turn(stage.worker())
+    assert (await stage.row(sandbox_id))["last_code"] == "SECRETS_SEALED"
+    assert await stage.phase(sandbox_id) is Phase.PENDING
+    stage.sealer = right
+    await stage.make_due(sandbox_id)
+    await stage.settle(stage.worker())
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+
+
+async def test_what_an_unreported_try_has_made_is_adopted(stage: Stage):
+    """The worker died after the engine had acted and before it could say so."""
+    sandbox_id = await stage.create()
+
+    async def die(call: str) -> None:
+        if call == "start":
+            raise asyncio.CancelledError
+
+    dying = stage.worker(stage.driver(after=die))
+    lost = await claim(stage)
+    await stage.run(dying, lost)
+    assert stage.container(sandbox_id) is not None
+    await stage.make_due(sandbox_id)
+    await stage.settle(stage.worker())
+    assert await stage.told(sandbox_id) == ["requested", "runtime_adopted", "started"]
+    assert len(stage.engine.containers) == 1
+    assert stage.engine.calls["start"] == 1
+
+
+async def test_a_rejected_image_fails_the_sandbox_and_leaves_nothing(stage: Stage):
+    sandbox_id = await stage.create(image="missing/one")
+    await stage.settle(stage.worker())
+    box = await stage.box(sandbox_id)
+    assert box.phase is Phase.FAILED
+    assert box.failure is not None
+    assert box.failure.reason == "IMAGE_NOT_FOUND"
+    assert "missing/one" in box.failure.message
+    assert box.observed is RuntimeState.REMOVED
+    assert await stage.told(sandbox_id) == ["requested", "failed", "runtime_removed"]
+    assert await stage.row(sandbox_id) is None
+
+
+async def test_a_strangers_container_of_that_name_is_left_alone(stage: Stage):
+    sandbox_id = await stage.create()
+    stage.engine.make(name_of(sandbox_id))
+    await stage.settle(stage.worker())
+    failure = (await stage.box(sandbox_id)).failure
+    assert failure is not None
+    assert failure.reason == "NAME_TAKEN"
+    assert stage.container(sandbox_id) is not None
+
+
+async def test_an_end_of_its_own_is_the_runtimes_doing(stage: Stage):
+    worker = stage.worker()
+    sandbox_id = await stage.running(worker)
+    stage.engine.exit(sandbox_id, 3, message="boom")
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    box = await stage.box(sandbox_id)
+    assert box.phase is Phase.FAILED
+    assert box.runtime is not None
+    assert (box.runtime.exit_code, box.runtime.exit_message) == (3, "boom")
+    last = (await stage.history(sandbox_id))[-1]
+    assert isinstance(last.event, ev.RuntimeExited)
+    assert last.meta.actor == ev.Actor(ev.ActorKind.RUNTIME, "fake", "fake")
+
+
+async def test_an_end_right_after_the_start_has_an_actor_of_its_own(stage: Stage):
+    sandbox_id = await stage.create(ends=Exit(0))
+    await stage.settle(stage.worker())
+    assert await stage.phase(sandbox_id) is Phase.TERMINATED
+    facts = await stage.history(sandbox_id)
+    assert [(ev.wire_name(fact.event), fact.meta.actor.kind.value) for fact in facts[1:]] == [
+        ("sandbox.runtime_created", "reconciler"),
+        ("sandbox.started", "reconciler"),
+        ("sandbox.runtime_exited", "runtime"),
+    ]
+    assert facts[1].meta.cause == facts[0].position
+
+
+async def test_a_pause_from_outside_is_recorded_and_undone(stage: Stage):
+    worker = stage.worker()
+    sandbox_id = await stage.running(worker)
+    stage.engine.set_power(name_of(sandbox_id), Power.PAUSED)
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    facts = (await stage.history(sandbox_id))[-2:]
+    assert [(type(fact.event), fact.meta.actor.kind.value) for fact in facts] == [
+        (ev.Paused, "runtime"),
+        (ev.Resumed, "reconciler"),
+    ]
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+
+
+async def test_what_ended_and_was_started_again_from_outside_is_removed(stage: Stage):
+    worker = stage.worker()
+    sandbox_id = await stage.running(worker)
+    stage.engine.exit(sandbox_id, 0)
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    stage.engine.set_power(name_of(sandbox_id), Power.RUNNING)
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    assert stage.container(sandbox_id) is None
+    assert await stage.phase(sandbox_id) is Phase.TERMINATED
+
+
+async def test_absence_is_believed_after_two_looks_apart(stage: Stage):
+    worker = stage.worker(missing_grace=1000)
+    sandbox_id = await stage.running(worker)
+    stage.engine.destroy(name_of(sandbox_id))
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+    row = await stage.row(sandbox_id)
+    assert row["missing_since"] is not None
+    assert row["due_at"] - row["missing_since"] >= timedelta(seconds=1000)
+
+    await worker.queue.enqueue([sandbox_id])  # news in between do not shorten it
+    await stage.settle(worker)
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+    assert (await stage.row(sandbox_id))["missing_since"] == row["missing_since"]
+
+    await stage.sql("UPDATE reconcile_queue SET missing_since = missing_since - interval '1001 s', due_at = now()")
+    await stage.settle(worker)
+    assert await stage.phase(sandbox_id) is Phase.FAILED
+    last = (await stage.history(sandbox_id))[-1]
+    assert isinstance(last.event, ev.RuntimeLost)
+    assert last.meta.actor.kind is ev.ActorKind.RUNTIME
+
+
+async def test_what_comes_back_in_between_was_never_missing(stage: Stage):
+    worker = stage.worker(missing_grace=1000)
+    sandbox_id = await stage.running(worker)
+    hidden = stage.engine.containers.pop(name_of(sandbox_id))
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    stage.engine.containers[hidden.name] = hidden
+    await stage.make_due(sandbox_id)
+    await stage.settle(worker)
+    assert await stage.row(sandbox_id) is None
+    assert await stage.told(sandbox_id) == ["requested", "runtime_created", "started"]
+
+
+async def test_silence_between_two_looks_proves_nothing(stage: Stage):
+    worker = stage.worker(missing_grace=1000)
+    sandbox_id = await stage.running(worker)
+    hidden = stage.engine.containers.pop(name_of(sandbox_id))
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    stage.engine.down = True
+    await stage.make_due(sandbox_id)
+    await stage.turn(worker)
+    assert (await stage.row(sandbox_id))["missing_since"] is None
+    stage.engine.down = False
+    stage.engine.containers[hidden.name] = hidden
+    await stage.make_due(sandbox_id)
+    await stage.settle(worker)
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+
+
+async def test_an_old_look_is_not_recorded(stage: Stage):
+    """The engine is asked, and while the answer is on its way the sandbox is paused by another worker."""
+    sandbox_id = await stage.running(stage.worker())
+    gate = Gate("inspect")
+    slow = stage.worker(stage.driver(after=gate), worker_id="slow")
+    await slow.queue.enqueue([sandbox_id])
+    looking = asyncio.create_task(stage.run(slow, await claim(stage)))
+    await gate.reached.wait()  # it has seen "running"
+    await stage.ask(sandbox_id, cmd.Pause())
+    await stage.make_overdue(sandbox_id)  # its lease is over without its knowing
+    await stage.settle(stage.worker(worker_id="other"))
+    assert await stage.phase(sandbox_id) is Phase.PAUSED
+    before = await stage.told(sandbox_id)
+    gate.open.set()
+    await looking
+    assert await stage.told(sandbox_id) == before
+    assert await stage.phase(sandbox_id) is Phase.PAUSED
+
+
+async def test_recording_an_old_look_would_tell_a_falsehood(stage: Stage):
+    """The naive way of the test above: the look is recorded whatever has happened since."""
+    worker = stage.worker()
+    sandbox_id = await stage.running(worker)
+    look = await stage.driver().observe(sandbox_id)
+    assert look is not None
+    await stage.ask(sandbox_id, cmd.Pause())
+    await stage.settle(worker)
+    await stage.service.execute(sandbox_id, cmd.RecordSeen(look, "observe"), CLIENT)
+    assert await stage.phase(sandbox_id) is Phase.PAUSING, "it is paused, and the log says it runs"
+    container = stage.container(sandbox_id)
+    assert container is not None
+    assert container.power is Power.PAUSED
+
+
+async def test_a_change_of_mind_during_a_run_starts_it_over(stage: Stage):
+    """A delete during the last call of the create: the facts of the create are refused, the object goes."""
+    sandbox_id = await stage.create()
+    gate = Gate("inspect")
+    worker = stage.worker(stage.driver(before=gate))
+    running = asyncio.create_task(stage.settle(worker))
+    await gate.reached.wait()
+    await stage.ask(sandbox_id, cmd.Terminate())
+    gate.open.set()
+    await running
+    assert await stage.told(sandbox_id) == ["requested", "termination_requested", "runtime_removed", "terminated"]
+    assert stage.container(sandbox_id) is None
+    causes = [fact.meta.cause for fact in await stage.history(sandbox_id)]
+    asked = (await stage.history(sandbox_id))[1].position
+    assert causes[2:] == [asked, asked]
+
+
+async def test_a_renewal_during_a_create_does_no_harm(stage: Stage):
+    sandbox_id = await stage.create(timeout_s=600)
+    gate = Gate("inspect")
+    running = asyncio.create_task(stage.settle(stage.worker(stage.driver(before=gate))))
+    await gate.reached.wait()
+    expires_at = (await stage.box(sandbox_id)).expires_at
+    assert expires_at is not None
+    await stage.ask(sandbox_id, cmd.Renew(expires_at + timedelta(seconds=60)))
+    gate.open.set()
+    await running
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+    assert len(stage.engine.containers) == 1
+    assert stage.engine.calls["start"] == 1
+
+
+async def test_a_run_of_a_closed_sandbox_takes_away_what_came_late(stage: Stage):
+    worker = stage.worker()
+    sandbox_id = await stage.running(worker)
+    late = stage.engine.containers[name_of(sandbox_id)]
+    await stage.ask(sandbox_id, cmd.Terminate())
+    stale = (await worker.queue.claim(1, lease=30, share=1)).claims[0]
+    await stage.make_overdue(sandbox_id)
+    await stage.settle(worker)
+    stage.engine.containers[late.name] = late
+    await stage.sql(
+        "INSERT INTO reconcile_queue (sandbox_id, tenant, driver, generation, due_at) VALUES ($1, 'default', 'fake', 1,"
+        " clock_timestamp())",
+        stale.sandbox_id,
+    )
+    await stage.settle(worker)
+    assert stage.container(sandbox_id) is None
+    assert await stage.told(sandbox_id) == ALL_OF_A_LIFE
+
+
+async def test_two_workers_make_one_container_each(stage: Stage, until):
+    workers = [stage.worker(worker_id=f"w{number}") for number in range(2)]
+    async with stage.working(*workers):
+        sandboxes = await asyncio.gather(*[stage.create(tenant=f"t{number % 3}") for number in range(40)])
+        await until(stage.is_phase(Phase.RUNNING, *sandboxes))
+        await until(stage.is_idle())
+    assert len(stage.engine.containers) == 40
+    assert stage.engine.calls["create"] == 40
+    actors = await stage.sql("SELECT DISTINCT meta->'actor'->>'id' AS id FROM events WHERE type = 'sandbox.started'")
+    assert {row["id"] for row in actors} <= {"w0", "w1"}
+
+
+async def test_two_runs_of_one_sandbox_make_one_container(stage: Stage):
+    """A stalled holder and its successor, create against create."""
+    sandbox_id = await stage.create()
+    gate = Gate("create")
+    stalled = asyncio.create_task(stage.run(stage.worker(stage.driver(before=gate)), await claim(stage)))
+    await gate.reached.wait()
+    await stage.make_overdue(sandbox_id)
+    await stage.settle(stage.worker(worker_id="other"))
+    gate.open.set()
+    await stalled
+    assert len(stage.engine.containers) == 1
+    assert stage.engine.calls["start"] == 1
+    assert await stage.told(sandbox_id) == ["requested", "runtime_created", "started"]
+
+
+async def test_a_driver_that_makes_no_progress_is_counted_not_followed_for_ever(stage: Stage):
+    class Idle(FakeDriver):
+        async def ensure(self, work: Workload):
+            seen = await super().ensure(work)
+            return msgspec.structs.replace(seen, power=Power.CREATED, started_at=None)
+
+    sandbox_id = await stage.create()
+    await stage.turn(stage.worker(Idle(stage.engine, stage.installation)))
+    row = await stage.row(sandbox_id)
+    assert (row["attempts"], row["last_code"]) == (1, "INTERNAL_ERROR")
