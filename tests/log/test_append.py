@@ -106,13 +106,11 @@ async def test_two_hundred_creates_of_one_key_are_one_sandbox(dsn: str, service:
         assert await connection.fetchval("SELECT generation FROM reconcile_queue") == 1
 
 
-@pytest.mark.parametrize("timeout_s", [100_000_000_001, 251_600_000_000, 252_000_000_000, 2**62])
-async def test_a_deadline_beyond_the_calendar_is_refused_before_it_is_stored(
-    dsn: str, service: Service, timeout_s: int
-):
+async def test_a_deadline_beyond_the_calendar_is_refused_before_it_is_stored(dsn: str, service: Service):
     before = await traces(dsn)
-    with pytest.raises(Invalid):
-        await service.create(uuid4(), requested(timeout_s=timeout_s), None, ACTOR)
+    for timeout_s in (100_000_000_001, 251_600_000_000, 252_000_000_000, 2**62):
+        with pytest.raises(Invalid):
+            await service.create(uuid4(), requested(timeout_s=timeout_s), None, ACTOR)
     assert await traces(dsn) == before
 
 

@@ -50,31 +50,31 @@ async def test_an_upsert_is_an_update(bare_dsn: str):
             )
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "CREATE TABLE public.mine (x int)",
-        "CREATE FUNCTION public.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
-        "DROP TABLE events",
-        "ALTER TABLE events DISABLE TRIGGER ALL",
-        "ALTER TABLE events DETACH PARTITION events_p000000",
-        "ALTER SEQUENCE events_position RESTART",
-        "SELECT setval('events_position', 1)",
-        "UPDATE phase_transitions SET to_phase = 'Running'",
-        "INSERT INTO phase_transitions VALUES ('Terminated', 'Running')",
-        "DELETE FROM sandboxes",
-        "TRUNCATE sandboxes",
-        "UPDATE sandbox_secrets SET key_id = 'x'",
-        "UPDATE installation SET id = gen_random_uuid()",
-        "DELETE FROM installation",
-        "UPDATE alembic_version SET version_num = '9999'",
-        "SET session_replication_role = replica",
-    ],
+BYPASSES = (
+    "CREATE TABLE public.mine (x int)",
+    "CREATE FUNCTION public.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    "DROP TABLE events",
+    "ALTER TABLE events DISABLE TRIGGER ALL",
+    "ALTER TABLE events DETACH PARTITION events_p000000",
+    "ALTER SEQUENCE events_position RESTART",
+    "SELECT setval('events_position', 1)",
+    "UPDATE phase_transitions SET to_phase = 'Running'",
+    "INSERT INTO phase_transitions VALUES ('Terminated', 'Running')",
+    "DELETE FROM sandboxes",
+    "TRUNCATE sandboxes",
+    "UPDATE sandbox_secrets SET key_id = 'x'",
+    "UPDATE installation SET id = gen_random_uuid()",
+    "DELETE FROM installation",
+    "UPDATE alembic_version SET version_num = '9999'",
+    "SET session_replication_role = replica",
 )
-async def test_the_application_cannot_step_around_it(bare_dsn: str, statement: str):
+
+
+async def test_the_application_cannot_step_around_it(bare_dsn: str):
     async with connected(bare_dsn) as app:
-        with pytest.raises(REFUSED):
-            await app.execute(statement)
+        for statement in BYPASSES:
+            with pytest.raises(REFUSED):
+                await app.execute(statement)
 
 
 async def test_the_application_writes_through_the_parent_only(bare_dsn: str):
@@ -125,11 +125,11 @@ async def test_a_copy_announces(bare_dsn: str, bare_log: EventLog):
         assert len((await bare_log.read_after(0))[0]) == 2
 
 
-@pytest.mark.parametrize("meta", ["{}", '{"actor": {}}', '{"app_version": "1"}', "[]"])
-async def test_no_event_without_an_actor_and_a_version(bare_dsn: str, meta: str):
+async def test_no_event_without_an_actor_and_a_version(bare_dsn: str):
     async with connected(bare_dsn, owner=True) as owner:
-        with pytest.raises(asyncpg.CheckViolationError):
-            await owner.execute(INSERT_EVENT.replace(META, meta), uuid4(), 1)
+        for meta in ("{}", '{"actor": {}}', '{"app_version": "1"}', "[]"):
+            with pytest.raises(asyncpg.CheckViolationError):
+                await owner.execute(INSERT_EVENT.replace(META, meta), uuid4(), 1)
 
 
 async def test_a_version_stands_once_in_a_stream(bare_dsn: str):

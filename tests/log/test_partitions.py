@@ -139,3 +139,15 @@ async def test_the_tail_is_an_index_scan_of_the_partitions_it_needs(bare_dsn: st
             assert {node["Node Type"] for node in scans} == {"Index Scan"}
             assert all(node["Index Name"].endswith("_pkey") for node in scans)
             assert [node["Relation Name"] for node in scans] == [f"events_p{part:06}" for part in needed], after
+
+
+async def test_a_long_stream_reads_in_pages(bare_dsn: str, bare_log: EventLog):
+    stream = uuid4()
+    async with connected(bare_dsn) as app:
+        await app.execute(
+            "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta) "
+            f"SELECT $1, 'default', n, 'sandbox.paused', 1, '{{}}', '{META}' FROM generate_series(1, 2500) n",
+            stream,
+        )
+    assert [event.version async for event in bare_log.whole_history(stream, "default")] == list(range(1, 2501))
+    assert [event async for event in bare_log.whole_history(stream, "other")] == []

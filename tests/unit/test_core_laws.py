@@ -23,7 +23,7 @@ from app.sandbox.observed import Exit, Look, Observed, Power
 from app.sandbox.plan import Absence, ConfirmMissing, Ensure, Lose, Observe, Remove, SetPower, Settled, plan
 from app.sandbox.state import Desired, RuntimeState, Sandbox, fold
 from tests.support.reachable import COMMANDS, walk
-from tests.support.stream import ID, Stream, requested, seen
+from tests.support.stream import BEGIN, ID, Stream, requested, seen
 
 MOST_STEPS = 4
 GRACE = timedelta(seconds=5)
@@ -178,6 +178,13 @@ def test_closed_is_final():
     for state in closed:
         for command in COMMANDS:
             assert answer(state, command) in ((), 404)
+
+
+def test_facts_are_decided_on_the_state_alone_whatever_the_time():
+    facts = [command for command in COMMANDS if type(command).__name__.startswith("Record")]
+    for state in walk()[0]:
+        for fact in facts:
+            assert decide(state.box, fact, state.now) == decide(state.box, fact, BEGIN - timedelta(days=9999))
 
 
 # Values: random names, texts, times and numbers, where the walk above had a few fixed ones.
