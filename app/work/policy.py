@@ -33,6 +33,8 @@ class WorkPolicy(Struct, frozen=True):
     missing_grace: float = 10
     """How long an engine has to say "none" before it is believed."""
     resync_every: float = 300
+    resync_tick: float = 10
+    """How often it is asked whether a sweep is due, or owed since one failed or the engine was away."""
     stranded_after: float = 30
     """Age at which a sandbox that wants work and has no queue row is called a bug."""
     orphan_grace: float = 120

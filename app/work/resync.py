@@ -1,8 +1,9 @@
 """Where the log and the engine are compared as wholes. It judges nothing about sandboxes: it only has them looked at.
 
-**Sweep.** At start and every `resync_every`: the inventory is read whole, then the open sandboxes, page by page. What
-differs goes to the queue, and a reconciler looks at it on its own: adopts, records, or confirms that it is missing. A
-listing is never a verdict; one that fails ends the sweep, one that is empty leads to looks that find everything.
+**Sweep.** At start, every `resync_every`, and soon after a sweep has failed or the engine was away: the inventory is
+read whole, then the open sandboxes, page by page. What differs goes to the queue, and a reconciler looks at it on its
+own: adopts, records, or confirms that it is missing. A listing is never a verdict; one that fails ends the sweep, one
+that is empty leads to looks that find everything.
 The order matters: objects are made after their sandbox, so what the inventory shows is in the pages or is an orphan.
 
 **Orphans.** An object of ours that belongs to no open sandbox, and whose id is still not open when the database is
@@ -23,6 +24,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
@@ -159,18 +162,34 @@ class Resync:
         self._signal = signal
         self._policy = policy
         self._passes = 0
+        self._due_at = 0.0
+        self._failing = False
         self._suspects: frozenset[tuple[UUID, str]] = frozenset()
 
-    async def run(self) -> None:
-        """One sweep as periodic work: trouble is logged, never raised."""
+    def owe(self) -> None:
+        """Events may have been missed: sweep at the next tick."""
+        self._due_at = 0.0
+
+    async def tick(self) -> None:
+        """Sweep if it is time. Trouble is logged, never raised, and leaves the sweep owed."""
+        if time.monotonic() < self._due_at:
+            return
+        pause = self._policy.resync_every * random.uniform(0.9, 1.1)  # noqa: S311 - jitter, not a secret
+        self._due_at = time.monotonic() + pause  # before the sweep: what is owed during it stays owed
         try:
             swept = await self.sweep()
         except (RuntimeFault, StoreUnavailable) as error:
-            _LOG.warning("no sweep of %s this time: %s", self._driver.name, error)
+            _LOG.log(
+                logging.DEBUG if self._failing else logging.WARNING, "no sweep of %s yet: %s", self._driver.name, error
+            )
         except Exception:  # noqa: BLE001 - the next one may work
             _LOG.exception("a sweep of %s failed", self._driver.name)
         else:
+            self._failing = False
             _LOG.info("swept %s: %s", self._driver.name, swept)
+            return
+        self._failing = True
+        self.owe()
 
     async def sweep(self) -> Swept:
         """Compare everything once.
@@ -290,6 +309,7 @@ class Resync:
                     news.set()
             except Exception as error:  # noqa: BLE001 - hints may fail in any way, the sweep makes up for it
                 _LOG.warning("hints of %s ended, following them again: %s", self._driver.name, type(error).__name__)
+            self.owe()
             await asyncio.sleep(_REOPEN_S)
 
     async def _flush(self, stirred: set[UUID], news: asyncio.Event) -> None:

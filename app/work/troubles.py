@@ -23,6 +23,7 @@ import asyncio
 import logging
 import random
 import traceback
+from collections.abc import Callable
 from uuid import UUID
 
 from msgspec import Struct
@@ -87,9 +88,11 @@ def _doubled(base: float, times: int, longest: float) -> float:
 class Breaker:
     """Closed, or open until some time; then one question to the engine decides."""
 
-    def __init__(self, driver: Driver, policy: WorkPolicy) -> None:
+    def __init__(self, driver: Driver, policy: WorkPolicy, recovered: Callable[[], None] = lambda: None) -> None:
+        """`recovered` is called when an engine that was away is there again."""
         self._driver = driver
         self._policy = policy
+        self._recovered = recovered
         self._failures = 0
         self._open_until = 0.0
         self._asking = asyncio.Lock()
@@ -141,4 +144,5 @@ class Breaker:
             return
         if self.open:
             _LOG.warning("engine %s is there again", self._driver.name)
-        self._failures = 0
+            self._failures = 0
+            self._recovered()

@@ -69,9 +69,9 @@ class Worker:
         worker = Actor(ActorKind.RECONCILER, worker_id, name or socket.gethostname())
         runtime = Actor(ActorKind.RUNTIME, driver.name, driver.name)
         self.queue = Queue(database, driver.name)
-        self.breaker = Breaker(driver, policy)
         self.leases = Leases(self.queue, service.view, policy)
         self.resync = Resync(database, driver, self.queue, signal, policy)
+        self.breaker = Breaker(driver, policy, recovered=self.resync.owe)
         self.reconciler = Reconciler(
             service=service,
             driver=driver,
@@ -113,8 +113,7 @@ class Worker:
                         await self._claim_until_stopped(news)
                 finally:
                     self._running = False
-                    await timers.stop(self._grace)
-                    await self._drain(self._grace)
+                    await asyncio.gather(timers.stop(self._grace), self._drain(self._grace))
                 for other in others:
                     other.cancel()
         finally:
@@ -131,7 +130,7 @@ class Worker:
         store = ExpiryJobStore(self._expiry, timers.bridge, timers.executor, policy.expiry_lease)
         timers.add_store("expiry", store)
         timers.every(_PARTITIONS_S, self._ensure_partitions)
-        timers.every(policy.resync_every, self.resync.run)
+        timers.every(policy.resync_tick, self.resync.tick)
         return timers
 
     async def _ensure_partitions(self) -> None:

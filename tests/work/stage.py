@@ -30,7 +30,7 @@ from app.work.worker import Worker
 CLIENT = ev.Meta(ev.Actor(ev.ActorKind.API_KEY, "k1", "default"), "test")
 QUICK = WorkPolicy(
     probe=0.02, poll=0.05, backoff_base=0.02, backoff_max=0.1, removal_retry_max=0.1, breaker_base=0.02, breaker_max=0.1,
-    missing_grace=0.1, hint_window=0.01, resync_every=3600, expiry_lease=2,
+    missing_grace=0.1, hint_window=0.01, resync_every=3600, resync_tick=0.05, expiry_lease=2,
 )  # fmt: skip
 """Small times, so that conditions are reached soon; no test depends on how soon. No sweep after the first."""
 
@@ -73,6 +73,7 @@ class Stage:
         self.sealer = sealer
         self.engine = FakeEngine()
         self.installation = uuid4()
+        self.driver_name = "fake"
 
     def driver(self, before: Hook | None = None, after: Hook | None = None) -> FakeDriver:
         return FakeDriver(self.engine, self.installation, before=before, after=after)
@@ -136,6 +137,7 @@ class Stage:
         secrets: Secrets | None = None,
         ends: Exit | None = None,
         sandbox_id: UUID | None = None,
+        entrypoint: tuple[str, ...] = ("sleep", "60"),
         **spec: Any,
     ) -> UUID:
         sandbox_id = sandbox_id or uuid4()
@@ -143,14 +145,14 @@ class Stage:
             self.engine.scripts[sandbox_id] = ends
         asked = SandboxSpec(
             image,
-            ("sleep", "60"),
+            entrypoint,
             timeout_s=timeout_s,
             env=dict.fromkeys(secrets.env, "digest") if secrets else {},
             registry_auth=bool(secrets and secrets.registry_password),
             **spec,
         )
         sealed = None if secrets is None else self.sealer.seal(sandbox_id, secrets)
-        await self.service.create(sandbox_id, ev.Requested(tenant, "fake", asked, "f" * 64), sealed, CLIENT)
+        await self.service.create(sandbox_id, ev.Requested(tenant, self.driver_name, asked, "f" * 64), sealed, CLIENT)
         return sandbox_id
 
     async def running(self, worker: Worker, **details: Any) -> UUID:
