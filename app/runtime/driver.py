@@ -108,8 +108,11 @@ class Driver(Protocol):
         """Everything bearing our installation label. Raises rather than ends early."""
         ...
 
-    def hints(self) -> AsyncIterator[UUID]:
-        """Ids that may have changed, for ever, reconnecting by itself. Lossy by contract; carries no truth."""
+    def hints(self) -> AsyncIterator[UUID | None]:
+        """Ids that may have changed, for ever, reconnecting by itself. Lossy by contract; carries no truth.
+
+        None = the stream broke and began anew (an engine that restarts forgets): look at everything.
+        """
         ...
 
     async def check(self) -> EngineInfo:

@@ -85,7 +85,8 @@ class FakeEngine:
     def start(self, name: str) -> None:
         """Run what was created."""
         container = self.containers[name]
-        self._change(container, power=Power.RUNNING, started_at=self._clock())
+        # No hint: as with the real driver, a start that a driver makes is known to whoever asked for it.
+        self.containers[name] = msgspec.structs.replace(container, power=Power.RUNNING, started_at=self._clock())
         ends = self.scripts.get(container.sandbox_id) if container.sandbox_id else None
         if ends is not None:
             self._change(self.containers[name], power=Power.EXITED, exit=_dated(ends, self._clock))
@@ -128,11 +129,9 @@ class FakeEngine:
         container: FakeContainer,
         *,
         power: Power,
-        started_at: datetime | None = None,
         exit: Exit | None = None,  # noqa: A002
     ) -> None:
-        started_at = started_at or container.started_at
-        changed = msgspec.structs.replace(container, power=power, started_at=started_at, exit=exit)
+        changed = msgspec.structs.replace(container, power=power, exit=exit)
         self.containers[container.name] = changed
         self._publish(changed)
 
@@ -209,9 +208,10 @@ class FakeDriver:
             if row.installation == self.installation and row.sandbox_id is not None:
                 yield msgspec.structs.replace(_observed(row, row.sandbox_id), exit=None, started_at=None)
 
-    async def hints(self) -> AsyncIterator[UUID]:
+    async def hints(self) -> AsyncIterator[UUID | None]:
         """Ids that may have changed."""
         stream = self.engine.open_stream()
+        anew = False
         try:
             while True:
                 try:
@@ -219,6 +219,9 @@ class FakeDriver:
                 except RuntimeUnavailable:
                     await asyncio.sleep(RETRY_PAUSE)
                     continue
+                if anew:
+                    yield None
+                anew = True
                 while (changed := await stream.get()) is not None:
                     if changed.installation == self.installation and changed.sandbox_id is not None:
                         yield changed.sandbox_id

@@ -305,6 +305,9 @@ class Resync:
         while True:
             try:
                 async for sandbox_id in self._driver.hints():
+                    if sandbox_id is None:
+                        self.owe()  # the stream broke: whatever happened meanwhile is for the sweep
+                        continue
                     stirred.add(sandbox_id)
                     news.set()
             except Exception as error:  # noqa: BLE001 - hints may fail in any way, the sweep makes up for it

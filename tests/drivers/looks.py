@@ -37,7 +37,8 @@ async def heard(rig: Rig, eventually: Eventually) -> AsyncIterator[set[UUID]]:
 
     async def listen() -> None:
         async for sandbox_id in rig.driver.hints():
-            ids.add(sandbox_id)
+            if sandbox_id is not None:
+                ids.add(sandbox_id)
 
     task = asyncio.create_task(listen())
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -54,7 +55,7 @@ async def test_an_inventory_that_fails_raises(rig: Rig):
 # hints
 
 
-async def test_hints_tell_start_exit_pause_and_removal(rig: Rig, eventually: Eventually):
+async def test_hints_tell_exit_pause_and_removal(rig: Rig, eventually: Eventually):
     work = rig.work()
     async with heard(rig, eventually) as ids:
 
@@ -63,7 +64,7 @@ async def test_hints_tell_start_exit_pause_and_removal(rig: Rig, eventually: Eve
             await change
             await eventually(lambda: work.sandbox_id in ids)
 
-        await after(rig.driver.ensure(work))
+        await rig.driver.ensure(work)
         await after(rig.driver.set_power(work.sandbox_id, Power.PAUSED))
         await after(rig.driver.set_power(work.sandbox_id, Power.RUNNING))
         await after(rig.kill(work.sandbox_id))
@@ -72,9 +73,11 @@ async def test_hints_tell_start_exit_pause_and_removal(rig: Rig, eventually: Eve
 
 async def test_hints_pass_over_strangers(rig: Rig, eventually: Eventually):
     async with heard(rig, eventually) as ids:
-        await rig.elsewhere().ensure(rig.work())
-        work = rig.work()
+        stranger, work = rig.work(), rig.work()
+        await rig.elsewhere().ensure(stranger)
+        await rig.elsewhere().remove(stranger.sandbox_id)
         await rig.driver.ensure(work)
+        await rig.kill(work.sandbox_id)
         await eventually(lambda: ids)
         assert ids == {work.sandbox_id}
 
@@ -83,10 +86,31 @@ async def test_hints_survive_a_dropped_stream(rig: Rig, eventually: Eventually):
     first, second = rig.work(), rig.work()
     async with heard(rig, eventually) as ids:
         await rig.driver.ensure(first)
+        await rig.driver.ensure(second)
+        await rig.kill(first.sandbox_id)
         await eventually(lambda: first.sandbox_id in ids)
         rig.drop_streams()
-        await rig.driver.ensure(second)
+        await rig.kill(second.sandbox_id)
         await eventually(lambda: second.sandbox_id in ids)
+
+
+async def test_a_broken_stream_says_that_anything_may_have_happened(rig: Rig, eventually: Eventually):
+    """An engine that restarts forgets its events; whoever follows hints must know that some may be missing."""
+    told: list[UUID | None] = []
+
+    async def listen() -> None:
+        async for hint in rig.driver.hints():
+            told.append(hint)
+
+    task = asyncio.create_task(listen())
+    try:
+        await eventually(rig.listening)
+        assert told == []
+        rig.drop_streams()
+        await eventually(lambda: told == [None])
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_hints_tell_late_what_happened_while_the_engine_was_out_of_reach(rig: Rig, eventually: Eventually):

@@ -122,7 +122,7 @@ class DockerDriver:
             if found := listed(row, self._options.installation):
                 yield found
 
-    async def hints(self) -> AsyncIterator[UUID]:
+    async def hints(self) -> AsyncIterator[UUID | None]:
         """Ids that may have changed."""
         async for sandbox_id in events.hints(self._engine, self._options.installation):
             yield sandbox_id

@@ -26,7 +26,8 @@ from app.runtime.docker.spec import LABEL_INSTALLATION, sandbox_of
 
 log = logging.getLogger(__name__)
 
-ACTIONS = ("start", "die", "oom", "pause", "unpause", "destroy")
+ACTIONS = ("die", "oom", "pause", "unpause", "destroy")
+"""Not `start`: each of ours would come back as a hint and cost a look; a stranger's is found by the sweep."""
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 LONGEST_SILENCE = 300.0
@@ -34,8 +35,8 @@ LONGEST_SILENCE = 300.0
 NANO = 1_000_000_000
 
 
-async def hints(engine: Engine, installation: UUID) -> AsyncIterator[UUID]:
-    """Ids for ever."""
+async def hints(engine: Engine, installation: UUID) -> AsyncIterator[UUID | None]:
+    """Ids for ever; None when a stream began anew, since the engine may have forgotten what was between."""
     filters = {"type": ["container"], "event": ACTIONS, "label": [f"{LABEL_INSTALLATION}={installation}"]}
     params = {"filters": msgspec.json.encode(filters).decode()}
     pause = FIRST_PAUSE
@@ -44,6 +45,8 @@ async def hints(engine: Engine, installation: UUID) -> AsyncIterator[UUID]:
             async with engine.open(
                 "GET", "events", params=params, timeout=until_done(quiet=LONGEST_SILENCE)
             ) as response:
+                if "since" in params:
+                    yield None
                 params.setdefault("since", _opened(response))
                 pause = FIRST_PAUSE
                 async for line in lines(response):
