@@ -15,7 +15,7 @@ from app.errors import RuntimeFault
 
 
 class AttemptFailed(RuntimeFault):
-    """It may work next time, and it may not for ever: counts as an attempt and becomes the reason when they run out.
+    """It may work next time, and it may not for ever: counts as an attempt, and is named when they run out.
 
     `reason` is a stable upper-case word such as `REGISTRY_RATE_LIMITED`, `message` names the real cause.
     """
