@@ -96,7 +96,8 @@ class Connection:
 
     async def invalidate(self) -> None:
         """Never give this one back to the pool."""
-        self._pooled.invalidate()
+        if self._pooled.is_valid:
+            self._pooled.invalidate()
 
 
 def _replace_dead(connection: Any, _record: object, _proxy: object) -> None:
@@ -173,8 +174,8 @@ class Database:
             try:
                 yield Connection(pooled)
             except (*_GONE, asyncio.CancelledError):
-                # A statement of unknown fate may still be running on it.
-                pooled.invalidate()
+                if pooled.is_valid:  # a statement of unknown fate may still be running on it
+                    pooled.invalidate()
                 raise
             finally:
                 pooled.close()
