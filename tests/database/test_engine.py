@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -39,13 +41,21 @@ async def test_every_connection_is_the_applications(database: Database):
     assert None not in rows
 
 
-async def test_connections_that_died_while_idle_are_replaced_before_anybody_notices(dsn: str, database: Database):
+async def test_connections_that_died_while_idle_are_replaced_before_anybody_notices(
+    dsn: str, database: Database, until
+):
     """Else every pooled connection would cost one request after a restart of PostgreSQL."""
-    pids = {row[0] for row in await asyncio.gather(*(database.fetch_one(PID) for _ in range(10))) if row is not None}
-    assert len(pids) > 1
-    await kill(dsn, *pids)
+    async with AsyncExitStack() as stack:
+        pooled = [await stack.enter_async_context(database.connection()) for _ in range(10)]
+        drivers: list[Any] = [await connection.driver() for connection in pooled]
+    await kill(dsn, *(driver.get_server_pid() for driver in drivers))
+
+    async def all_known_dead() -> bool:
+        return all(driver.is_closed() for driver in drivers)
+
+    await until(all_known_dead)
     rows = await asyncio.gather(*(database.fetch_one(PID) for _ in range(20)))
-    assert all(row is not None and row[0] not in pids for row in rows)
+    assert None not in rows
 
 
 async def test_a_kill_during_a_statement_is_unavailability_and_the_next_statement_works(
