@@ -42,6 +42,8 @@ def create_app(context: ApiContext) -> Litestar:
         list(_handlers(routes)),
         openapi_config=None,
         logging_config=None,
+        debug=False,
+        pdb_on_exception=False,
         exception_handlers={Exception: _refuse},
     )
     open_paths = frozenset(each.path for each in routes if each.open)
@@ -104,7 +106,7 @@ def _handler(mounted: Route) -> HTTPRouteHandler:
         call = call_of(request.scope)
         call.find_sandbox(request.scope["path_params"])
         call.command = mounted.command
-        call.check_length()
+        await call.check_length()
         return await mounted.endpoint(call)
 
     path = mounted.path.replace("*}", ":path}")

@@ -6,6 +6,7 @@ the place, never with its content.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import uuid
@@ -32,6 +33,8 @@ _VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_LINGER_BYTES = 8 * 1024 * 1024
+_LINGER_S = 2.0
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -120,11 +123,11 @@ class Call:
 
     # Body
 
-    def check_length(self) -> None:
-        """Refuse by the announced length, before anything is read."""
-        announced = self.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced[:18]) > self._limit:
-            raise self._too_large()
+    async def check_length(self) -> None:
+        """Refuse by the announced length, before anything is kept."""
+        announced = self.headers.get("content-length")
+        if announced is not None and announced.isdecimal() and int(announced[:18]) > self._limit:
+            raise await self._too_large()
 
     async def body(self) -> bytes:
         """All of it, also when it comes in chunks of unannounced length."""
@@ -134,22 +137,41 @@ class Call:
             message = await self.receive()
             if message["type"] != "http.request":
                 raise Problem(400, "GENERAL::BAD_REQUEST", "The connection ended before the body did.")
-            chunk = message.get("body", b"")
+            chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
             if size > self._limit:
-                raise self._too_large()
+                raise await self._too_large(ended=not more)
             chunks.append(chunk)
-            if not message.get("more_body", False):
+            if not more:
                 return b"".join(chunks)
 
-    def _too_large(self) -> Problem:
+    async def _too_large(self, *, ended: bool = False) -> Problem:
+        """413. A socket that is closed while the client still sends is reset, and the answer may never be read; so
+        what is not absurdly large is read first, and thrown away.
+        """
+        try:
+            async with asyncio.timeout(_LINGER_S):
+                ended = ended or await self._thrown_away(_LINGER_BYTES)
+        except TimeoutError:
+            pass
         return Problem(
             413,
             "GENERAL::BODY_TOO_LARGE",
             f"A body may have at most {self._limit} bytes.",
-            # What follows of the body would be read as the next request.
-            headers=[("connection", "close")],
+            headers=[] if ended else [("connection", "close")],
         )
+
+    async def _thrown_away(self, most: int) -> bool:
+        """Read on. Says whether that was all."""
+        size = 0
+        while size <= most:
+            message = await self.receive()
+            if message["type"] != "http.request":
+                return False
+            size += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return True
+        return False
 
     async def disconnected(self) -> None:
         """Return when the client has gone. Only after the body was read, or where there is none."""

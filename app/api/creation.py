@@ -150,6 +150,21 @@ def check_timeout(timeout: int | None, longest: int | None) -> None:
         raise Invalid(INVALID_PARAMETER, "timeout may not reach beyond the year 9998; leave it out for no end.")
 
 
+def _check_values(request: CreateSandbox, entrypoint: list[str], context: ApiContext) -> Platform | None:
+    """In the contract's order. Gives the platform in its normal spelling."""
+    if not entrypoint[0].strip():
+        raise Invalid("DOCKER::INVALID_ENTRYPOINT", "entrypoint must begin with a program.")
+    metadata, most = request.metadata or {}, context.metadata_max_entries
+    if most is not None and len(metadata) > most:
+        raise Invalid(INVALID_PARAMETER, f"metadata may hold at most {most} entries.")
+    check_metadata(metadata)
+    asked = request.platform
+    platform = None if asked is None else check_platform(Platform(asked.os, asked.arch))
+    check_timeout(request.timeout, context.max_sandbox_timeout_seconds)
+    parse_limits(request.resource_limits or {})
+    return platform
+
+
 def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tuple[Requested, Secrets | None]:
     """The first event, and what is to be sealed.
 
@@ -161,25 +176,13 @@ def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tup
     image, entrypoint = request.image, request.entrypoint
     assert image is not None, "check_shape and check_served left only images"
     assert entrypoint is not None, "check_shape demands it with an image"
-    if not entrypoint[0].strip():
-        raise Invalid("DOCKER::INVALID_ENTRYPOINT", "entrypoint must begin with a program.")
-    metadata = request.metadata or {}
-    most = context.metadata_max_entries
-    if most is not None and len(metadata) > most:
-        raise Invalid(INVALID_PARAMETER, f"metadata may hold at most {most} entries.")
-    check_metadata(metadata)
-    asked = request.platform
-    platform = None if asked is None else check_platform(Platform(asked.os, asked.arch))
-    check_timeout(request.timeout, context.max_sandbox_timeout_seconds)
-    limits = request.resource_limits or {}
-    parse_limits(limits)
-
+    platform = _check_values(request, entrypoint, context)
     env = {name: value for name, value in (request.env or {}).items() if value is not None}
     digest = context.sealer.digest
     spec = SandboxSpec(
         image=image.uri,
         entrypoint=tuple(entrypoint),
-        resource_limits=limits,
+        resource_limits=request.resource_limits or {},
         resource_requests=request.resource_requests or {},
         env={name: digest(value.encode(), f"env/{sandbox_id}/{name}") for name, value in env.items()},
         registry_auth=image.auth is not None,
@@ -188,7 +191,7 @@ def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tup
         timeout_s=request.timeout,
     )
     fingerprint = digest(msgspec.json.encode(request, order="sorted"), "request")
-    event = Requested(context.tenant, context.driver.name, spec, fingerprint, metadata)
+    event = Requested(context.tenant, context.driver.name, spec, fingerprint, request.metadata or {})
     if not env and image.auth is None:
         return event, None
     login = image.auth

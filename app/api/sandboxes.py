@@ -59,11 +59,11 @@ class Sandboxes:
         key = call.idempotency_key()
         wishes = preferences(call, context.wait_seconds_max)
         request = await self._create_body.of(call)
-        if key is None:
-            sandbox_id = uuid_utils.compat.uuid7()
-        else:
-            sandbox_id = call.sandbox_id = uuid5(context.installation, f"{self._tenant}\0{key}")
+        sandbox_id = uuid_utils.compat.uuid7()
+        if key is not None:  # the same from every replica, so the database finds the repetition
+            sandbox_id = uuid5(context.installation, f"{self._tenant}\0{key}")
         event, secrets = accept(request, sandbox_id, context)
+        call.sandbox_id = sandbox_id
         sealed = None if secrets is None else context.sealer.seal(sandbox_id, secrets)
         outcome = await self._service.create(sandbox_id, event, sealed, call.meta(key))
         box = await until(context, call, outcome.sandbox, _provisioned, wishes.wait or 0)

@@ -1,0 +1,357 @@
+"""Lists: filters, both kinds of paging, exact totals while the world moves, and what PostgreSQL does for a page."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import random
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote
+from uuid import UUID, uuid4
+
+import asyncpg
+import httpx
+import pytest
+from sqlalchemy import func, select
+
+from app.database.engine import Database
+from app.database.statement import Statement
+from app.log.tables import events
+from app.sandbox import commands as cmd
+from app.sandbox.events import Actor, ActorKind, Meta, Requested
+from app.sandbox.observed import Exit, Power
+from app.sandbox.spec import SandboxSpec
+from app.service import Service
+from app.views import totals
+from app.views.listing import Cursor, Listing, Wanted, _shape, page_statement
+from tests.api.conftest import create, observe
+
+BEYOND = base64.urlsafe_b64encode(b"\x7f" * 28).decode().rstrip("=")
+"""A cursor of the right length whose time no calendar has."""
+LATE = Cursor(datetime(2100, 1, 1, tzinfo=UTC), uuid4())
+BY_TIME = "sandboxes_tenant_created_at_id_idx"
+META = Meta(Actor(ActorKind.API_KEY, "t", "t"), "0")
+
+
+async def ids(http: httpx.AsyncClient, query: str) -> list[str]:
+    answer = await http.get(f"/v1/sandboxes?{query}")
+    assert answer.status_code == 200, answer.text
+    page = answer.json()
+    assert page["pagination"]["totalItems"] == len(page["items"]), "everything is on one page in these tests"
+    return [item["id"] for item in page["items"]]
+
+
+async def test_the_shape_of_a_page(http: httpx.AsyncClient):
+    empty = (await http.get("/v1/sandboxes")).json()
+    assert empty == {
+        "items": [],
+        "pagination": {"page": 1, "pageSize": 20, "totalItems": 0, "totalPages": 0, "hasNextPage": False},
+    }
+    made = [(await create(http))["id"] for _ in range(5)]
+    page = (await http.get("/v1/sandboxes?page=2&pageSize=2")).json()
+    assert [item["id"] for item in page["items"]] == [made[2], made[1]]
+    assert page["pagination"] == {"page": 2, "pageSize": 2, "totalItems": 5, "totalPages": 3, "hasNextPage": True}
+    last = (await http.get("/v1/sandboxes?page=3&pageSize=2")).json()
+    assert last["pagination"]["hasNextPage"] is False
+    assert "nextCursor" not in last
+    one = (await http.get(f"/v1/sandboxes/{made[2]}")).json()
+    assert page["items"][0] == one
+
+
+@pytest.mark.parametrize("page", [4, 10**6, 2**53])
+async def test_a_page_beyond_the_end_is_empty(http: httpx.AsyncClient, page: int):
+    await create(http)
+    beyond = (await http.get("/v1/sandboxes", params={"page": page})).json()
+    assert beyond["items"] == []
+    assert beyond["pagination"] == {
+        "page": page,
+        "pageSize": 20,
+        "totalItems": 1,
+        "totalPages": 1,
+        "hasNextPage": False,
+    }
+
+
+async def test_states(http: httpx.AsyncClient, service: Service):
+    pending, running, failed, gone = [(await create(http))["id"] for _ in range(4)]
+    await observe(service, running)
+    await observe(service, failed, Power.EXITED, Exit(1))
+    await http.delete(f"/v1/sandboxes/{gone}")
+    assert await ids(http, "") == [failed, running, pending]
+    assert await ids(http, "state=Running") == [running]
+    assert await ids(http, "state=running&state=PENDING") == [running, pending]
+    assert await ids(http, "state=Failed&state=Failed") == [failed]
+    assert await ids(http, "state=") == []
+    assert await ids(http, "state=Unknown") == []
+    assert await ids(http, "state=Unknown&state=Running") == [running]
+    assert await ids(http, "state=Running,Pending") == []
+    assert await ids(http, "state=Stopping") == []
+    assert await ids(http, "state=Stopping&includeTerminal=true") == [gone]
+    assert await ids(http, "includeTerminal=true") == [gone, failed, running, pending]
+    assert await ids(http, "includeTerminal=false") == [failed, running, pending]
+
+
+async def test_metadata(http: httpx.AsyncClient):
+    one = (await create(http, metadata={"team": "a", "x": "1", "e": ""}))["id"]
+    two = (await create(http, metadata={"team": "a", "x.y/z": "2"}))["id"]
+    await create(http)
+
+    def asked(text: str) -> str:
+        return f"metadata={quote(text, safe='')}"
+
+    assert await ids(http, asked("team=a")) == [two, one]
+    assert await ids(http, asked("team=a&x=1")) == [one]
+    assert await ids(http, asked("team=A")) == []
+    assert await ids(http, asked("e=")) == [one]
+    assert await ids(http, asked("x=9&x=1")) == [one]
+    assert await ids(http, asked(f"{quote('x.y/z', safe='')}=2")) == [two]
+    assert await ids(http, asked(quote("team") + "=" + quote("a & b"))) == []
+    assert len(await ids(http, "metadata=")) == 3
+    assert await ids(http, f"{asked('team=a')}&state=pending&state=running") == [two, one]
+    assert await ids(http, f"{asked('team=a')}&state=running") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["team", "a=b&", "&", "a=b&&c=d", "a=%FF", "a=%00", "%ED%A0%80=x", "&".join(["a=b"] * 300)]
+)
+async def test_a_malformed_metadata_filter(http: httpx.AsyncClient, text: str):
+    answer = await http.get("/v1/sandboxes", params={"metadata": text})
+    assert (answer.status_code, answer.json()["code"]) == (400, "INVALID_METADATA_FORMAT")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "page=0", "page=-1", "page=x", "page=", "page=1.0", "page=" + "9" * 5000, f"page={2**53 + 1}", "page=1&page=2",
+        "pageSize=0", "pageSize=201", "pageSize=%F0", "limit=201", "limit=0", "limit=5&pageSize=5",
+        "cursor=", "cursor=x", f"cursor={BEYOND}", "cursor=!!!!", "cursor=%C3%A9", "includeTerminal=maybe",
+        f"cursor={LATE}&page=2",
+        "&".join(["state=x"] * 1001),
+    ],
+)  # fmt: skip
+async def test_malformed_queries_are_422(http: httpx.AsyncClient, query: str):
+    answer = await http.get(f"/v1/sandboxes?{query}")
+    assert (answer.status_code, answer.json()["code"]) == (422, "GENERAL::VALIDATION_ERROR"), answer.text
+
+
+async def test_a_cursor_skips_and_repeats_nothing_while_rows_come_and_go(http: httpx.AsyncClient):
+    made = [(await create(http))["id"] for _ in range(10)]
+    page = (await http.get("/v1/sandboxes?limit=4")).json()
+    by_number = page["items"]
+    seen = [item["id"] for item in page["items"]]
+    for _ in range(3):
+        await create(http)
+    await http.delete(f"/v1/sandboxes/{made[-1]}")
+    naive = (await http.get("/v1/sandboxes?pageSize=4&page=2")).json()["items"]
+    assert {item["id"] for item in naive} & {item["id"] for item in by_number}, "page numbers repeat rows here"
+    number = 1
+    while "nextCursor" in page:
+        assert page["pagination"]["hasNextPage"] is True
+        page = (await http.get("/v1/sandboxes", params={"cursor": page["nextCursor"], "limit": 4})).json()
+        number += 1
+        assert page["pagination"]["page"] == number
+        assert page["pagination"]["totalItems"] == 12
+        seen += [item["id"] for item in page["items"]]
+    assert page["pagination"]["hasNextPage"] is False
+    assert seen == made[::-1]
+
+
+async def test_a_cursor_keeps_filters(http: httpx.AsyncClient):
+    made = [(await create(http, metadata={"n": str(n % 2)}))["id"] for n in range(6)]
+    first = (await http.get("/v1/sandboxes?metadata=n%3D1&pageSize=2&includeTerminal=1&state=pending")).json()
+    rest = await http.get("/v1/sandboxes?metadata=n%3D1&limit=2&state=pending", params={"cursor": first["nextCursor"]})
+    assert rest.status_code == 200
+    seen = [item["id"] for item in first["items"]]
+    assert seen == [made[5], made[3]]
+
+
+# Totals
+
+
+async def begin(service: Service) -> UUID:
+    spec = SandboxSpec("x", ("sleep", "1"))
+    sandbox_id = uuid4()
+    await service.create(sandbox_id, Requested("default", "fake", spec, "f"), None, META)
+    return sandbox_id
+
+
+async def counted(database: Database, *, ended: bool) -> int:
+    async with database.connection() as connection:
+        driver = await connection.driver()
+        where = "" if ended else "WHERE ended_at IS NULL"
+        return (await driver.fetch(f"SELECT count(*) FROM sandboxes {where}"))[0][0]
+
+
+async def test_totals_are_exact_after_every_step(service: Service, database: Database, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(totals, "ENOUGH", 7)
+    monkeypatch.setattr("app.views.listing.ENOUGH", 7)
+    chance = random.Random(1)
+    listings = [Listing(database), Listing(database)]
+    alive: list[UUID] = []
+    for _ in range(120):
+        if alive and chance.random() < 0.45:
+            await service.execute(alive.pop(chance.randrange(len(alive))), cmd.Terminate(), META)
+        else:
+            alive.append(await begin(service))
+        listing = chance.choice(listings)
+        shown = await listing.page(Wanted("default"), size=5)
+        assert shown.total == len(alive) == await counted(database, ended=False)
+        every = await listing.page(Wanted("default", include_terminal=True), size=5)
+        assert every.total == await counted(database, ended=True)
+    assert all(listing.totals._bases["default"].position > 50 for listing in listings), "the bases have moved on"
+    assert (await listings[0].page(Wanted("stranger"), size=5)).total == 0
+
+
+async def test_totals_are_exact_among_concurrent_changes(
+    service: Service, database: Database, monkeypatch: pytest.MonkeyPatch
+):
+    """Every total was true at the moment of its page: each page's total equals the count in a snapshot that sees the
+    same newest row, which a list of everything on one page shows by itself."""
+    monkeypatch.setattr("app.views.listing.ENOUGH", 5)
+    listing = Listing(database)
+    done = asyncio.Event()
+    chance = random.Random(2)
+
+    async def change() -> None:
+        mine: list[UUID] = []
+        for _ in range(25):
+            mine.append(await begin(service))
+            if chance.random() < 0.6:
+                await service.execute(mine.pop(), cmd.Terminate(), META)
+
+    async def watch() -> int:
+        looks = 0
+        while not done.is_set():
+            page = await listing.page(Wanted("default"), size=200)
+            assert page.total == len(page.boxes), "total and rows are of one snapshot"
+            looks += 1
+        return looks
+
+    watchers = [asyncio.create_task(watch()) for _ in range(3)]
+    await asyncio.gather(*[change() for _ in range(5)])
+    done.set()
+    assert sum(await asyncio.gather(*watchers)) > 20
+    page = await listing.page(Wanted("default"), size=200)
+    assert page.total == await counted(database, ended=False)
+
+
+async def test_an_unsettled_position_is_no_base(service: Service, database: Database, dsn: str):
+    """A writer that has drawn its position and commits later: a base beyond it would lose its event for ever."""
+    listing = Listing(database)
+    await begin(service)
+    assert (await listing.page(Wanted("default"), size=1)).total == 1
+    writer = await asyncpg.connect(dsn)
+    slow = writer.transaction()
+    await slow.start()
+    sandbox_id = uuid4()
+    await writer.execute(
+        "INSERT INTO sandboxes SELECT $1, tenant, version, phase, driver, desired, observed, spec, metadata, runtime,"
+        " failure_reason, failure_message, fingerprint, now(), now(), NULL, NULL, NULL, NULL, NULL, since_position"
+        " FROM sandboxes LIMIT 1",
+        sandbox_id,
+    )
+    await writer.execute(
+        "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta, recorded_at)"
+        " SELECT $1, tenant, version, type, schema, data, meta, now() FROM events LIMIT 1",
+        sandbox_id,
+    )
+    for _ in range(3):
+        await begin(service)
+    highest = (await database.fetch(_highest()))[0][0]
+    base = await listing.totals.advance("default")
+    assert base.position < highest, "the horizon stands before the open writer, not at the last position"
+    assert (await listing.page(Wanted("default"), size=1)).total == 4
+    await slow.commit()
+    assert (await listing.page(Wanted("default"), size=1)).total == 5
+    await listing.totals.advance("default")
+    assert (await listing.page(Wanted("default"), size=1)).total == 5
+
+    naive = totals.Base(highest, 4, 4)  # a base taken at the last position while the writer was open
+    listing.totals._bases["default"] = naive
+    assert (await listing.page(Wanted("default"), size=1)).total == 4, "which is wrong, and stays wrong"
+    await writer.close()
+
+
+def _highest() -> Any:
+    return Statement(select(func.max(events.c.position)))
+
+
+async def test_when_the_base_cannot_follow_rows_are_counted(
+    service: Service, database: Database, monkeypatch: pytest.MonkeyPatch
+):
+    listing = Listing(database)
+    await listing.page(Wanted("default"), size=1)
+    stuck = listing.totals._bases["default"]
+
+    async def no_horizon() -> int:
+        return stuck.position
+
+    monkeypatch.setattr(listing.totals, "_horizon", no_horizon)
+    monkeypatch.setattr("app.views.listing.MOST", 3)
+    for _ in range(6):
+        await begin(service)
+    assert (await listing.page(Wanted("default"), size=1)).total == 6
+
+
+async def test_a_database_that_went_back_is_counted_anew(service: Service, database: Database):
+    listing = Listing(database)
+    await begin(service)
+    listing.totals._bases["default"] = totals.Base(10**9, 77, 77)
+    await listing.totals.advance("default")
+    assert (await listing.page(Wanted("default"), size=1)).total == 1
+
+
+# Plans
+
+
+@pytest.fixture
+async def ten_thousand(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """Half of 10,000 rows have ended. In a schema of its own, since rows without events would be drift."""
+    connection = await asyncpg.connect(dsn, server_settings={"search_path": "bulk, public"})
+    await connection.execute(
+        "CREATE SCHEMA bulk; CREATE TABLE bulk.sandboxes (LIKE public.sandboxes INCLUDING ALL);"
+        """INSERT INTO bulk.sandboxes SELECT gen_random_uuid(), 'default', 2,
+           CASE WHEN g % 100 = 0 THEN 'Running' ELSE 'Pending' END, 'fake', 'running', 'none',
+           '{"image": "x", "entrypoint": ["y"]}', jsonb_build_object('n', g::text), NULL, NULL, NULL, 'f',
+           now() - g * interval '1 second', now(), NULL, CASE WHEN g % 2 = 0 THEN NULL ELSE now() END,
+           NULL, NULL, NULL, 1 FROM generate_series(1, 10000) g; ANALYZE bulk.sandboxes"""
+    )
+    yield connection
+    await connection.execute("DROP SCHEMA bulk CASCADE")
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "offset", "after", "index", "modes"),
+    [
+        (Wanted("default"), 0, None, BY_TIME, ("generic", "custom")),
+        (Wanted("default", include_terminal=True), 0, None, BY_TIME, ("generic", "custom")),
+        (Wanted("default"), 0, LATE, BY_TIME, ("generic", "custom")),
+        (Wanted("default"), 40, None, BY_TIME, ("custom",)),
+        (Wanted("default", ("Running",)), 0, None, "sandboxes_tenant_phase_created_at_id_idx", ("custom",)),
+        (Wanted("default", None, {"n": "8"}), 0, None, "sandboxes_metadata_idx", ("custom",)),
+    ],
+)
+async def test_a_page_is_an_index_scan(
+    ten_thousand: asyncpg.Connection,
+    wanted: Wanted,
+    offset: int,
+    after: Cursor | None,
+    index: str,
+    modes: tuple[str, ...],
+):
+    values = {"tenant": "default", "size": 21, "offset": offset, "base": 0}
+    values |= {"phase": "Running", "metadata": '{"n": "8"}'}
+    if after is not None:
+        values |= {"created_at": after.created_at, "id": after.id}
+    statement = page_statement(_shape(wanted, offset, after))
+    for mode in modes:
+        await ten_thousand.execute(f"SET plan_cache_mode = force_{mode}_plan")
+        lines = await ten_thousand.fetch(f"EXPLAIN {statement.sql}", *statement.arguments(values))
+        plan = "\n".join(line[0] for line in lines)
+        assert index in plan, plan
+        assert "Seq Scan on sandboxes" not in plan, plan
+        if index != "sandboxes_metadata_idx":
+            assert "created_at DESC" not in plan, f"sorted:\n{plan}"

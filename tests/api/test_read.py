@@ -1,0 +1,162 @@
+"""GET one, its history, and the past."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from app.sandbox.observed import Exit, Power
+from app.service import Service
+from tests.api.conftest import create, observe, remove
+
+
+async def test_one_sandbox(http: httpx.AsyncClient, service: Service):
+    made = await create(http, metadata={"a": "b"})
+    await observe(service, made["id"])
+    answer = await http.get(f"/v1/sandboxes/{made['id']}")
+    seen = answer.json()
+    assert seen["image"] == {"uri": "busybox:1"}
+    assert seen["status"]["state"] == "Running"
+    assert seen["status"]["reason"] == "CONTAINER_RUNNING"
+    assert {name: seen[name] for name in ("id", "createdAt", "expiresAt", "metadata", "entrypoint")} == {
+        name: made[name] for name in ("id", "createdAt", "expiresAt", "metadata", "entrypoint")
+    }
+    assert answer.headers["etag"] == '"3"'
+    assert answer.headers["content-type"] == "application/json"
+    assert (await http.get(f"/sandboxes/{made['id'].upper()}")).content == answer.content
+
+
+async def test_a_workload_that_ended_stays_visible(http: httpx.AsyncClient, service: Service):
+    made = await create(http)
+    await observe(service, made["id"], Power.EXITED, Exit(3))
+    status = (await http.get(f"/v1/sandboxes/{made['id']}")).json()["status"]
+    assert (status["state"], status["reason"]) == ("Failed", "CONTAINER_EXITED_ERROR")
+    assert "code 3" in status["message"]
+
+
+@pytest.mark.parametrize("path", ["", "/events", "?asOf=2030-01-01T00:00:00Z", "?includeTerminal=true"])
+async def test_an_unknown_id_is_404(http: httpx.AsyncClient, path: str):
+    for text in (str(uuid4()), "nonsense", "%00", "a" * 3000, str(uuid4()).replace("-", ""), "{" + str(uuid4()) + "}"):
+        answer = await http.get(f"/v1/sandboxes/{text}{path}")
+        assert (answer.status_code, answer.json()["code"]) == (404, "DOCKER::SANDBOX_NOT_FOUND"), text
+
+
+async def test_after_the_end(http: httpx.AsyncClient, service: Service):
+    made = await create(http)
+    path = f"/v1/sandboxes/{made['id']}"
+    await observe(service, made["id"])
+    await http.delete(path)
+    gone = await http.get(path)
+    assert gone.status_code == 404
+    assert "deleted by api_key default at 20" in gone.json()["message"]
+    shown = (await http.get(path, params={"includeTerminal": "true"})).json()
+    assert (shown["status"]["state"], shown["status"]["reason"]) == ("Stopping", "USER_DELETE")
+    await remove(service, made["id"])
+    shown = (await http.get(path, params={"includeTerminal": "1"})).json()
+    assert shown["status"]["state"] == "Terminated"
+    types = [item["type"] for item in (await http.get(f"{path}/events")).json()["items"]]
+    assert types[-1] == "sandbox.terminated"
+
+
+async def test_as_it_was(http: httpx.AsyncClient, service: Service):
+    made = await create(http)
+    path = f"/v1/sandboxes/{made['id']}"
+    await observe(service, made["id"])
+    running_since = (await http.get(path)).json()["status"]["lastTransitionAt"]
+    await http.delete(path)
+    at_creation = await http.get(path, params={"asOf": made["createdAt"]})
+    assert at_creation.json()["status"]["state"] == "Pending"
+    assert at_creation.headers["etag"] == '"1"'
+    assert (await http.get(path, params={"asOf": running_since})).json()["status"]["state"] == "Running"
+    with_offset = datetime.fromisoformat(running_since).astimezone().isoformat()
+    assert (await http.get(path, params={"asOf": with_offset})).json()["status"]["state"] == "Running"
+    before = (datetime.fromisoformat(made["createdAt"]) - timedelta(microseconds=1)).isoformat()
+    assert (await http.get(path, params={"asOf": before})).status_code == 404
+    after = await http.get(path, params={"asOf": "9000-01-01T00:00:00Z"})
+    assert after.status_code == 404
+    assert "deleted by" in after.json()["message"]
+    later = await http.get(path, params={"asOf": "9000-01-01T00:00:00Z", "includeTerminal": "true"})
+    assert later.json()["status"]["state"] == "Stopping"
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "2030-01-01", "2030-13-01T00:00:00Z", "0001-01-01T00:00:00+10:00"])
+async def test_a_malformed_instant_is_422(http: httpx.AsyncClient, text: str):
+    made = await create(http)
+    answer = await http.get(f"/v1/sandboxes/{made['id']}", params={"asOf": text})
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["query", "asOf"]
+
+
+async def test_not_modified(http: httpx.AsyncClient, service: Service):
+    made = await create(http)
+    path = f"/v1/sandboxes/{made['id']}"
+    for tag in ('"1"', 'W/"1"', '"9", "1"', "*"):
+        answer = await http.get(path, headers={"If-None-Match": tag})
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"1"')
+    await observe(service, made["id"])
+    assert (await http.get(path, headers={"If-None-Match": '"1"'})).status_code == 200
+    assert (await http.get(path, headers={"If-None-Match": "1"})).status_code == 400
+
+
+# History
+
+
+async def test_the_history_in_pages(http: httpx.AsyncClient, service: Service):
+    made = await create(http, {"X-Request-ID": "req-1"})
+    path = f"/v1/sandboxes/{made['id']}"
+    await observe(service, made["id"])
+    await http.patch(f"{path}/metadata", json={"a": "b"}, headers={"X-Request-ID": "req-2"})
+    await http.delete(path)
+
+    whole = (await http.get(f"{path}/events")).json()
+    assert "next" not in whole
+    items = whole["items"]
+    assert [item["type"] for item in items] == [
+        "sandbox.requested",
+        "sandbox.runtime_created",
+        "sandbox.started",
+        "sandbox.metadata_patched",
+        "sandbox.termination_requested",
+    ]
+    assert [item["version"] for item in items] == [1, 2, 3, 4, 5]
+    assert sorted(item["position"] for item in items) == [item["position"] for item in items]
+    assert items[0]["actor"]["kind"] == "api_key"
+    assert items[0]["requestId"] == "req-1"
+    assert items[2]["actor"] == {"kind": "reconciler", "id": "w1", "name": "test-worker"}
+    assert items[2]["occurredAt"] <= items[2]["recordedAt"]
+    assert "occurredAt" not in items[0]
+    assert items[3]["data"] == {"set": {"a": "b"}}
+    assert "requestId" not in items[1]
+
+    paged, after = [], 0
+    while True:
+        page = (await http.get(f"{path}/events", params={"after": after, "limit": 2})).json()
+        paged += page["items"]
+        if "next" not in page:
+            break
+        after = page["next"]
+    assert paged == items
+    assert (await http.get(f"{path}/events?after=5")).json() == {"items": []}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0",
+        "limit=1001",
+        "limit=x",
+        "limit=1&limit=2",
+        "after=-1",
+        f"after={2**31}",
+        "after=" + "9" * 5000,
+        "after=",
+    ],
+)
+async def test_bounds_of_a_history_page(http: httpx.AsyncClient, query: str):
+    made = await create(http)
+    answer = await http.get(f"/v1/sandboxes/{made['id']}/events?{query}")
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"] == ["query", query.partition("=")[0]]
