@@ -141,7 +141,7 @@ class Database:
                 },
             },
         )
-        pass
+        event.listen(self.engine.sync_engine, "checkout", _replace_dead)
 
     async def fetch(self, statement: Statement, **values: Any) -> Sequence[asyncpg.Record]:
         """All rows of one autocommitted statement."""
