@@ -100,7 +100,7 @@ async def test_a_broken_stream_says_that_anything_may_have_happened(rig: Rig, ev
 
     async def listen() -> None:
         async for hint in rig.driver.hints():
-            told.append(hint)  # noqa: PERF401, PERF402 - it never ends
+            told.append(hint)  # noqa: PERF401 - it never ends
 
     task = asyncio.create_task(listen())
     try:
