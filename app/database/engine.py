@@ -18,9 +18,11 @@ from typing import Any, Protocol, cast
 
 import asyncpg
 from sqlalchemy import event, exc
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.util import greenlet_spawn
 
 from app.database.statement import Statement
 from app.errors import SettingsError, StoreUnavailable
@@ -37,7 +39,8 @@ _GONE = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,  # a standby since the last failover
     exc.TimeoutError,
-    exc.DBAPIError,  # SQLAlchemy only connects; its errors are refused connections
+    AsyncAdapt_asyncpg_dbapi.Error,  # SQLAlchemy only connects; its errors are refused connections
+    exc.DBAPIError,
 )
 
 
@@ -96,8 +99,16 @@ class Connection:
 
     async def invalidate(self) -> None:
         """Never give this one back to the pool."""
-        if self._pooled.is_valid:
-            self._pooled.invalidate()
+        await _drop(self._pooled)
+
+
+async def _drop(pooled: PoolProxiedConnection) -> None:
+    """Close for good, by way of a greenlet: only so are a cancelled statement's cancellation sent and a goodbye said.
+
+    Without, the server would go on with the statement, on a connection that no pool counts any more.
+    """
+    if pooled.is_valid:
+        await greenlet_spawn(pooled.invalidate)
 
 
 def _replace_dead(connection: Any, _record: object, _proxy: object) -> None:
@@ -108,7 +119,9 @@ def _replace_dead(connection: Any, _record: object, _proxy: object) -> None:
 
 def _what(error: BaseException) -> str:
     """The server's words for a refused connection, which name no value of ours; else the kind of error."""
-    return str(error.orig) if isinstance(error, exc.DBAPIError) else type(error).__name__
+    if isinstance(error, exc.DBAPIError):
+        return str(error.orig)
+    return str(error) if isinstance(error, AsyncAdapt_asyncpg_dbapi.Error) else type(error).__name__
 
 
 class Database:
@@ -174,8 +187,7 @@ class Database:
             try:
                 yield Connection(pooled)
             except (*_GONE, asyncio.CancelledError):
-                if pooled.is_valid:  # a statement of unknown fate may still be running on it
-                    pooled.invalidate()
+                await _drop(pooled)  # a statement of unknown fate may still be running on it
                 raise
             finally:
                 pooled.close()
