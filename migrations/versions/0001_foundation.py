@@ -56,12 +56,14 @@ SELECT nextval('events_position');
 CREATE TABLE events (
     position bigint NOT NULL DEFAULT nextval('events_position'),
     stream_id uuid NOT NULL,
-    tenant text NOT NULL,
+    tenant text NOT NULL CHECK (tenant <> ''),
     version integer NOT NULL CHECK (version > 0),
     type text NOT NULL,
     schema smallint NOT NULL CHECK (schema > 0),
     data jsonb NOT NULL,
-    meta jsonb NOT NULL CHECK (meta ? 'actor' AND meta ? 'app_version'),
+    meta jsonb NOT NULL CHECK (
+        ((meta #>> '{actor,kind}') <> '') IS TRUE AND ((meta #>> '{actor,id}') <> '') IS TRUE
+        AND ((meta #>> '{actor,name}') <> '') IS TRUE AND ((meta ->> 'app_version') <> '') IS TRUE),
     recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (position)
 ) PARTITION BY RANGE (position);
@@ -80,6 +82,8 @@ BEGIN
     RETURN NULL;
 END $$;
 CREATE TRIGGER announce BEFORE INSERT ON events FOR EACH STATEMENT EXECUTE FUNCTION log_announce();
+-- Always: `session_replication_role = replica`, as restore and replication tools set it, switches off other triggers.
+ALTER TABLE events ENABLE ALWAYS TRIGGER announce;
 
 CREATE FUNCTION log_horizon() RETURNS bigint LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
@@ -103,6 +107,7 @@ BEGIN
 END $$;
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON events
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+ALTER TABLE events ENABLE ALWAYS TRIGGER append_only;
 """
 
 # Statement triggers are not inherited by partitions, so each gets its own, and its own unique (stream_id, version):
@@ -135,6 +140,7 @@ BEGIN
                        part);
         EXECUTE format('CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON %I '
                        'FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()', part);
+        EXECUTE format('ALTER TABLE %I ENABLE ALWAYS TRIGGER announce, ENABLE ALWAYS TRIGGER append_only', part);
         EXECUTE format('ALTER TABLE events ATTACH PARTITION %I FOR VALUES FROM (%s) TO (%s)',
                        part, slot * size, (slot + 1) * size);
         made := made + 1;
@@ -260,33 +266,53 @@ REFUSALS = """
 CREATE TABLE refusals (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     refused_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    tenant text NOT NULL,
+    tenant text NOT NULL CHECK (tenant <> ''),
     sandbox_id uuid,
     command text NOT NULL,
     status smallint NOT NULL,
     code text NOT NULL,
     message text NOT NULL,
-    meta jsonb NOT NULL CHECK (meta ? 'actor' AND meta ? 'app_version')
+    meta jsonb NOT NULL CHECK (
+        ((meta #>> '{actor,kind}') <> '') IS TRUE AND ((meta #>> '{actor,id}') <> '') IS TRUE
+        AND ((meta #>> '{actor,name}') <> '') IS TRUE AND ((meta ->> 'app_version') <> '') IS TRUE)
 );
 COMMENT ON TABLE refusals IS 'Commands that were refused: who asked for what, when, and why not. Append-only.';
 CREATE INDEX refusals_by_sandbox ON refusals (sandbox_id, id) WHERE sandbox_id IS NOT NULL;
 CREATE INDEX refusals_by_tenant ON refusals (tenant, id);
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON refusals
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+ALTER TABLE refusals ENABLE ALWAYS TRIGGER append_only;
 GRANT SELECT, INSERT ON refusals TO sandledger_app;
 """
 
 # For whoever reads the tables with tools of their own.
 COMMENTS = """
+COMMENT ON TABLE sandboxes IS
+    'Each sandbox as it is now, the fold of its events; rows stay when they have ended (ended_at, closed_at).';
+COMMENT ON TABLE reconcile_queue IS 'Sandboxes that want attention; a row goes when its sandbox is as wanted.';
+COMMENT ON TABLE expiry_jobs IS 'One row for every sandbox that has a deadline and has not ended.';
 COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';
 COMMENT ON COLUMN events.stream_id IS 'The sandbox.';
+COMMENT ON COLUMN events.tenant IS 'Whose sandbox.';
+COMMENT ON COLUMN events.recorded_at IS 'The database''s clock at the append.';
 COMMENT ON COLUMN events.version IS '1..n within the stream.';
 COMMENT ON COLUMN events.type IS 'Stable wire name, e.g. sandbox.requested.';
 COMMENT ON COLUMN events.schema IS 'Schema number of data.';
 COMMENT ON COLUMN events.data IS 'What happened. Never a secret.';
 COMMENT ON COLUMN events.meta IS 'actor, request_id, cause, client, app_version.';
+COMMENT ON COLUMN refusals.sandbox_id IS 'None: the id was not known, or there was none yet.';
+COMMENT ON COLUMN refusals.status IS 'HTTP status of the answer.';
 COMMENT ON COLUMN refusals.command IS 'Method and route, e.g. POST /sandboxes/{id}/pause.';
 COMMENT ON COLUMN refusals.meta IS 'As on events.';
+COMMENT ON COLUMN sandboxes.desired IS 'What its owner wants: running, paused, terminated.';
+COMMENT ON COLUMN sandboxes.observed IS
+    'What the log knows of the runtime: none, created, running, paused, exited, lost, removed.';
+COMMENT ON COLUMN sandboxes.fingerprint IS 'Keyed digest of the request.';
+COMMENT ON COLUMN sandboxes.failure_reason IS 'Why it could not be provided.';
+COMMENT ON COLUMN sandboxes.created_at IS 'When it was accepted.';
+COMMENT ON COLUMN sandboxes.expires_at IS 'Its deadline; none = no end by itself.';
+COMMENT ON COLUMN sandboxes.end_cause IS 'user_delete, expired, expired_while_pending.';
+COMMENT ON COLUMN sandboxes.ended_by IS 'Kind and name of the actor.';
 COMMENT ON COLUMN sandboxes.version IS 'Version of the last event; the append''s guard.';
 COMMENT ON COLUMN sandboxes.phase IS 'Public state, derived.';
 COMMENT ON COLUMN sandboxes.spec IS 'As accepted; env is names with keyed digests.';
