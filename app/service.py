@@ -29,7 +29,7 @@ from app.log.store import EventLog, StoredEvent
 from app.sandbox import commands as cmd
 from app.sandbox import events as ev
 from app.sandbox import transitions
-from app.sandbox.decide import decide, unknown
+from app.sandbox.decide import decide, unknown, visible
 from app.sandbox.observed import Capabilities
 from app.sandbox.spec import check_timeout
 from app.sandbox.state import Sandbox, evolve
@@ -140,6 +140,7 @@ class Service:
             if at_version is not None and box.version != at_version:
                 raise StaleVersion(f"sandbox {sandbox_id} is at version {box.version}, not {at_version}")
             if if_match is not None and box.version != if_match:
+                visible(box, sandbox_id)  # that it has ended, and why, says more than that it has changed
                 raise PreconditionFailed(
                     "SANDLEDGER::VERSION_MISMATCH",
                     f"If-Match names version {if_match}, the sandbox is at version {box.version}; read its ETag again.",

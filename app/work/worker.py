@@ -130,7 +130,7 @@ class Worker:
         store = ExpiryJobStore(self._expiry, timers.bridge, timers.executor, policy.expiry_lease)
         timers.add_store("expiry", store)
         timers.every(_PARTITIONS_S, self._ensure_partitions)
-        timers.every(policy.resync_tick, self.resync.tick)
+        timers.every(min(policy.resync_tick, policy.resync_every), self.resync.tick)
         return timers
 
     async def _ensure_partitions(self) -> None:

@@ -255,6 +255,15 @@ async def test_if_match(http: httpx.AsyncClient, service: Service, method: str, 
     assert answer.is_success, answer.text
 
 
+async def test_if_match_on_one_that_has_ended_says_that_it_has_ended(http: httpx.AsyncClient, service: Service):
+    path = await at(http, service)
+    stale = (await http.get(path)).headers["etag"]
+    assert (await http.delete(path)).status_code == 204
+    answer = await http.patch(f"{path}/metadata", json={"a": "b"}, headers={"If-Match": stale})
+    assert answer.status_code == 404
+    assert "deleted by api_key" in answer.json()["message"]
+
+
 async def test_if_match_any(http: httpx.AsyncClient, service: Service):
     path = await at(http, service)
     assert (await http.patch(f"{path}/metadata", json={"a": "b"}, headers={"If-Match": "*"})).status_code == 200
