@@ -52,7 +52,11 @@ class Held:
         """By the loop's clock."""
         self.noticed = claim.generation
         """The highest generation that was looked into; the claim's own is what the run has acted on."""
+        self.cause = claim.cause
+        """Position of the event that the next one follows from: the one that asked, then the last that was recorded."""
         self.lost = False
+        self.left = False
+        """A stop could not wait for it: the lease runs out by itself, after what is still under way has settled."""
         self.ending = False
         """The row is being given back: its absence is no loss."""
         self.run: asyncio.Task[None] | None = None
@@ -67,6 +71,7 @@ class Held:
     def renew(self, beat: Beat) -> None:
         """From here on the run is for this generation; the head has to be read after this."""
         self.claim = msgspec.structs.replace(self.claim, generation=beat.generation, cause=beat.cause)
+        self.cause = beat.cause
         self.noticed = beat.generation
 
     def start_over(self) -> None:
@@ -136,12 +141,21 @@ class Leases:
         """It has ended."""
         self._held.discard(held)
 
+    def leave(self) -> None:
+        """Let the claims that are still held run out."""
+        for held in self._held:
+            held.left = True
+
     async def run(self) -> None:
         """Beat until cancelled."""
         while True:
             await asyncio.sleep(self._policy.probe)
             try:
-                await self.beat()
+                # A database that says nothing at all must not keep us from noticing that our leases are over.
+                async with asyncio.timeout(self._policy.heartbeat):
+                    await self.beat()
+            except TimeoutError:
+                _LOG.warning("leases cannot be checked: the database does not answer")
             except StoreUnavailable as error:
                 _LOG.warning("leases cannot be checked: %s", error)
             except Exception:  # noqa: BLE001 - whatever it is, the next beat may work

@@ -15,7 +15,8 @@ as actor; what a plain look found changed, an exit, and a loss carry the runtime
 that had ended by the time `ensure` returned is recorded in two appends, so that each has its own actor.
 
 **How it fails.** See `app.work.troubles` for the engine's side. A database that goes away ends the run without a word,
-and the lease brings it back. A graceful stop cancels the run and hands the claim back; nothing counts. A lost claim
+and the lease brings it back. An error of our own outside of any step is counted in the queue and tried again, later each
+time, for ever: it says nothing about the sandbox. A graceful stop cancels the run and hands the claim back; nothing counts. A lost claim
 ends the run in silence, but whoever may have made an object for a sandbox that has ended takes it away again: that is
 always right, and nobody else may look there for a while.
 """
@@ -104,13 +105,13 @@ class Reconciler:
         except asyncio.CancelledError:
             if held.lost:
                 await self._clean_up(held)
-            else:
+            elif not held.left:
                 await self._hand_back(held)
             raise
         except StoreUnavailable as error:
             _LOG.warning("sandbox %s is left to the end of its lease: %s", held.sandbox_id, error)
-        except Exception:  # noqa: BLE001 - one sandbox's error must not end the worker
-            _LOG.exception("the run of sandbox %s ended in an error; its lease brings it back", held.sandbox_id)
+        except Exception as error:  # noqa: BLE001 - one sandbox's error must not end the worker
+            await self._set_aside(held, error)
 
     async def _to_goal(self, held: Held) -> None:
         for _ in range(_MOST_STARTS):
@@ -201,8 +202,11 @@ class Reconciler:
         return await self._record(held, box, cmd.RecordSeen(seen, found_by), actor)
 
     async def _record(self, held: Held, box: Sandbox, fact: cmd.Fact, actor: ev.Actor) -> Sandbox:
-        meta = ev.Meta(actor, self._actors.app_version, cause=held.claim.cause)
-        return (await self._service.record(box, fact, meta)).sandbox
+        meta = ev.Meta(actor, self._actors.app_version, cause=held.cause)
+        outcome = await self._service.record(box, fact, meta)
+        if outcome.position is not None:
+            held.cause = outcome.position  # what is done next follows from this
+        return outcome.sandbox
 
     async def _judge(self, held: Held, box: Sandbox, step: Step, error: Exception) -> Sandbox | None:
         """The sandbox to go on with, or None when the claim was deferred."""
@@ -210,14 +214,25 @@ class Reconciler:
             self._breaker.well(box.id)
             return await self._fail(held, box, error.reason, error.message)
         if isinstance(error, RuntimeUnavailable):
-            wait = await self._breaker.suspect(box.id)
-            _LOG.info("sandbox %s waits %.1f s for the engine: %s", box.id, wait, error)
-            # Absence has to be seen anew: an engine that has just come back may not show everything yet.
-            reason = f"{UNAVAILABLE}: {error}"
-            await self._defer(held, wait, failed=Failed(held.claim.attempts, held.claim.last_code, reason))
-            return None
+            return await self._wait_for_engine(held, box, step, error)
         self._breaker.well(box.id)
         return await self._count(held, box, step, describe(step, error))
+
+    async def _wait_for_engine(self, held: Held, box: Sandbox, step: Step, error: RuntimeUnavailable) -> None:
+        wait = await self._breaker.suspect(box.id)
+        _LOG.info("sandbox %s waits %.1f s for the engine: %s", box.id, wait, error)
+        times = self._breaker.refusals(box.id)
+        if is_refusal_told(times):
+            await self._tell(held, box, Trouble(type(step).__name__.lower(), UNAVAILABLE, str(error)), times)
+        # Absence has to be seen anew: an engine that has just come back may not show everything yet.
+        reason = f"{UNAVAILABLE}: {error}"
+        await self._defer(held, wait, failed=Failed(held.claim.attempts, held.claim.last_code, reason))
+
+    async def _tell(self, held: Held, box: Sandbox, trouble: Trouble, attempt: int) -> None:
+        """About our attempt, so true at any version."""
+        fact = cmd.RecordRetry(trouble.step, trouble.code, trouble.message, attempt)
+        meta = ev.Meta(self._actors.worker, self._actors.app_version, cause=held.cause)
+        await self._service.execute(box.id, fact, meta)
 
     async def _fail(self, held: Held, box: Sandbox, reason: str, message: str) -> Sandbox:
         return await self._record(held, box, cmd.RecordFailure(reason, message), self._actors.worker)
@@ -233,9 +248,7 @@ class Reconciler:
         if isinstance(step, Remove):
             _LOG.warning("removal of sandbox %s failed (attempt %d), next in %.1f s: %s", box.id, attempt, wait, last)
         if is_told(trouble, attempt, claim.last_code):
-            fact = cmd.RecordRetry(trouble.step, trouble.code, trouble.message, attempt)
-            meta = ev.Meta(self._actors.worker, self._actors.app_version, cause=claim.cause)
-            await self._service.execute(box.id, fact, meta)  # about our attempt, so true at any version
+            await self._tell(held, box, trouble, attempt)
         failed = Failed(attempt, trouble.code, trouble.message)
         await self._defer(held, wait, failed=failed, missing_since=claim.missing_since)
         return None
@@ -251,6 +264,15 @@ class Reconciler:
         held.ending = True
         if not await self._queue.defer(held.claim, wait, failed=failed, missing_since=missing_since):
             _LOG.warning("the claim on sandbox %s was lost before it could be given back", held.sandbox_id)
+
+    async def _set_aside(self, held: Held, error: Exception) -> None:
+        """No step has failed but the run itself, e.g. on a head row that cannot be read. The queue row says so."""
+        trouble = describe(Observe(), error)
+        attempt = held.claim.attempts + 1
+        wait = backoff(Observe(), attempt, self._policy)
+        _LOG.error("the run of sandbox %s broke down (attempt %d), next in %.1f s", held.sandbox_id, attempt, wait)
+        with suppress(Exception):  # then its lease brings it back
+            await self._defer(held, wait, failed=Failed(attempt, trouble.code, trouble.message))
 
     async def _hand_back(self, held: Held) -> None:
         held.ending = True
