@@ -15,7 +15,7 @@
     │   └── RuntimeRejected      the engine's final word on this workload: the sandbox fails with this reason
     ├── StoreUnavailable         503  PostgreSQL cannot be reached
     ├── IllegalTransition        an event that the declared table does not allow; a bug, never appended
-    ├── UnknownEvent             a stored event this version cannot read; reading stops loudly
+    ├── UnknownEvent             503  a stored event this version cannot read; reading stops loudly
     └── SettingsError            configuration; the message names file, key, value and what is allowed
 """
 

@@ -14,7 +14,7 @@ import msgspec
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from msgspec import UNSET, Struct, UnsetType
 
-from app.errors import Rejected, StoreUnavailable
+from app.errors import Rejected, StoreUnavailable, UnknownEvent
 
 _LOG = logging.getLogger(__name__)
 _PLACE = re.compile(r"^(?P<rule>.*?)(?: - at `(?:key` in `)?\$(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -118,6 +118,14 @@ def problem_of(error: BaseException, request_id: str) -> Problem:
                 "GENERAL::STORE_UNAVAILABLE",
                 "The database is not reachable at the moment; try again.",
                 headers=[("retry-after", "2")],
+            )
+        case UnknownEvent():
+            _LOG.error("request %s: %s", request_id, error)
+            return Problem(
+                503,
+                "SANDLEDGER::NEWER_HISTORY",
+                "The history of this sandbox holds an event that this version cannot read; a newer server, or this one "
+                "after an upgrade, can.",
             )
         case NotFoundException():
             return Problem(404, "GENERAL::NOT_FOUND", "There is no such path; /openapi.json lists what there is.")
