@@ -133,8 +133,8 @@ def work_policy(settings: Settings) -> WorkPolicy:
 
 
 @asynccontextmanager
-async def open_database(settings: Settings, say: Say) -> AsyncGenerator[Store]:
-    """Start or join the embedded one, or take the configured one; migrate it."""
+async def open_database(settings: Settings, say: Say, *, upgrade: bool = True) -> AsyncGenerator[Store]:
+    """Start or join the embedded one, or take the configured one; migrate it unless told to leave it as it is."""
     async with AsyncExitStack() as stack:
         dsn, embedded = settings.store.postgresql.dsn, None
         if dsn is None:
@@ -144,10 +144,10 @@ async def open_database(settings: Settings, say: Say) -> AsyncGenerator[Store]:
             dsn, where = embedded.dsn, f"embedded PostgreSQL in {embedded.data_dir}"
         else:
             where = redacted_dsn(dsn)
-        done = await migrate(dsn)
+        done = await migrate(dsn, apply=upgrade)
         if done.after != done.before:
             say(f"database: migrated from {done.before or 'empty'} to {done.after}")
-        if not done.known:
+        if upgrade and not done.known:
             say(f"database: schema {done.before} was written by a newer version; using it as it is")
         yield Store(dsn, where, embedded)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from uuid import UUID
 
 from msgspec import Struct
 from sqlalchemy import func, select
@@ -34,45 +34,47 @@ class Finding(Struct, frozen=True):
 
 
 async def examine(settings: Settings, say: Say) -> bool:
-    """Look at everything, print it, and say whether a server could start and work."""
-    findings: list[Finding] = []
+    """Look at everything, print it, and say whether a server could start and work. Changes no schema."""
     say("looking at port, database, migrations, clock, master key and engine ...")
-    findings.append(_attempt("port", lambda: _port(settings)))
-    findings.append(_attempt("exposure", lambda: check_exposure(settings) or "not open to the world without a key"))
-    async with AsyncExitStack() as stack:
-        try:
-            database, where = await stack.enter_async_context(_database(settings, say))
-            findings.append(Finding("database", fine=True, text=where))
-            findings.extend(await _inside(settings, database))
-        except SandledgerError as error:
-            findings.append(Finding("database", fine=False, text=str(error)))
+    findings = [
+        _attempt("port", lambda: _port(settings)),
+        _attempt("exposure", lambda: check_exposure(settings) or "not open to the world without a key"),
+        *await _store(settings, say),
+        await _engine(settings),
+    ]
     for finding in findings:
         say(f"{'ok  ' if finding.fine else 'FAIL'}  {finding.subject:<11} {finding.text}")
     return all(finding.fine for finding in findings)
 
 
-@asynccontextmanager
-async def _database(settings: Settings, say: Say) -> AsyncGenerator[tuple[Database, str]]:
-    async with open_database(settings, say) as store:
-        database = Database(store.dsn, connect_timeout=settings.store.postgresql.connect_timeout_seconds)
-        try:
-            yield database, store.where
-        finally:
-            await database.close()
+async def _store(settings: Settings, say: Say) -> list[Finding]:
+    found: list[Finding] = []
+    try:
+        async with open_database(settings, say, upgrade=False) as store:
+            found.append(Finding("database", fine=True, text=store.where))
+            done = await migrate(store.dsn, apply=False)
+            ready = done.before == done.head or not done.known
+            newer = "" if done.known else ", written by a newer version"
+            advice = "" if ready else "; run `sandledger migrate`, or start a server, which does it"
+            text = f"at {done.before or 'nothing'}, this version wants {done.head}{newer}{advice}"
+            found.append(Finding("migrations", ready, text))
+            if ready:
+                database = Database(store.dsn, connect_timeout=settings.store.postgresql.connect_timeout_seconds)
+                try:
+                    found.extend(await _inside(settings, database))
+                finally:
+                    await database.close()
+    except SandledgerError as error:
+        found.append(Finding("database", fine=False, text=str(error)))
+    return found
 
 
 async def _inside(settings: Settings, database: Database) -> list[Finding]:
-    done = await migrate(database.dsn, apply=False)
-    current = done.before == done.head
-    newer = "" if done.known else ", written by a newer version"
-    found = [
-        Finding("migrations", current or not done.known, f"at {done.before}, this version wants {done.head}{newer}")
-    ]
     row = await database.fetch_one(_CLOCK)
     skew = 0.0 if row is None else abs(float(row["epoch"]) - time.time())
-    found.append(
+    found = [
         Finding("clock", skew < _SKEW_S, f"{skew:.3f} s between this machine and the database, whose clock counts")
-    )
+    ]
     installation = await read_installation(database)
     ours = settings.sandledger
     try:
@@ -84,15 +86,20 @@ async def _inside(settings: Settings, database: Database) -> list[Finding]:
         found.append(Finding("master key", fine=False, text=str(error)))
     horizon = await EventLog(database).horizon()
     found.append(Finding("log", fine=True, text=f"installation {installation.id}, settled up to position {horizon}"))
-    driver = docker_driver(settings, installation.id)
-    try:
-        info = await driver.check()
-        found.append(Finding("engine", fine=True, text=f"{info.name} {info.version} at {info.address}"))
-    except SandledgerError as error:
-        found.append(Finding("engine", fine=False, text=str(error)))
-    finally:
-        await driver.close()
     return found
+
+
+async def _engine(settings: Settings) -> Finding:
+    """Also when there is no database to ask who we are: the engine's answer does not depend on it."""
+    try:
+        driver = docker_driver(settings, UUID(int=0))
+        try:
+            info = await driver.check()
+        finally:
+            await driver.close()
+    except SandledgerError as error:
+        return Finding("engine", fine=False, text=str(error))
+    return Finding("engine", fine=True, text=f"{info.name} {info.version} at {info.address}")
 
 
 def _port(settings: Settings) -> str:

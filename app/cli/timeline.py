@@ -62,7 +62,7 @@ def render(facts: list[ev.Recorded], console: Console) -> None:
 
 
 def _instant(at: Any) -> str:
-    return cast("str", at.strftime("%H:%M:%S.%f")[:-3] if at else "")
+    return cast("str", at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] if at else "")
 
 
 async def print_history(settings: Settings, sandbox_id: UUID, say: Say, *, as_json: bool) -> None:

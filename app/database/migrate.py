@@ -87,6 +87,11 @@ async def migrate(dsn: str, *, apply: bool = True) -> Migration:
                 f"the database user may not do this: {cause}. Migrations need the database's owner with CREATEROLE, or "
                 "a role sandledger_app made beforehand and granted to that user"
             ) from error
+        if isinstance(cause, OSError):
+            raise StoreUnavailable(
+                f"no PostgreSQL answers at the configured address ({cause}); start it, or correct store.postgresql.dsn "
+                "(OPENSANDBOX_STORE_POSTGRESQL_DSN, DATABASE_URL)"
+            ) from error
         raise StoreUnavailable(f"PostgreSQL did not migrate: {cause}") from error
     finally:
         await engine.dispose()

@@ -31,7 +31,7 @@ Text = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0, le=_YEAR)]
 Grace = Annotated[float, Meta(ge=0, le=_YEAR)]
 WholeSeconds = Annotated[int, Meta(ge=1, le=_YEAR)]
-ApiKey = Annotated[str, Meta(extra={"secret": True})]
+ApiKey = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z", description="text in one line", extra={"secret": True})]
 Environment = Annotated[
     dict[str, str], Meta(description="a table of text values (quote numbers)", extra={"secret": True})
 ]
@@ -56,7 +56,7 @@ Insecure = Annotated[bool, Meta(extra={"env_only": "OPENSANDBOX_INSECURE_SERVER=
 EngineAddress = Annotated[
     str,
     Meta(
-        pattern=r"^[a-z][a-z0-9+.-]*://.",
+        pattern=r"^(unix|tcp|http|https|npipe)://.",
         description="a URL such as unix:///var/run/docker.sock or tcp://127.0.0.1:2375",
     ),
 ]

@@ -47,5 +47,9 @@ def _make(path: Path) -> None:
 def _read(path: Path) -> bytes:
     try:
         return decode_master_key(path.read_text("utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: the master key cannot be read: {error}") from error
+    except OSError as error:
+        raise SettingsError(
+            f"{path}: the master key cannot be read: {error.strerror}; correct sandledger.master_key_file or the file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: the master key is not text; it has to be 32 bytes in base64") from error

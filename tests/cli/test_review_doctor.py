@@ -1,0 +1,79 @@
+"""Doctor looks and changes nothing, and each subject has an answer of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from app.database.embedded import EmbeddedPostgres
+from app.database.migrate import migrate
+from tests.cli.test_commands import config, home, run
+from tests.conftest import on_database
+from tests.support.sql import connected
+
+__all__ = ["home"]
+NONE = "unix:///nonexistent/engine.sock"
+
+
+@pytest.fixture
+def empty(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """A database that was never migrated."""
+    name = f"d_{uuid4().hex}"
+
+    async def tell(statement: str) -> None:
+        async with connected(postgres.dsn, owner=True) as owner:
+            await owner.execute(statement)
+
+    asyncio.run(tell(f"CREATE DATABASE {name} TEMPLATE template0"))
+    yield on_database(postgres.dsn, name)
+    asyncio.run(tell(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+def examine(home: Path, dsn: str) -> list[str]:
+    path = config(home, f'[server]\nport = 0\n[sandledger]\nstate_dir = "{home}/state"\n')
+    done = run("doctor", "--config", path, OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn, DOCKER_HOST=NONE)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()
+
+
+def test_a_schema_that_is_behind_is_said_and_left_as_it_is(home: Path, empty: str):
+    found = [line for line in examine(home, empty) if "migrations" in line and line.startswith(("ok", "FAIL"))]
+    assert len(found) == 1
+    assert found[0].startswith("FAIL")
+    assert "sandledger migrate" in found[0]
+    assert asyncio.run(migrate(empty, apply=False)).before is None
+
+
+def test_a_database_that_is_away_hides_nothing_else(home: Path):
+    found = examine(home, "postgresql://u:hidden-word@127.0.0.1:1/x")
+    assert any(line.startswith("FAIL  database") and "store.postgresql.dsn" in line for line in found)
+    assert any(line.startswith("FAIL  engine") for line in found)
+    assert "hidden-word" not in "\n".join(found)
+
+
+def test_a_key_file_that_is_not_there_is_named_with_its_setting(home: Path, dsn: str):
+    path = config(home, f'[server]\nport = 0\n[sandledger]\nmaster_key_file = "{home}/no.key"\n')
+    done = run("serve", "--config", path, OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn)
+    assert done.returncode == 1
+    assert f"{home}/no.key" in done.stderr
+    assert "sandledger.master_key_file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ('[server]\napi_key = "a\\nb"\n', "text in one line"),
+        ('[docker]\nhost = "ftp://engine"\n', "unix:///var/run/docker.sock"),
+    ],
+)
+def test_values_that_could_never_work_stop_the_start(home: Path, setting: str, allowed: str, monkeypatch):
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    done = run("serve", "--config", config(home, setting))
+    assert done.returncode == 1
+    assert allowed in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
