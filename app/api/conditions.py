@@ -22,10 +22,12 @@ _TAG = r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
 _EACH_TAG = re.compile(_TAG)
 _VERSION = re.compile(r"[1-9][0-9]{0,9}")
-_WORD = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_VALUE = rf'(?:"((?:[^"\\]|\\.)*)"|({_WORD}))'
+# Possessive throughout: spaces may stand almost anywhere, and with backtracking each would double the ways to fail.
+_WORD = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+_VALUE = rf'(?:"((?:[^"\\]|\\.)*+)"|({_WORD}))'
+_BESIDE = rf"{_WORD}(?:[ \t]*+=[ \t]*+{_VALUE}?+)?+"
 _PREFERENCE = re.compile(
-    rf"[ \t,]*({_WORD})(?:[ \t]*=[ \t]*{_VALUE}?)?((?:[ \t]*;[ \t]*{_WORD}(?:[ \t]*=[ \t]*{_VALUE}?)?)*)[ \t]*(?:,|$)"
+    rf"[ \t,]*+({_WORD})(?:[ \t]*+=[ \t]*+{_VALUE}?+)?+(?:[ \t]*+;[ \t]*+(?:{_BESIDE})?+)*+[ \t]*+(?:,|$)"
 )
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from app.api.context import ApiContext
 from app.api.errors import INVALID_PARAMETER, Issue, malformed
+from app.api.image import check_image
 from app.api.schema import CreateSandbox
 from app.errors import Invalid, Unsupported
 from app.sandbox.decide import LATEST
@@ -33,6 +34,9 @@ _POOL = "poolRef"
 _RENEW = "access.renew.extend.seconds"
 _ISOLATION = "bootstrap.execd.isolation"
 _RENEW_BOUNDS = (300, 86400)
+_LONGEST_STRING = 128 * 1024 - 1
+"""Bytes of one argument or of one `NAME=value` (Linux's MAX_ARG_STRLEN, less the NUL). A container that is given more
+starts, and its first program dies of "argument list too long", which no engine reports."""
 
 
 def check_shape(request: CreateSandbox) -> None:
@@ -150,7 +154,7 @@ def check_timeout(timeout: int | None, longest: int | None) -> None:
         raise Invalid(INVALID_PARAMETER, "timeout may not reach beyond the year 9998; leave it out for no end.")
 
 
-def _check_values(request: CreateSandbox, entrypoint: list[str], context: ApiContext) -> Platform | None:
+def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], context: ApiContext) -> Platform | None:
     """In the contract's order. Gives the platform in its normal spelling."""
     if not entrypoint[0].strip():
         raise Invalid("DOCKER::INVALID_ENTRYPOINT", "entrypoint must begin with a program.")
@@ -162,7 +166,16 @@ def _check_values(request: CreateSandbox, entrypoint: list[str], context: ApiCon
     platform = None if asked is None else check_platform(Platform(asked.os, asked.arch))
     check_timeout(request.timeout, context.max_sandbox_timeout_seconds)
     parse_limits(request.resource_limits or {})
+    check_image(image)
+    _check_strings(entrypoint, request.env or {})
     return platform
+
+
+def _check_strings(entrypoint: list[str], env: dict[str, str | None]) -> None:
+    if any(len(argument.encode()) > _LONGEST_STRING for argument in entrypoint):
+        raise Invalid(INVALID_PARAMETER, f"An element of entrypoint may have at most {_LONGEST_STRING} bytes.")
+    if any(len(f"{name}={value}".encode()) > _LONGEST_STRING for name, value in env.items() if value is not None):
+        raise Invalid(INVALID_PARAMETER, f"An entry of env, NAME=value, may have at most {_LONGEST_STRING} bytes.")
 
 
 def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tuple[Requested, Secrets | None]:
@@ -176,7 +189,7 @@ def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tup
     image, entrypoint = request.image, request.entrypoint
     assert image is not None, "check_shape and check_served left only images"
     assert entrypoint is not None, "check_shape demands it with an image"
-    platform = _check_values(request, entrypoint, context)
+    platform = _check_values(request, image.uri, entrypoint, context)
     env = {name: value for name, value in (request.env or {}).items() if value is not None}
     digest = context.sealer.digest
     spec = SandboxSpec(

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from app.api.call import Call
 from app.api.errors import Issue, Problem, malformed, wrong
+from app.errors import Unsupported
 from app.sandbox.state import Phase
 from app.views.listing import Cursor, Wanted
 
@@ -35,7 +36,10 @@ def list_query(call: Call, tenant: str) -> ListQuery:
 
     Raises:
         Problem: 422 for a parameter, 400 `INVALID_METADATA_FORMAT` for the metadata filter.
+        Unsupported: `asOf`; passing over it would answer with the present in the past's name.
     """
+    if call.many("asOf") is not None:
+        raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "asOf of lists is not served yet; it is for single sandboxes.")
     wanted = Wanted(tenant, _phases(call), _metadata(call), call.flag("includeTerminal"))
     cursor = call.one("cursor")
     for mine, other in (("cursor", "page"), ("limit", "pageSize")):

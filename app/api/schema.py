@@ -25,7 +25,7 @@ class RegistryLogin(Struct, frozen=True):
     password: str
 
 
-class ImageRequest(Struct, frozen=True):
+class ImageRequest(Struct, frozen=True, omit_defaults=True):
     """Which image. A blank uri counts as absent."""
 
     uri: str
@@ -39,14 +39,17 @@ class PlatformBody(Struct, frozen=True):
     arch: str
 
 
-class CredentialProxy(Struct, frozen=True):
+class CredentialProxy(Struct, frozen=True, omit_defaults=True):
     """Not served yet."""
 
     enabled: bool = False
 
 
-class CreateSandbox(Struct, frozen=True, rename="camel"):
+class CreateSandbox(Struct, frozen=True, rename="camel", omit_defaults=True):
     """What to create. Field names are also taken in snake_case; unknown fields are ignored."""
+
+    # `omit_defaults`: the fingerprint of an Idempotency-Key is made of this. A field that a later version adds must not
+    # turn a repeated request into another one.
 
     image: ImageRequest | None = None
     snapshot_id: str | None = None
