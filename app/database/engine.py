@@ -4,6 +4,9 @@ Every statement is its own transaction unless `transaction()` says otherwise. Th
 start packet, so that no statement can forget it. `idle_in_transaction_session_timeout` ends a stuck writer, which
 would otherwise hold back every reader of the log.
 
+A statement that is not answered within `command_timeout` counts as a database that is gone: after a failover, or a
+partition that drops packets, an open connection may stay silent for a quarter of an hour, and ten of them are the pool.
+
 Failure: whatever means "the database is not there, or may not write" becomes StoreUnavailable and the connection is
 dropped from the pool; parameters never appear in an error or a log (`hide_parameters`). Connections that died while
 nobody used them are replaced at checkout, so that a restart of PostgreSQL does not cost one request for each of them.
@@ -128,7 +131,14 @@ class Database:
     """The pool, and the two ways to use it."""
 
     def __init__(
-        self, dsn: str, *, min_size: int = 1, max_size: int = 10, connect_timeout: float = 5, pool_timeout: float = 5
+        self,
+        dsn: str,
+        *,
+        min_size: int = 1,
+        max_size: int = 10,
+        connect_timeout: float = 5,
+        pool_timeout: float = 5,
+        command_timeout: float = 15,
     ) -> None:
         """Open lazily. Timeouts in seconds."""
         self.dsn = dsn
@@ -145,11 +155,14 @@ class Database:
             json_deserializer=str,  # JSON stays text; each reader decodes it once, into its own struct
             connect_args={
                 "timeout": connect_timeout,
+                "command_timeout": command_timeout,
                 "server_settings": {
                     "application_name": "sandledger",
                     "role": APP_ROLE,
                     "idle_in_transaction_session_timeout": "5000",
                     "jit": "off",
+                    # An answer means that it is on disk, whatever this database's default is.
+                    "synchronous_commit": "on",
                     "TimeZone": "UTC",
                 },
             },
