@@ -41,6 +41,8 @@ class WorkPolicy(Struct, frozen=True):
     orphan_dry_run: bool = False
     hint_window: float = 0.05
     """Hints of this long go to the queue together."""
+    uncut: float = 10
+    """How long a stop waits for creates under way, which are not cut; an engine that hangs must not hold it up."""
     expiry_lease: float = 30
     expiry_concurrency: int = 8
 

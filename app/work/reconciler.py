@@ -15,10 +15,10 @@ as actor; what a plain look found changed, an exit, and a loss carry the runtime
 that had ended by the time `ensure` returned is recorded in two appends, so that each has its own actor.
 
 **How it fails.** See `app.work.troubles` for the engine's side. A database that goes away ends the run without a word,
-and the lease brings it back. An error of our own outside of any step is counted in the queue and tried again, later each
-time, for ever: it says nothing about the sandbox. A graceful stop cancels the run and hands the claim back; nothing counts. A lost claim
-ends the run in silence, but whoever may have made an object for a sandbox that has ended takes it away again: that is
-always right, and nobody else may look there for a while.
+and the lease brings it back. An error of our own outside of any step is counted in the queue and tried again, later
+each time, for ever: it says nothing about the sandbox. A graceful stop cancels the run and hands the claim back;
+nothing counts. A lost claim ends the run in silence, but whoever may have made an object for a sandbox that has ended
+takes it away again: that is always right, and nobody else may look there for a while.
 """
 
 from __future__ import annotations
@@ -53,7 +53,17 @@ from app.service import Service, StaleVersion
 from app.work.leases import Held, LeaseLost, Superseded
 from app.work.policy import WorkPolicy
 from app.work.queue import Failed, Queue
-from app.work.troubles import EXHAUSTED, UNAVAILABLE, Breaker, Trouble, backoff, describe, is_hopeless, is_told
+from app.work.troubles import (
+    EXHAUSTED,
+    UNAVAILABLE,
+    Breaker,
+    Trouble,
+    backoff,
+    describe,
+    is_hopeless,
+    is_refusal_told,
+    is_told,
+)
 from app.work.workloads import Workloads
 
 _MOST_STEPS = 8

@@ -4,13 +4,14 @@
 raised                    counted what follows
 ========================= ======= ============================================================================
 `RuntimeRejected`, ensure final   the sandbox fails with the engine's reason
-`RuntimeUnavailable`      no      the engine is asked who it is; no answer opens the breaker. No event, no verdict
+`RuntimeUnavailable`      no      the engine is asked who it is; no answer opens the breaker. No verdict
 `AttemptFailed`, any else yes     full-jitter back-off; an event when the code changes and at attempts 1, 3 and 10
 ========================= ======= ============================================================================
 
 The breaker is for the engine as a whole: while it is open, nothing is claimed. One sandbox whose calls the engine
 answers with 5xx while it is otherwise well must not stop all others, so it is not the fault that opens the breaker but
-the engine's silence when asked; such a sandbox waits by itself, longer each time, for as long as it takes.
+the engine's silence when asked; such a sandbox waits by itself, longer each time, for as long as it takes. That is told
+as an event, thinly: nothing else would say why it stays Pending or Stopping. An engine that is down is no event.
 
 A sandbox is given up after `poison_attempts` counted failures *and* `poison_after` seconds, and only while it is being
 provided or changed. Two things never give up: a removal, since a container that is left behind costs money; and a plain
@@ -38,6 +39,8 @@ UNAVAILABLE = "RUNTIME_UNAVAILABLE"
 INTERNAL = "INTERNAL_ERROR"
 EXHAUSTED = "RECONCILE_EXHAUSTED"
 _TOLD_AT = (1, 3, 10)
+_REFUSALS_TOLD_AT = (3, 10)
+"""Not the first: a single 5xx is noise."""
 _CHECK_S = 15.0
 _MOST_STREAKS = 10_000
 _LOG = logging.getLogger(__name__)
@@ -67,6 +70,11 @@ def describe(step: Step, error: Exception) -> Trouble:
 def is_told(trouble: Trouble, attempt: int, last_code: str | None) -> bool:
     """Whether this failure becomes an event."""
     return trouble.code != last_code or attempt in _TOLD_AT
+
+
+def is_refusal_told(times: int) -> bool:
+    """Whether it becomes an event that an engine, which is well, has not done what was asked so many times in a row."""
+    return times in _REFUSALS_TOLD_AT
 
 
 def is_hopeless(step: Step, attempt: int, failing_for: float, policy: WorkPolicy) -> bool:
@@ -120,6 +128,10 @@ class Breaker:
         times = self._streaks[sandbox_id] = self._streaks.get(sandbox_id, 0) + 1
         longest = _doubled(self._policy.breaker_base, times, self._policy.breaker_max)
         return random.uniform(longest / 2, longest)  # noqa: S311
+
+    def refusals(self, sandbox_id: UUID) -> int:
+        """How many times in a row an engine that is well has not done what was asked for this sandbox."""
+        return 0 if self.open else self._streaks.get(sandbox_id, 0)
 
     def well(self, sandbox_id: UUID) -> None:
         """The engine did what was asked for this sandbox."""

@@ -9,7 +9,9 @@ breaker is open nothing is claimed; the engine is asked again when its time has 
 
 **Stop.** `stop(grace)`: no more claims; runs under way get the grace, then are cancelled, finish what must not be cut
 (create and start), and hand their claims back; leases are kept alive meanwhile. Cancelling `run` is a stop without
-grace. Nothing counts as an attempt and nothing is marked failed.
+grace. Nothing counts as an attempt and nothing is marked failed. A create that an engine does not answer within
+`uncut` seconds is left as a crash would leave it: its claim is not handed back, since the engine may still be making
+the object.
 
 **How it fails.** No error of one sandbox or of one round ends a loop. If a loop ends all the same, `run` raises and
 `alive` is false, so that whoever supervises the process knows.
@@ -157,7 +159,7 @@ class Worker:
     async def _round(self, news: Subscription) -> bool:
         """Claim once. True when there is more and there are slots for it."""
         if self.breaker.open:
-            await self.breaker.recover()
+            await self._recover()
             if self.breaker.open:
                 return False
         free = self._policy.concurrency - len(self._runs)
@@ -177,6 +179,19 @@ class Worker:
             # Other workers hold the locks on what is due; by the time we are back they have moved on.
             await asyncio.sleep(random.uniform(0, _CONTENDED_S))  # noqa: S311
         return more and len(self._runs) < policy.concurrency
+
+    async def _recover(self) -> None:
+        """Ask the engine, unless a stop comes first: one that hangs takes its time to say nothing."""
+        asking = asyncio.create_task(self.breaker.recover())
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                asking.result()
+        finally:
+            asking.cancel()
+            stopping.cancel()
+            await asyncio.gather(asking, stopping, return_exceptions=True)
 
     def _for_background(self, free: int) -> int:
         """One slot in eight, counted over rounds; a lane that is empty leaves them to the other."""
@@ -199,10 +214,14 @@ class Worker:
         run.add_done_callback(ended)
 
     async def _drain(self, grace: float) -> None:
-        """Let runs finish, then cancel them; they hand their claims back."""
+        """Let runs finish, then cancel them; they hand their claims back, or are left if that takes too long."""
         if self._runs and grace > 0:
             await asyncio.wait(self._runs, timeout=grace)
-        left = list(self._runs)
-        for run in left:
+        if not self._runs:
+            return
+        for run in self._runs:
             run.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        _, left = await asyncio.wait(self._runs, timeout=self._policy.uncut)
+        if left:
+            self.leases.leave()
+            _LOG.warning("%d creates that the engine does not answer are left to the end of their leases", len(left))
