@@ -124,8 +124,8 @@ def problem_of(error: BaseException, request_id: str) -> Problem:
             return Problem(
                 503,
                 "SANDLEDGER::NEWER_HISTORY",
-                "The history of this sandbox holds an event that this version cannot read; a newer server, or this one "
-                "after an upgrade, can.",
+                "What is asked for was written by a newer version, which this one cannot read; upgrade this server, or "
+                "ask one that has been.",
             )
         case NotFoundException():
             return Problem(404, "GENERAL::NOT_FOUND", "There is no such path; /openapi.json lists what there is.")

@@ -37,6 +37,7 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from app.database.engine import Database
 from app.database.statement import Statement
+from app.errors import UnknownEvent
 from app.sandbox.events import EndCause
 from app.sandbox.spec import SandboxSpec
 from app.sandbox.state import Desired, Ending, Failure, Runtime, RuntimeState, Sandbox
@@ -177,7 +178,18 @@ _decode_runtime = msgspec.json.Decoder(Runtime).decode
 
 
 def from_row(row: asyncpg.Record) -> Sandbox:
-    """The state that the row is a snapshot of."""
+    """The state that the row is a snapshot of.
+
+    Raises:
+        UnknownEvent: a newer version wrote it, in words that this one does not know.
+    """
+    try:
+        return _from_row(row)
+    except ValueError as error:  # also msgspec's
+        raise UnknownEvent(f"sandbox {row['id']} was written by a newer version: {error}") from error
+
+
+def _from_row(row: asyncpg.Record) -> Sandbox:
     runtime, reason, ended_at = row["runtime"], row["failure_reason"], row["ended_at"]
     return Sandbox(
         id=UUID(int=row["id"].int),

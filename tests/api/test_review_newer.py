@@ -45,3 +45,16 @@ async def test_only_what_needs_the_history_is_refused(dsn: str, database: Databa
         assert {box["id"] for box in listed} == {made["id"], other["id"]}
     finally:
         await unwrite(dsn)
+
+
+async def test_a_state_in_words_of_a_newer_version_is_said_to_be_that(dsn: str, http: httpx.AsyncClient):
+    made = await create(http)
+    path = f"/v1/sandboxes/{made['id']}"
+    async with connected(dsn, owner=True) as owner:
+        await owner.execute("UPDATE sandboxes SET observed = 'hibernating', version = 2")
+        for asked in (path, "/v1/sandboxes"):
+            answer = await http.get(asked)
+            assert (answer.status_code, answer.json()["code"]) == (503, "SANDLEDGER::NEWER_HISTORY")
+        assert (await http.get(f"{path}/events")).status_code == 200
+        await owner.execute("ALTER TABLE sandboxes DISABLE TRIGGER check_phase")
+        await owner.execute("UPDATE sandboxes SET observed = 'none', version = 1")
