@@ -29,6 +29,7 @@ from sqlalchemy import literal, select
 from app import __version__
 from app.api.app import create_app
 from app.api.context import ApiContext
+from app.api.listener import HttpProtocol
 from app.database.embedded import EmbeddedPostgres
 from app.database.engine import Database
 from app.database.installation import claim_master_key
@@ -233,7 +234,7 @@ def _uvicorn(settings: Settings, app: Litestar) -> _Listener:
             limit_concurrency=server.limit_concurrency or None,
             backlog=server.backlog,
             timeout_graceful_shutdown=server.timeout_graceful_shutdown,
-            http=server.http,
+            http="h11" if server.http == "h11" else HttpProtocol,
             ws="none",
             lifespan="off",
             proxy_headers=False,  # a local caller could otherwise forge the client address in the log

@@ -3,7 +3,8 @@
 Between looks the request holds no connection and no lock, only a subscription. It looks again when the signal says
 that there may be news, and once a second anyway, because a signal carries no truth. It ends with the state it has when
 that is the wanted one, the time is over, the client is gone, the server is asked to stop, or the database is away:
-what the client asked for is committed already, and the wait is only a courtesy.
+what the client asked for is committed already, and the wait is only a courtesy. A look that gets no answer is given
+up, so that a database which hangs does not keep the client longer than it asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from app.errors import StoreUnavailable
 from app.sandbox.state import Sandbox
 
 _LOOK_AGAIN_S = 1.0
+_LOOK_WITHIN_S = 2.0
 
 
 async def until(
@@ -51,7 +53,8 @@ async def until(
 
 async def _look(context: ApiContext, known: Sandbox) -> Sandbox:
     try:
-        loaded = await context.service.view.load(known.id, context.tenant)
-    except StoreUnavailable:
+        async with asyncio.timeout(_LOOK_WITHIN_S):
+            loaded = await context.service.view.load(known.id, context.tenant)
+    except (StoreUnavailable, TimeoutError):
         return known
     return known if loaded is None else loaded[0]

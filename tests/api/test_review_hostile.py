@@ -215,3 +215,17 @@ async def test_waiters_hold_no_connection(http: httpx.AsyncClient):
         for task in waiting:
             task.cancel()
     assert {answer.status_code for answer in answers} == {202}
+
+
+async def test_a_database_that_hangs_does_not_prolong_a_wait(http: httpx.AsyncClient, database: Database):
+    waiting = asyncio.create_task(http.post("/v1/sandboxes", json=body(), headers={"Prefer": "wait=3"}))
+    try:
+        async with asyncio.timeout(12):  # a statement by itself is given longer
+            while not await _rows(database):
+                pass
+            async with database.transaction() as holder:
+                await (await holder.driver()).execute("LOCK TABLE sandboxes IN ACCESS EXCLUSIVE MODE")
+                answer = await waiting
+    finally:
+        waiting.cancel()
+    assert (answer.status_code, answer.json()["status"]["state"]) == (202, "Pending")
