@@ -6,6 +6,9 @@ readers in this process wake at once, and one task per process sends at most one
 connection, with the ids of that window (or `*` when they are too many). One LISTEN connection per process wakes the
 rest.
 
+A listener only waits, and a connection that was cut off without a word looks just like one on which nobody speaks; so
+the listener asks something every `check` seconds, and a connection that does not answer is replaced.
+
 A signal carries no truth. Every waiter also has a timeout and then looks for itself, so a lost notification, a pooler
 in between or a broken LISTEN costs latency (at most a second), never correctness.
 """
@@ -20,7 +23,7 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy import Text, bindparam, func, select
+from sqlalchemy import Text, bindparam, func, literal, select
 
 from app.database.engine import Database
 from app.database.statement import Statement
@@ -31,6 +34,7 @@ _WINDOW_S = 0.02
 _MOST_IDS = 200  # 200 * 33 bytes stay below NOTIFY's 8000
 _RECONNECT_S = 1.0
 _NOTIFY = Statement(select(func.pg_notify(CHANNEL, bindparam("payload", type_=Text))))
+_PING = Statement(select(literal(1)))
 _FAILURES = (StoreUnavailable, asyncpg.PostgresError)
 """A standby after a failover, or a full queue, refuses to notify: PostgreSQL's word, and no reason to stop either."""
 _LOG = logging.getLogger(__name__)
@@ -61,9 +65,10 @@ class Subscription:
 class Signal:
     """One per process. `run` must be running for other processes to hear and be heard."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, check: float = 30) -> None:
         """Not yet listening."""
         self._database = database
+        self._check = check
         self._everything: set[Subscription] = set()
         self._by_id: dict[UUID, set[Subscription]] = {}
         self._outbox: set[UUID] = set()
@@ -127,7 +132,12 @@ class Signal:
             try:
                 await driver.add_listener(CHANNEL, self._heard)
                 self._wake_all()  # whatever was said while nobody listened
-                await ended.wait()
+                while not ended.is_set():
+                    try:
+                        async with asyncio.timeout(self._check):
+                            await ended.wait()
+                    except TimeoutError:
+                        await connection.fetch(_PING)
             finally:
                 await connection.invalidate()
 

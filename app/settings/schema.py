@@ -208,6 +208,9 @@ class DockerSettings(Table, frozen=True):
     """Environment of every sandbox; the request's own values win."""
 
 
+_FEWEST_CONNECTIONS = 3
+
+
 class PostgresqlSettings(Table, frozen=True):
     """`[store.postgresql]`: the database and the connection pool of one process."""
 
@@ -224,6 +227,11 @@ class PostgresqlSettings(Table, frozen=True):
 
     def __post_init__(self) -> None:
         """Check what one field cannot say."""
+        if self.max_pool_size < _FEWEST_CONNECTIONS:
+            raise ValueError(
+                f"max_pool_size ({self.max_pool_size}) must be at least {_FEWEST_CONNECTIONS}: one connection listens,"
+                " one guards a sweep, and the work needs another"
+            )
         if self.min_pool_size > self.max_pool_size:
             raise ValueError(f"min_pool_size ({self.min_pool_size}) exceeds max_pool_size ({self.max_pool_size})")
 

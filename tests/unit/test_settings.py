@@ -301,6 +301,7 @@ class TestBadValues:
                 "[store.postgresql]\nmin_pool_size = 11",
                 "store.postgresql: min_pool_size (11) exceeds max_pool_size (10)",
             ),
+            ("[store.postgresql]\nmax_pool_size = 2", "store.postgresql: max_pool_size (2) must be at least 3: one"),
             ("sandledger.worker.backoff_base_seconds = 301", "backoff_base_seconds (301) exceeds backoff_max_seconds"),
         ],
     )
@@ -379,7 +380,7 @@ type = "sqlite"
 [store.postgresql]
 dsn = "postgresql://h/db"
 min_pool_size = 0
-max_pool_size = 1
+max_pool_size = 3
 connect_timeout_seconds = 1
 pool_timeout_seconds = 1
 [sandledger]

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from app.database.embedded import EmbeddedPostgres
 from app.database.engine import Database
 from app.database.statement import Statement
 from app.errors import StoreUnavailable
+from app.log.signal import Signal
 from app.sandbox.state import Phase
 from app.work.leases import Leases
 from app.work.queue import Queue
@@ -96,6 +98,24 @@ async def test_connections_that_fell_silent_cost_a_while_and_no_more(line: Line,
 
     async with asyncio.timeout(30):
         await asyncio.gather(*(served() for _ in range(20)))
+    await database.close()
+
+
+async def test_a_listener_that_fell_silent_is_replaced(line: Line, dsn: str, signal: Signal) -> None:
+    """Without a question now and then, this process would hear nothing any more and only poll."""
+    database = await over(line, dsn, 0.3)
+    deaf = Signal(database, check=0.2)
+    hearing = asyncio.create_task(deaf.run())
+    told = uuid4()
+    with deaf.subscribe(told) as news:
+        for silence in (False, True):
+            if silence:
+                line.silence()
+            async with asyncio.timeout(30):
+                while not await news.wait(0.1):
+                    signal.poke(told)
+    hearing.cancel()
+    await asyncio.gather(hearing, return_exceptions=True)
     await database.close()
 
 
