@@ -15,7 +15,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl
 from uuid import UUID
 
-from litestar.types import HTTPScope, Receive
+from litestar.types import HTTPScope, Receive, ReceiveMessage
 
 from app import __version__
 from app.api.errors import INVALID_HEADER, Problem, wrong
@@ -42,6 +42,7 @@ class Call:
     """Lives as long as the request."""
 
     __slots__ = (
+        "_idle",
         "_limit",
         "_query",
         "actor",
@@ -55,8 +56,11 @@ class Call:
         "scope",
     )
 
-    def __init__(self, scope: HTTPScope, receive: Receive, actor: Actor, limit: int) -> None:
-        """`actor` is who it will be once the key has been found right; `limit` bounds the body in bytes."""
+    def __init__(self, scope: HTTPScope, receive: Receive, actor: Actor, limit: int, idle: float = 30) -> None:
+        """`actor` is who it will be once the key has been found right.
+
+        `limit` bounds the body in bytes, `idle` the seconds between two pieces of it.
+        """
         self.scope = scope
         self.receive = receive
         self.actor = actor
@@ -69,6 +73,7 @@ class Call:
         self.problem: Problem | None = None
         """What the answer refuses with, if it does."""
         self._limit = limit
+        self._idle = idle
         self._query: dict[str, list[str]] | None = None
         headers = self.headers
         for raw_name, raw_value in scope["headers"]:
@@ -134,7 +139,7 @@ class Call:
         chunks: list[bytes] = []
         size = 0
         while True:
-            message = await self.receive()
+            message = await self._next_piece()
             if message["type"] != "http.request":
                 raise Problem(400, "GENERAL::BAD_REQUEST", "The connection ended before the body did.")
             chunk, more = message.get("body", b""), message.get("more_body", False)
@@ -144,6 +149,18 @@ class Call:
             chunks.append(chunk)
             if not more:
                 return b"".join(chunks)
+
+    async def _next_piece(self) -> ReceiveMessage:
+        try:
+            async with asyncio.timeout(self._idle):
+                return await self.receive()
+        except TimeoutError:
+            raise Problem(
+                408,
+                "GENERAL::REQUEST_TIMEOUT",
+                f"Nothing of the body came for {self._idle:g} s.",
+                headers=[("connection", "close")],
+            ) from None
 
     async def _too_large(self, *, ended: bool = False) -> Problem:
         """413. A socket that is closed while the client still sends is reset, and the answer may never be read; so

@@ -38,6 +38,8 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     power_wait_seconds: float = 10
     """How long pause and resume wait for the final state when the client says nothing."""
     body_limit: int = 1024 * 1024
+    body_idle_seconds: float = 30
+    """How long a body may pause on its way."""
     metadata_max_entries: int | None = 256
     worker_alive: Callable[[], bool] | None = None
     """Whether this process's worker runs. None = it has none, and needs no engine."""

@@ -67,8 +67,9 @@ class Edge:
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
-        call = Call(scope, receive, self._actor, self._context.body_limit)
-        answer = _Answer(self._context, call, send, cross_origin=self._key is not None)
+        context = self._context
+        call = Call(scope, receive, self._actor, context.body_limit, context.body_idle_seconds)
+        answer = _Answer(context, call, send, cross_origin=self._key is not None)
         if self._key is not None and _is_preflight(call):
             await answer.send_all(204, _PREFLIGHT)
             return

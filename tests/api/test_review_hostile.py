@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -12,11 +13,12 @@ import msgspec
 import pytest
 from sqlalchemy import func, select
 
+from app.api.app import create_app
 from app.database.engine import Database
 from app.database.statement import Statement
 from app.vault.seal import Sealer
 from app.views.tables import sandboxes
-from tests.api.conftest import body, create
+from tests.api.conftest import KEY, MakeContext, body, create
 
 _COUNT = Statement(select(func.count()).select_from(sandboxes))
 _FINGERPRINTS = Statement(select(sandboxes.c.fingerprint))
@@ -224,8 +226,39 @@ async def test_a_database_that_hangs_does_not_prolong_a_wait(http: httpx.AsyncCl
             while not await _rows(database):
                 pass
             async with database.transaction() as holder:
-                await (await holder.driver()).execute("LOCK TABLE sandboxes IN ACCESS EXCLUSIVE MODE")
+                driver = await holder.driver()
+                await driver.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+                await driver.execute("LOCK TABLE sandboxes IN ACCESS EXCLUSIVE MODE")
                 answer = await waiting
     finally:
         waiting.cancel()
     assert (answer.status_code, answer.json()["status"]["state"]) == (202, "Pending")
+
+
+async def test_a_body_that_stops_coming(make_context: MakeContext, database: Database):
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b'{"image":'
+        await asyncio.Event().wait()
+
+    # In-process transports collect a body before they send it, so the application is asked directly.
+    pieces = stalling()
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": await anext(pieces), "more_body": True}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    headers = [(b"open-sandbox-api-key", KEY.encode()), (b"content-type", b"application/json")]
+    scope: Any = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/v1/sandboxes", "raw_path": b"/v1/sandboxes", "query_string": b"", "root_path": "",
+        "headers": headers, "client": ("192.0.2.7", 4711), "server": ("api.test", 80), "state": {},
+    }  # fmt: skip
+    async with asyncio.timeout(20):
+        await create_app(make_context(body_idle_seconds=0.2))(scope, receive, send)
+    assert said[0]["status"] == 408
+    assert (b"connection", b"close") in said[0]["headers"]
+    assert msgspec.json.decode(said[1]["body"])["code"] == "GENERAL::REQUEST_TIMEOUT"
+    assert await _rows(database) == 0

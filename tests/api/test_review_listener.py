@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 import uvicorn
 from litestar import Litestar
 
 from app.api.listener import MOST_HEAD, MOST_SPILT, HttpProtocol
-from tests.api.conftest import KEY
+from tests.api.conftest import KEY, body
 
 _READ = 256 * 1024
 """What a transport hands over at once, at most."""
@@ -27,17 +27,27 @@ class _Server(uvicorn.Server):
         yield
 
 
-@pytest.fixture
-async def port(app: Litestar) -> AsyncIterator[int]:
-    """Of the application behind our protocol."""
+class _Hasty(HttpProtocol):
+    head_within_s = 0.3
+
+
+@asynccontextmanager
+async def _listening(app: Litestar, protocol: type[HttpProtocol]) -> AsyncGenerator[int]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = _Server(uvicorn.Config(app, http=HttpProtocol, log_config=None, lifespan="off", ws="none"))
+    server = _Server(uvicorn.Config(app, http=protocol, log_config=None, lifespan="off", ws="none"))
     listener.listen()
     serving = asyncio.create_task(server.serve([listener]))
     yield listener.getsockname()[1]
     server.should_exit = True
     await serving
+
+
+@pytest.fixture
+async def port(app: Litestar) -> AsyncIterator[int]:
+    """Of the application behind our protocol."""
+    async with _listening(app, HttpProtocol) as taken:
+        yield taken
 
 
 async def _say(port: int, *pieces: bytes) -> bytes:
@@ -84,8 +94,8 @@ def _parsed(heard: bytes) -> tuple[int, dict[str, str], dict[str, str]]:
     ],
 )
 async def test_what_is_no_http_is_refused_like_everything_else(port: int, sent: bytes):
-    status, headers, body = _parsed(await _say(port, sent))
-    assert (status, body["code"]) == (400, "GENERAL::BAD_REQUEST")
+    status, headers, problem = _parsed(await _say(port, sent))
+    assert (status, problem["code"]) == (400, "GENERAL::BAD_REQUEST")
     assert len(headers["x-request-id"]) == 32
     assert (headers["connection"], headers["content-type"]) == ("close", "application/json")
 
@@ -95,8 +105,8 @@ async def test_a_head_has_an_end(port: int, start: bytes):
     more = b"a: b\r\n" * 1000 if start.endswith(b"\r\n") else b"a" * 6000
     heard = await _say(port, start, *[more] * ((MOST_HEAD + 2 * _READ) // len(more)))
     if heard:  # else our own words on the way broke the connection before theirs arrived
-        status, headers, body = _parsed(heard)
-        assert (status, body["code"]) == (431, "GENERAL::HEADERS_TOO_LARGE")
+        status, headers, problem = _parsed(heard)
+        assert (status, problem["code"]) == (431, "GENERAL::HEADERS_TOO_LARGE")
         assert "x-request-id" in headers
 
 
@@ -112,10 +122,10 @@ async def test_heads_are_counted_one_by_one(port: int):
 
 
 async def test_a_body_is_not_counted_as_a_head(port: int):
-    body = b" " * (4 * MOST_HEAD)
-    sent = [f"OPEN-SANDBOX-API-KEY: {KEY}\r\nContent-Type: application/json\r\nConnection: close\r\n".encode(), body]
-    sent = [b"POST /v1/sandboxes HTTP/1.1\r\n", sent[0], f"Content-Length: {len(body)}\r\n\r\n".encode(), body]
-    assert _parsed(await _say(port, *sent))[0] == 422
+    long = b" " * (4 * MOST_HEAD)
+    head = f"OPEN-SANDBOX-API-KEY: {KEY}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head += f"Content-Length: {len(long)}\r\n\r\n"
+    assert _parsed(await _say(port, b"POST /v1/sandboxes HTTP/1.1\r\n", head.encode(), long))[0] == 422
 
 
 @pytest.mark.parametrize(
@@ -142,3 +152,26 @@ async def _pour(writer: asyncio.StreamWriter, piece: bytes, times: int) -> None:
     for _ in range(times):
         writer.write(piece)
         await writer.drain()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: a\r\nX-A"])
+async def test_half_a_head_is_not_waited_for_for_ever(app: Litestar, sent: bytes):
+    whole = b"GET /health HTTP/1.1\r\n\r\n"
+    async with _listening(app, _Hasty) as port:
+        assert await _say(port, sent) == b""
+        if sent:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            async with asyncio.timeout(20):
+                writer.write(whole)
+                assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+                writer.write(sent)
+                assert await reader.read() == b""
+            writer.close()
+
+
+async def test_an_answer_may_take_longer_than_a_head(app: Litestar):
+    sent = json.dumps(body()).encode()
+    head = f"OPEN-SANDBOX-API-KEY: {KEY}\r\nContent-Length: {len(sent)}\r\nConnection: close\r\n"
+    head += "Content-Type: application/json\r\nPrefer: wait=1\r\n\r\n"
+    async with _listening(app, _Hasty) as port:
+        assert _parsed(await _say(port, b"POST /v1/sandboxes HTTP/1.1\r\n" + head.encode() + sent))[0] == 202
