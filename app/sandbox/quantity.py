@@ -63,10 +63,10 @@ def parse_memory(text: str) -> int:
 
 
 def parse_nano_cpus(text: str) -> int:
-    """Billionths of a CPU. At least 1m, at most 4096 CPUs."""
+    """Billionths of a CPU. At least 10m, Docker's least; at most 4096 CPUs."""
     value = parse_quantity(text)
-    if not Decimal("0.001") <= value <= 4096:  # noqa: PLR2004
-        raise ValueError("must be at least 1m and at most 4096")
+    if not Decimal("0.01") <= value <= 4096:  # noqa: PLR2004
+        raise ValueError("must be at least 10m and at most 4096")
     return int(value * 1_000_000_000)
 
 

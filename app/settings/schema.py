@@ -249,7 +249,7 @@ class WorkerSettings(Table, frozen=True):
 
     concurrency: Annotated[int, Meta(ge=1, le=10_000)] = 16
     """Sandboxes one process works on at once."""
-    lease_seconds: Seconds = 30
+    lease_seconds: Seconds = 10
     """Seconds until work claimed by a silent worker is free again; renewed at a third of it."""
     resync_seconds: Seconds = 300
     """Seconds between two full comparisons with the engine."""
@@ -265,7 +265,7 @@ class WorkerSettings(Table, frozen=True):
     """Age in seconds below which an object nobody knows is left alone."""
     missing_grace_seconds: Grace = 10
     """Seconds an expected object has to be missing before it counts as lost."""
-    expiry_lease_seconds: Seconds = 30
+    expiry_lease_seconds: Seconds = 4
     """Seconds after which an expiry that was claimed and not finished fires again."""
     orphan_dry_run: bool = False
     """Report orphans, remove none."""

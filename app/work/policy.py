@@ -14,7 +14,7 @@ class WorkPolicy(Struct, frozen=True):
     """Sandboxes one worker works on at once."""
     tenant_share: int = 8
     """Rows one tenant may get in one round of claiming, a lane; further rounds follow while slots are free."""
-    lease: float = 30
+    lease: float = 10
     """After this long without a sign of life of its holder a claim is free again. Extended at a third."""
     probe: float = 1
     """How often the holder of a long step asks whether something else is wanted by now."""
@@ -43,7 +43,7 @@ class WorkPolicy(Struct, frozen=True):
     """Hints of this long go to the queue together."""
     uncut: float = 10
     """How long a stop waits for creates under way, which are not cut; an engine that hangs must not hold it up."""
-    expiry_lease: float = 30
+    expiry_lease: float = 4
     expiry_concurrency: int = 8
 
     @property

@@ -99,7 +99,13 @@ async def test_the_embedded_postmaster_is_killed_under_a_live_server(
                     return False
 
             await until(back, "the server comes back by itself", 60)
-            assert (await client.delete(f"/sandboxes/{sandbox}")).status_code == 204
+
+            async def deleted() -> bool:
+                # A backend that outlived its postmaster may have answered "back" before it was told to quit: 503 is
+                # honest then, and clients repeat a DELETE that met it.
+                return (await client.delete(f"/sandboxes/{sandbox}")).status_code in (204, 404)
+
+            await until(deleted, "a delete gets through", 60)
             await reaches(client, sandbox, "Terminated")
         server.send(signal.SIGTERM)
         assert await asyncio.to_thread(server.wait) == 0

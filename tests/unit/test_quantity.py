@@ -99,7 +99,7 @@ def test_thousandths_of_a_byte_are_a_mistake_that_is_explained(text: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1", 10**9), ("500m", 5 * 10**8), ("0.5", 5 * 10**8), ("1e-3", 10**6), ("4096", 4096 * 10**9)]
+    ("text", "value"), [("1", 10**9), ("500m", 5 * 10**8), ("0.5", 5 * 10**8), ("1e-2", 10**7), ("4096", 4096 * 10**9)]
 )
 def test_cpus_are_billionths(text: str, value: int):
     assert parse_nano_cpus(text) == value
