@@ -45,7 +45,8 @@ class ServerProcess:
                 [sys.executable, "-m", "tests.chaos.entry", str(self._config), self._role],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environ},
+                # Without DOCKER_HOST: it would win over the configured engine, which may be a proxy that plays a part.
+                env={name: value for name, value in os.environ.items() if name != "DOCKER_HOST"} | self._environ,
                 cwd=Path(__file__).resolve().parents[2],
             )
         deadline = time.monotonic() + 60
