@@ -182,20 +182,22 @@ async def engine(home: Path, dsn: str, docker_host: str) -> None:
                 met=ratio <= 1.15,
             )
             rates: dict[str, list[float]] = {"floor": [], "ours": []}
-            for _ in range(3):
-                began = time.perf_counter()
-                bares = [one for batch in await asyncio.gather(*[_some(bare, 4) for _ in range(8)]) for one in batch]
-                rates["floor"].append(32 / (time.perf_counter() - began))
-                await drop(bares)
+
+            async def batch(which: str) -> None:
                 clients = [Client(base) for _ in range(8)]
                 began = time.perf_counter()
-                made = [
-                    one
-                    for batch in await asyncio.gather(*[_some(lambda c=c: ours(c), 4) for c in clients])
-                    for one in batch
-                ]
-                rates["ours"].append(32 / (time.perf_counter() - began))
-                await clear(base, made)
+                made = await asyncio.gather(
+                    *[_some(bare if which == "floor" else lambda c=c: ours(c), 4) for c in clients]
+                )
+                rates[which].append(32 / (time.perf_counter() - began))
+                ids = [one for some in made for one in some]
+                await (drop(ids) if which == "floor" else clear(base, ids))
+                for one in clients:
+                    await one.close()
+
+            for turn in range(4):  # in turns, so that neither always comes after the other's clean-up
+                for which in ("floor", "ours") if turn % 2 else ("ours", "floor"):
+                    await batch(which)
             ours_rate, floor_rate = p50(rates["ours"]), p50(rates["floor"])
             ratio = ours_rate / floor_rate
             report(
