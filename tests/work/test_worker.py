@@ -192,13 +192,18 @@ async def test_a_stop_with_grace_lets_runs_finish_and_claims_nothing_more(stage:
     assert (await stage.row(late))["lease_owner"] is None
 
 
-async def test_a_stop_during_a_create_leaves_no_half_made_container(stage: Stage):
+async def test_a_stop_during_a_create_leaves_no_half_made_container(stage: Stage, until):
     gate = Gate("start")
     worker = stage.worker(stage.driver(before=gate))
     running = asyncio.create_task(worker.run())
     sandbox_id = await stage.create()
     await gate.reached.wait()
     await worker.stop(0)
+
+    async def cut() -> bool:
+        return all(run.cancelling() for run in worker._runs)
+
+    await until(cut)  # else the create may end, and be recorded, before the stop gets to it
     gate.open.set()
     await running
     assert await stage.told(sandbox_id) == ["requested"], "the fact was not recorded"
