@@ -8,12 +8,12 @@ SHELL := /bin/bash
 # Recipes that use the engine get its address this way.
 with_engine = eval "$$(.ci/engine env 2>/dev/null)"
 
-# Whether nobody holds this lock of the embedded PostgreSQL (app/database/embedded.py says which they are).
+# Whether nobody holds this lock of the embedded PostgreSQL (app/store/embedded/server.py says which they are).
 free = { [ ! -e .state/postgres/$(1).lock ] || flock -n .state/postgres/$(1).lock true; }
 
 # A killed server leaves its PostgreSQL running. To join it and leave as the last user ends it in order.
 define stop_postgres
-.venv/bin/python -c 'from pathlib import Path; from app.database.embedded import EmbeddedPostgres as E; E.start(Path(".state")).stop()'
+.venv/bin/python -c 'from pathlib import Path; from app.store.embedded.server import EmbeddedPostgres as E; E.start(Path(".state")).stop()'
 endef
 
 help: ## Show this

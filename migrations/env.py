@@ -1,15 +1,10 @@
-"""Alembic's entry point. `app.database.migrate` passes an open connection; offline mode is not offered."""
+"""Alembic's entry point. `app.store.database.migrate` passes an open connection; offline mode is not offered."""
 
 from __future__ import annotations
 
 from alembic import context
 
-from app.database.installation import metadata as installation
-from app.log.refusals import metadata as refusals
-from app.log.tables import metadata as log
-from app.vault.tables import metadata as vault
-from app.views.tables import metadata as views
-from app.work.tables import metadata as work
+from app.store.tables import metadata
 
 connection = context.config.attributes.get("connection")
 if connection is None:
@@ -24,7 +19,7 @@ def include_object(_object: object, name: str | None, kind: str, _reflected: boo
 
 context.configure(
     connection=connection,
-    target_metadata=[installation, log, refusals, views, work, vault],
+    target_metadata=metadata,
     include_object=include_object,
     transactional_ddl=True,
 )

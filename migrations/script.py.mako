@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.database.migrate import run_script
+from app.store.database.migrate import run_script
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}

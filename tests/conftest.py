@@ -14,12 +14,12 @@ import aiodocker
 import asyncpg
 import pytest
 
-from app.database.embedded import EmbeddedPostgres
-from app.database.engine import Database
-from app.database.migrate import migrate
-from app.log.signal import Signal
-from app.service import Service
-from app.vault.seal import Sealer
+from app.service.sandboxes import Service
+from app.store.database.migrate import migrate
+from app.store.database.pool import Database
+from app.store.embedded.server import EmbeddedPostgres
+from app.store.log.signal import Signal
+from app.store.vault.seal import Sealer
 from tests.support import drift
 
 ROOT = Path(__file__).resolve().parents[1]

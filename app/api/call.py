@@ -19,9 +19,9 @@ from litestar.types import HTTPScope, Receive, ReceiveMessage
 
 from app import __version__
 from app.api.errors import INVALID_HEADER, Problem, wrong
+from app.domain.sandbox.decide import unknown
+from app.domain.sandbox.events import Actor, Meta
 from app.errors import NotFound
-from app.sandbox.decide import unknown
-from app.sandbox.events import Actor, Meta
 
 API_KEY: Final = "open-sandbox-api-key"
 IDEMPOTENCY_KEY: Final = "idempotency-key"

@@ -13,10 +13,10 @@ from msgspec import Struct
 
 from app.api.call import Call
 from app.api.errors import INVALID_HEADER, Problem
+from app.domain.sandbox.decide import unknown
+from app.domain.sandbox.state import Sandbox
 from app.errors import PreconditionFailed
-from app.sandbox.decide import unknown
-from app.sandbox.state import Sandbox
-from app.service import Service
+from app.service.sandboxes import Service
 
 _TAG = r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")

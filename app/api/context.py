@@ -8,12 +8,12 @@ from uuid import UUID
 
 from msgspec import Struct, field
 
-from app.database.engine import Database
-from app.log.refusals import Refusals
-from app.log.signal import Signal
 from app.runtime.driver import Driver
-from app.service import Service
-from app.vault.seal import Sealer
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.refusals import Refusals
+from app.store.log.signal import Signal
+from app.store.vault.seal import Sealer
 from app.views.listing import Listing
 
 

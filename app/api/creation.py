@@ -16,10 +16,9 @@ from app.api.context import ApiContext
 from app.api.errors import INVALID_PARAMETER, Issue, malformed
 from app.api.image import check_image
 from app.api.schema import CreateSandbox
-from app.errors import Invalid, Unsupported
-from app.sandbox.decide import LATEST
-from app.sandbox.events import Requested
-from app.sandbox.spec import (
+from app.domain.sandbox.decide import LATEST
+from app.domain.sandbox.events import Requested
+from app.domain.sandbox.spec import (
     RESTORED_EXTENSION_PREFIX,
     Platform,
     SandboxSpec,
@@ -27,7 +26,8 @@ from app.sandbox.spec import (
     check_platform,
     parse_limits,
 )
-from app.vault.seal import Secrets
+from app.errors import Invalid, Unsupported
+from app.store.vault.seal import Secrets
 
 _RESERVED_ENV = "OPENSANDBOX_LIFECYCLE"
 _POOL = "poolRef"

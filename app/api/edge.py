@@ -28,8 +28,8 @@ from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 from app.api.call import API_KEY, Call
 from app.api.context import ApiContext
 from app.api.errors import INVALID_HEADER, Problem, problem_of, unauthorised
+from app.domain.sandbox.events import Actor, ActorKind
 from app.errors import StoreUnavailable
-from app.sandbox.events import Actor, ActorKind
 
 _LOG = logging.getLogger(__name__)
 _RECORD_WITHIN_S = 5.0

@@ -18,9 +18,9 @@ from app.api.call import Call
 from app.api.context import ApiContext
 from app.api.sandboxes import answer
 from app.api.schema import Health, Readiness, VersionBody
-from app.database.migrate import migrate
-from app.database.statement import Statement
 from app.errors import SandledgerError
+from app.store.database.migrate import migrate
+from app.store.database.statement import Statement
 
 _WITHIN_S = 3.0
 _PING = Statement(select(literal(1)))

@@ -8,8 +8,8 @@ from msgspec import Struct
 
 from app.api.call import Call
 from app.api.errors import Issue, Problem, malformed, wrong
+from app.domain.sandbox.state import Phase
 from app.errors import Unsupported
-from app.sandbox.state import Phase
 from app.views.listing import Cursor, Wanted
 
 _PHASES = {phase.value.lower(): phase.value for phase in Phase}

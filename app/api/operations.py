@@ -10,7 +10,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from app.api import schema as wire
-from app.sandbox.state import Phase
+from app.domain.sandbox.state import Phase
 
 BOTH_MOUNTS: Final = ("/v1", "")
 _EXTRA: Final = "\n\nNot in the public contract."

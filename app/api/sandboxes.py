@@ -20,11 +20,11 @@ from app.api.creation import accept
 from app.api.instants import of_epoch_or_text, parse_instant
 from app.api.lists import list_query
 from app.api.waiting import until
-from app.log.store import StoredEvent
-from app.sandbox import commands as cmd
-from app.sandbox.decide import unknown, visible
-from app.sandbox.state import Phase, Sandbox, fold
-from app.service import Outcome
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.decide import unknown, visible
+from app.domain.sandbox.state import Phase, Sandbox, fold
+from app.service.sandboxes import Outcome
+from app.store.log.store import StoredEvent
 
 _UNBOUNDED = 2**31
 _encode = msgspec.json.Encoder().encode

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeAlias
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from app.sandbox.state import Sandbox
+from app.domain.sandbox.state import Sandbox
 
 Instant: TypeAlias = Annotated[datetime, Meta(tz=True, description="RFC 3339, UTC.")]
 Loose: TypeAlias = dict[str, Any]

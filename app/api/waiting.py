@@ -15,8 +15,8 @@ from typing import Any
 
 from app.api.call import Call
 from app.api.context import ApiContext
+from app.domain.sandbox.state import Sandbox
 from app.errors import StoreUnavailable
-from app.sandbox.state import Sandbox
 
 _LOOK_AGAIN_S = 1.0
 _LOOK_WITHIN_S = 2.0

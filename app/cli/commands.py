@@ -16,10 +16,11 @@ import uvloop
 from app import __version__
 from app.cli import doctor, logs, timeline
 from app.cli.demo import play
-from app.database.migrate import migrate as run_migrations
 from app.errors import SandledgerError
-from app.server import Role, open_database, run
+from app.server.assembly import open_database
+from app.server.process import Role, run
 from app.settings import Settings, load, redacted_dsn
+from app.store.database.migrate import migrate as run_migrations
 
 T = TypeVar("T")
 _CONFIG = click.option(

@@ -9,16 +9,17 @@ from uuid import UUID
 from msgspec import Struct
 from sqlalchemy import func, select
 
-from app.database.engine import Database
-from app.database.installation import read_installation
-from app.database.migrate import migrate
-from app.database.statement import Statement
 from app.errors import SandledgerError
-from app.log.store import EventLog
-from app.server import docker_driver, listen, open_database
+from app.server.assembly import docker_driver, open_database
+from app.server.listener import listen
 from app.settings import Settings, check_exposure
-from app.vault.keyfile import master_key
-from app.vault.seal import Sealer
+from app.store.database.installation import read_installation
+from app.store.database.migrate import migrate
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.log.store import EventLog
+from app.store.vault.keyfile import master_key
+from app.store.vault.seal import Sealer
 
 Say = Callable[[str], None]
 _SKEW_S = 2.0

@@ -12,13 +12,13 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from app.database.engine import Database
+from app.domain.sandbox import events as ev
 from app.errors import NotFound
-from app.log.store import EventLog
-from app.sandbox import events as ev
-from app.server import open_database
-from app.service import recorded
+from app.server.assembly import open_database
+from app.service.sandboxes import recorded
 from app.settings import Settings
+from app.store.database.pool import Database
+from app.store.log.store import EventLog
 from app.views.current import CurrentView
 
 Say = Callable[[str], None]

@@ -22,7 +22,7 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from app.sandbox.observed import Capabilities, Exit, Observed, Power
+from app.domain.sandbox.observed import Capabilities, Exit, Observed, Power
 
 __all__ = ["Capabilities", "Driver", "EngineInfo", "Exit", "Limits", "Observed", "Power", "RegistryAuth", "Workload"]
 

@@ -1,8 +1,8 @@
 """The `sandboxes` row as head of the stream: how a state becomes the row, and the row a state.
 
-`head_insert` and `head_update` are the guards of the append (see `app.log.append`): the insert does nothing when the
-id exists, the update does nothing when the version is another. They are two statements and not one clever upsert, so
-that "expected 5 on a missing stream" cannot insert.
+`head_insert` and `head_update` are the guards of the append (see `app.store.log.append`): the insert does nothing when
+the id exists, the update does nothing when the version is another. They are two statements and not one clever upsert,
+so that "expected 5 on a missing stream" cannot insert.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
-from app.database.engine import Database
-from app.database.statement import Statement
+from app.domain.sandbox.events import EndCause
+from app.domain.sandbox.spec import SandboxSpec
+from app.domain.sandbox.state import Desired, Ending, Failure, Runtime, RuntimeState, Sandbox
 from app.errors import UnknownEvent
-from app.sandbox.events import EndCause
-from app.sandbox.spec import SandboxSpec
-from app.sandbox.state import Desired, Ending, Failure, Runtime, RuntimeState, Sandbox
-from app.views.tables import sandboxes
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.tables import sandboxes
 
 _INTERVAL_SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
 _LAST_POSITION = literal_column("(SELECT last_value FROM events_position)", BigInteger)

@@ -26,11 +26,11 @@ from msgspec import Struct
 from sqlalchemy import BigInteger, DateTime, Text, Uuid, bindparam, cast, func, literal_column, select, tuple_
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
-from app.database.engine import Database
-from app.database.statement import Statement
-from app.sandbox.state import Sandbox
+from app.domain.sandbox.state import Sandbox
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.tables import sandboxes
 from app.views.current import COLUMNS, from_row
-from app.views.tables import sandboxes
 from app.views.totals import ENOUGH, MOST, Totals, delta
 
 MOST_ROWS = 201

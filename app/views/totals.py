@@ -6,7 +6,7 @@ of the page: `sandbox.requested` +1, `sandbox.termination_requested` and `sandbo
 in one statement with the row's own `ended_at`, so sum and rows cannot disagree.
 
 Only settled positions may be a base: P comes from `log_horizon()`, asked in a statement of its own before the one that
-uses it (the protocol is in `app.log.store`); behind any higher P an event could still become visible and would be
+uses it (the protocol is in `app.store.log.store`); behind any higher P an event could still become visible and would be
 lost from every later sum. The first base is derived by counting rows once and taking off what lies after P.
 
 A list reads at most `MOST` events beyond its base. Past `ENOUGH` the base moves on; when even a fresh base leaves too
@@ -23,11 +23,10 @@ from msgspec import Struct
 from sqlalchemy import BigInteger, Integer, Text, bindparam, case, func, or_, select
 from sqlalchemy.sql.selectable import Subquery
 
-from app.database.engine import Database
-from app.database.statement import Statement
-from app.log.tables import events
-from app.sandbox import events as ev
-from app.views.tables import sandboxes
+from app.domain.sandbox import events as ev
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.tables import events, sandboxes
 
 MOST = 2000
 ENOUGH = 500

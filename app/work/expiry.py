@@ -49,14 +49,14 @@ from sqlalchemy import (
     update,
 )
 
-from app.database.engine import Database
-from app.database.statement import Statement
+from app.domain.sandbox.commands import Expire
+from app.domain.sandbox.events import Actor, Meta
 from app.errors import NotFound, StoreUnavailable
-from app.sandbox.commands import Expire
-from app.sandbox.events import Actor, Meta
-from app.service import Service
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.tables import expiry_jobs
 from app.work.policy import WorkPolicy
-from app.work.tables import expiry_jobs
 from app.work.timers import ON_LOOP, Bridge, LoopExecutor, interval
 
 _LOG = logging.getLogger(__name__)

@@ -50,16 +50,15 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from app.database.engine import Database
-from app.database.statement import Statement
+from app.domain.sandbox.state import Desired, Phase, RuntimeState
 from app.errors import RuntimeFault, StoreUnavailable
-from app.log.signal import Signal
 from app.runtime.driver import Driver, Observed, Power
-from app.sandbox.state import Desired, Phase, RuntimeState
-from app.views.tables import sandboxes
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.log.signal import Signal
+from app.store.queue.reconcile import BACKGROUND, USER, Queue
+from app.store.tables import reconcile_queue, sandboxes
 from app.work.policy import WorkPolicy
-from app.work.queue import BACKGROUND, USER, Queue
-from app.work.tables import reconcile_queue
 
 _PAGE = 500
 _MOST_PASSES = 2

@@ -25,22 +25,22 @@ import random
 import socket
 
 from app import __version__
-from app.database.engine import Database
+from app.domain.sandbox.events import Actor, ActorKind
 from app.errors import StoreUnavailable
-from app.log.signal import Signal, Subscription
 from app.runtime.driver import Driver
-from app.sandbox.events import Actor, ActorKind
-from app.service import Service
-from app.vault.seal import Sealer
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.signal import Signal, Subscription
+from app.store.queue.reconcile import Claim, Queue
+from app.store.vault.seal import Sealer
 from app.work.expiry import ExpiryJobs, ExpiryJobStore
-from app.work.leases import Leases
 from app.work.policy import WorkPolicy
-from app.work.queue import Claim, Queue
-from app.work.reconciler import Actors, Reconciler
+from app.work.reconcile.leases import Leases
+from app.work.reconcile.reconciler import Actors, Reconciler
+from app.work.reconcile.troubles import Breaker
+from app.work.reconcile.workloads import Workloads
 from app.work.resync import Resync
 from app.work.timers import Timers
-from app.work.troubles import Breaker
-from app.work.workloads import Workloads
 
 _BACKGROUND_SHARE = 8
 _PARTITIONS_S = 3600.0

@@ -5,7 +5,7 @@ Hand-written SQL: partitions, triggers and grants are what makes the log trustwo
 
 from __future__ import annotations
 
-from app.database.migrate import run_script
+from app.store.database.migrate import run_script
 
 revision = "0001"
 down_revision = None
@@ -71,7 +71,7 @@ CREATE INDEX events_recorded_at ON events USING brin (recorded_at);
 COMMENT ON TABLE events IS 'The lifecycle log. Append-only for every role. Read in order only up to log_horizon().';
 """
 
-# The announced horizon (see app/log/store.py for the protocol). 21324 = 0x534C, 'SL'.
+# The announced horizon (see app/store/log/store.py for the protocol). 21324 = 0x534C, 'SL'.
 HORIZON = """
 CREATE FUNCTION log_announce() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE

@@ -13,15 +13,15 @@ from litestar import Litestar
 
 from app.api.app import create_app
 from app.api.context import ApiContext
-from app.database.engine import Database
-from app.log.refusals import Refusals
-from app.log.signal import Signal
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.events import Actor, ActorKind, Meta
+from app.domain.sandbox.observed import Exit, Observed, Power
 from app.runtime.fake import FakeDriver, FakeEngine
-from app.sandbox import commands as cmd
-from app.sandbox.events import Actor, ActorKind, Meta
-from app.sandbox.observed import Exit, Observed, Power
-from app.service import Service
-from app.vault.seal import Sealer
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.refusals import Refusals
+from app.store.log.signal import Signal
+from app.store.vault.seal import Sealer
 from app.views.listing import Listing
 
 KEY = "test-key-0123456789"

@@ -15,12 +15,12 @@ import uvicorn
 
 from app.api.app import create_app
 from app.api.context import ApiContext
-from app.database.engine import Database
-from app.log.refusals import Refusals
-from app.log.signal import Signal
 from app.runtime.fake import FakeDriver, FakeEngine
-from app.service import Service
-from app.vault.seal import Sealer
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.refusals import Refusals
+from app.store.log.signal import Signal
+from app.store.vault.seal import Sealer
 from app.views.listing import Listing
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from litestar import Litestar
 
-from app.database.engine import Database
+from app.store.database.pool import Database
 from tests.api.conftest import KEY, body
 from tests.api.test_create import written
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from app.api.app import create_app
-from app.sandbox.observed import Capabilities, Power
-from app.service import Service
+from app.domain.sandbox.observed import Capabilities, Power
+from app.service.sandboxes import Service
 from tests.api.conftest import KEY, MakeContext, client, create, observe
 
 

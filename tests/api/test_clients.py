@@ -21,8 +21,8 @@ from opensandbox.config import ConnectionConfig
 from opensandbox.exceptions import SandboxApiException
 from opensandbox.models.sandboxes import SandboxFilter, SandboxImageSpec
 
-from app.sandbox.observed import Power
-from app.sandbox.state import Phase
+from app.domain.sandbox.observed import Power
+from app.domain.sandbox.state import Phase
 from tests.api.conftest import KEY, observe
 from tests.api.live import Live, serving
 

@@ -12,12 +12,11 @@ import pytest
 from sqlalchemy import func, select
 
 from app.api.app import create_app
-from app.database.engine import Database
-from app.database.statement import Statement
-from app.log.tables import events
-from app.service import Service
-from app.vault.seal import Sealed, Sealer
-from app.vault.tables import sandbox_secrets
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.tables import events, sandbox_secrets
+from app.store.vault.seal import Sealed, Sealer
 from tests.api.conftest import KEY, MakeContext, body, client, create
 
 EVENTS = Statement(select(func.count()).select_from(events))

@@ -12,11 +12,11 @@ import pytest
 from litestar import Litestar
 
 from app.api.app import create_app
-from app.database.engine import Database
-from app.log.refusals import Refusals
-from app.log.signal import Signal
 from app.runtime.fake import FakeDriver, FakeEngine
-from app.service import Service
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.refusals import Refusals
+from app.store.log.signal import Signal
 from app.views.listing import Listing
 from tests.api.conftest import INSTALLATION, KEY, MakeContext, body, client, create
 

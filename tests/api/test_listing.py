@@ -16,14 +16,14 @@ import httpx
 import pytest
 from sqlalchemy import func, select
 
-from app.database.engine import Database
-from app.database.statement import Statement
-from app.log.tables import events
-from app.sandbox import commands as cmd
-from app.sandbox.events import Actor, ActorKind, Meta, Requested
-from app.sandbox.observed import Exit, Power
-from app.sandbox.spec import SandboxSpec
-from app.service import Service
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.events import Actor, ActorKind, Meta, Requested
+from app.domain.sandbox.observed import Exit, Power
+from app.domain.sandbox.spec import SandboxSpec
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.tables import events
 from app.views import totals
 from app.views.listing import Cursor, Listing, Wanted, _shape, page_statement
 from tests.api.conftest import create, observe

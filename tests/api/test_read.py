@@ -8,8 +8,8 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from app.sandbox.observed import Exit, Power
-from app.service import Service
+from app.domain.sandbox.observed import Exit, Power
+from app.service.sandboxes import Service
 from tests.api.conftest import create, observe, remove
 
 

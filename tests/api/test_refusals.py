@@ -12,9 +12,9 @@ import pytest
 from litestar import Litestar
 from sqlalchemy import select
 
-from app.database.engine import Database
-from app.database.statement import Statement
-from app.log.refusals import refusals
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.log.refusals import refusals
 from tests.api.conftest import body, client, create
 
 RECORDED = Statement(select(*refusals.c).order_by(refusals.c.id))

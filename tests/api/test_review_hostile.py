@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy import func, select
 
 from app.api.app import create_app
-from app.database.engine import Database
-from app.database.statement import Statement
-from app.vault.seal import Sealer
-from app.views.tables import sandboxes
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.tables import sandboxes
+from app.store.vault.seal import Sealer
 from tests.api.conftest import KEY, MakeContext, body, create
 
 _COUNT = Statement(select(func.count()).select_from(sandboxes))

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from litestar import Litestar
 
-from app.api.listener import MOST_HEAD, MOST_SPILT, HttpProtocol
+from app.server.protocol import MOST_HEAD, MOST_SPILT, HttpProtocol
 from tests.api.conftest import KEY, body
 
 _READ = 256 * 1024

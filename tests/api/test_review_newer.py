@@ -6,7 +6,7 @@ from uuid import UUID
 
 import httpx
 
-from app.database.engine import Database
+from app.store.database.pool import Database
 from tests.api.conftest import create
 from tests.support.sql import META, connected
 

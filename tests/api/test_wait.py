@@ -13,10 +13,10 @@ from app.api.app import create_app
 from app.api.call import Call
 from app.api.conditions import preferences
 from app.api.context import ApiContext
-from app.log.signal import Signal
-from app.sandbox.events import Actor, ActorKind
-from app.sandbox.observed import Exit, Power
-from app.service import Service
+from app.domain.sandbox.events import Actor, ActorKind
+from app.domain.sandbox.observed import Exit, Power
+from app.service.sandboxes import Service
+from app.store.log.signal import Signal
 from tests.api.conftest import KEY, MakeContext, body, client, create, observe
 from tests.api.test_bodies import call as bare_call
 

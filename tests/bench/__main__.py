@@ -24,18 +24,18 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli.local_image import ensure_busybox_image
-from app.database.embedded import EmbeddedPostgres
-from app.database.engine import Database
-from app.database.migrate import migrate
-from app.log.signal import Signal
-from app.log.store import EventLog
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.spec import SandboxSpec
 from app.runtime.docker import DockerOptions
 from app.runtime.docker.options import with_seccomp_document
 from app.runtime.docker.spec import container_config
 from app.runtime.driver import Limits, Workload
-from app.sandbox import events as ev
-from app.sandbox.spec import SandboxSpec
-from app.service import Service, recorded
+from app.service.sandboxes import Service, recorded
+from app.store.database.migrate import migrate
+from app.store.database.pool import Database
+from app.store.embedded.server import EmbeddedPostgres
+from app.store.log.signal import Signal
+from app.store.log.store import EventLog
 from tests.bench.http import Client, latencies, p50, throughput
 from tests.bench.servers import cpu_seconds, idle_cpu, memory_mib, running
 

@@ -16,7 +16,8 @@ from uuid import UUID
 from app.cli import logs
 from app.runtime.driver import Driver
 from app.runtime.fake import FakeDriver, FakeEngine
-from app.server import Role, docker_driver, run
+from app.server.assembly import docker_driver
+from app.server.process import Role, run
 from app.settings import Settings, load
 
 _READY = "API "

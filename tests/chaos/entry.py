@@ -22,7 +22,8 @@ import uvloop
 from app.cli import logs
 from app.runtime.docker import DockerDriver
 from app.runtime.driver import Driver
-from app.server import Role, docker_driver, run
+from app.server.assembly import docker_driver
+from app.server.process import Role, run
 from app.settings import Settings, load
 
 

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import aiodocker
 import pytest
 
-from app.database.embedded import EmbeddedPostgres, binaries
+from app.store.embedded.server import EmbeddedPostgres, binaries
 from tests.chaos.harness import KEY, Engine, ServerProcess, body, reaches
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]

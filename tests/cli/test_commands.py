@@ -16,10 +16,10 @@ import asyncpg
 import pytest
 
 from app import __version__
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.spec import SandboxSpec
-from app.service import Service
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.spec import SandboxSpec
+from app.service.sandboxes import Service
 
 ROOT = Path(__file__).resolve().parents[2]
 META = ev.Meta(ev.Actor(ev.ActorKind.API_KEY, "k", "default"), "test", request_id="r1")

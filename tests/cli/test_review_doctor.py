@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from app.database.embedded import EmbeddedPostgres
-from app.database.migrate import migrate
+from app.store.database.migrate import migrate
+from app.store.embedded.server import EmbeddedPostgres
 from tests.cli.test_commands import config, home, run
 from tests.conftest import on_database
 from tests.support.sql import connected

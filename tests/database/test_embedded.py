@@ -20,15 +20,15 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.database import account
-from app.database.embedded import EmbeddedPostgres, binaries
 from app.errors import SettingsError
+from app.store.embedded import account
+from app.store.embedded.server import EmbeddedPostgres, binaries
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = """
 import json, sys
 from pathlib import Path
-from app.database.embedded import EmbeddedPostgres
+from app.store.embedded.server import EmbeddedPostgres
 pg = EmbeddedPostgres.start(Path(sys.argv[1]), lambda line: print(line, file=sys.stderr))
 print(json.dumps({"dsn": pg.dsn, "data": str(pg.data_dir)}), flush=True)
 sys.stdin.read()

@@ -11,9 +11,9 @@ import asyncpg
 import pytest
 from sqlalchemy import Text, Uuid, bindparam, cast, column, func, literal_column, select, table
 
-from app.database.engine import Database, async_url
-from app.database.statement import Statement
 from app.errors import SettingsError, StoreUnavailable
+from app.store.database.pool import Database, async_url
+from app.store.database.statement import Statement
 from tests.conftest import on_database
 from tests.support.sql import connected
 

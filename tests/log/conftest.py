@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from app.database.embedded import EmbeddedPostgres
-from app.database.engine import Database
-from app.log.store import EventLog
+from app.store.database.pool import Database
+from app.store.embedded.server import EmbeddedPostgres
+from app.store.log.store import EventLog
 from tests.conftest import on_database
 from tests.support.sql import connected
 

@@ -11,15 +11,15 @@ import asyncpg
 import msgspec
 import pytest
 
-from app.database.engine import Database
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.observed import Power
+from app.domain.sandbox.state import Phase
+from app.domain.sandbox.transitions import PHASE_MOVES
 from app.errors import Conflict, Invalid, KeyReused, NotFound, PreconditionFailed, Rejected
-from app.log.append import append_statement
-from app.sandbox import commands as cmd
-from app.sandbox.observed import Power
-from app.sandbox.state import Phase
-from app.sandbox.transitions import PHASE_MOVES
-from app.service import Service, StaleVersion
-from app.vault.seal import Sealer, Secrets
+from app.service.sandboxes import Service, StaleVersion
+from app.store.database.pool import Database
+from app.store.log.append import append_statement
+from app.store.vault.seal import Sealer, Secrets
 from app.views.current import head_update, update_values
 from tests.support.hold import held
 from tests.support.sql import connected

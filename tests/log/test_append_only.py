@@ -7,8 +7,8 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from app.log.refusals import Refusals
-from app.log.store import EventLog
+from app.store.log.refusals import Refusals
+from app.store.log.store import EventLog
 from tests.support.sql import INSERT_EVENT, META, connected, insert_event, partitions
 
 REFUSED = asyncpg.InsufficientPrivilegeError

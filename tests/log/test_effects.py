@@ -9,13 +9,13 @@ from uuid import UUID, uuid4
 import msgspec
 import pytest
 
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.observed import Exit, Power
-from app.sandbox.spec import Platform, SandboxSpec
-from app.sandbox.state import Phase
-from app.service import Outcome, Service
-from app.vault.seal import Sealer, Secrets
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Exit, Power
+from app.domain.sandbox.spec import Platform, SandboxSpec
+from app.domain.sandbox.state import Phase
+from app.service.sandboxes import Outcome, Service
+from app.store.vault.seal import Sealer, Secrets
 from tests.support.sql import connected
 from tests.support.stream import META as ACTOR
 from tests.support.stream import requested, seen

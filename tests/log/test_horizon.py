@@ -15,10 +15,10 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from app.database.engine import Database
-from app.log.store import EventLog, StoredEvent
-from app.sandbox import commands as cmd
-from app.service import Service
+from app.domain.sandbox import commands as cmd
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.store import EventLog, StoredEvent
 from tests.support.sql import INSERT_EVENT, META, connected, insert_event
 from tests.support.stream import META as ACTOR
 from tests.support.stream import requested

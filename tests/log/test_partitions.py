@@ -9,8 +9,8 @@ from uuid import uuid4
 
 import pytest
 
-from app.database.engine import Database
-from app.log.store import TAIL, EventLog
+from app.store.database.pool import Database
+from app.store.log.store import TAIL, EventLog
 from tests.support.sql import META, connected, insert_event, partitions
 
 SIZE = 25_000_000

@@ -9,10 +9,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from app.database.engine import Database
-from app.log.signal import CHANNEL, Signal, Subscription
-from app.sandbox import commands as cmd
-from app.service import Service
+from app.domain.sandbox import commands as cmd
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.signal import CHANNEL, Signal, Subscription
 from tests.support.sql import connected
 from tests.support.stream import META as ACTOR
 from tests.support.stream import requested

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from app.database.embedded import EmbeddedPostgres
+from app.store.embedded.server import EmbeddedPostgres
 from tests.conftest import on_database
 from tests.support.sql import connected
 

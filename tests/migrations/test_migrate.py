@@ -17,22 +17,17 @@ import asyncpg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, MetaData
+from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from app.database import installation
-from app.database.embedded import EmbeddedPostgres
-from app.database.engine import Database, async_url
-from app.database.migrate import Migration, migrate
 from app.errors import SettingsError, StoreUnavailable
-from app.log import refusals
-from app.log import tables as log
-from app.log.signal import Signal
-from app.log.store import EventLog
-from app.service import Service
-from app.vault import tables as vault
-from app.views import tables as views
-from app.work import tables as work
+from app.service.sandboxes import Service
+from app.store.database.migrate import Migration, migrate
+from app.store.database.pool import Database, async_url
+from app.store.embedded.server import EmbeddedPostgres
+from app.store.log.signal import Signal
+from app.store.log.store import EventLog
+from app.store.tables import metadata
 from tests.conftest import ROOT, on_database
 from tests.support.drift import assert_no_drift
 from tests.support.sql import connected, partitions
@@ -40,14 +35,6 @@ from tests.support.stream import META as ACTOR
 from tests.support.stream import requested
 
 HEAD = "0001"
-METADATA: list[MetaData] = [
-    log.metadata,
-    refusals.metadata,
-    views.metadata,
-    work.metadata,
-    vault.metadata,
-    installation.metadata,
-]
 
 
 def _script(name: str) -> ModuleType:
@@ -221,9 +208,9 @@ def _ours(_object: object, name: str | None, kind: str, _reflected: bool, _compa
 
 def _differences(connection: Connection) -> list[object]:
     context = MigrationContext.configure(
-        connection, opts={"target_metadata": METADATA, "compare_type": True, "include_object": _ours}
+        connection, opts={"target_metadata": metadata, "compare_type": True, "include_object": _ours}
     )
-    return [found for found in compare_metadata(context, METADATA) if found[0] != "remove_table_comment"]
+    return [found for found in compare_metadata(context, metadata) if found[0] != "remove_table_comment"]
 
 
 async def test_what_the_code_believes_is_what_the_migrations_made(dsn: str):
@@ -251,7 +238,7 @@ TYPES = {
 
 
 async def test_column_by_column(dsn: str):
-    tables = [table for metadata in METADATA for table in metadata.sorted_tables]
+    tables = list(metadata.sorted_tables)
     assert len(tables) == 7
     async with connected(dsn, owner=True) as owner:
         for table in tables:
@@ -290,7 +277,7 @@ async def test_the_application_may_do_exactly_this(dsn: str):
             by_table.setdefault(table, set()).add((privilege, column))
         assert by_table["installation"] == {("UPDATE", "master_key_id")}
         assert by_table["events"] == {
-            ("INSERT", column.name) for column in log.events.columns if column.name != "position"
+            ("INSERT", column.name) for column in metadata.tables["events"].columns if column.name != "position"
         }
         assert not await owner.fetch(
             "SELECT FROM information_schema.role_table_grants WHERE grantee = 'PUBLIC' AND table_schema = 'public'"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from sqlalchemy import distinct, func, select
 
-from app.database.engine import Database
-from app.database.statement import Statement
-from app.log.store import EventLog
-from app.log.tables import events
-from app.sandbox.state import fold
-from app.service import recorded
+from app.domain.sandbox.state import fold
+from app.service.sandboxes import recorded
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.log.store import EventLog
+from app.store.tables import events, sandboxes
 from app.views.current import COLUMNS, from_row
-from app.views.tables import sandboxes
 
 _HEADS = Statement(select(*COLUMNS))
 _STREAMS = Statement(select(func.count(distinct(events.c.stream_id))))

@@ -10,11 +10,11 @@ from collections import deque
 from datetime import timedelta
 from functools import cache
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Exit, Power
+from app.domain.sandbox.state import Phase, evolve
 from app.errors import Rejected
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.observed import Exit, Power
-from app.sandbox.state import Phase, evolve
 from tests.support.stream import BEGIN, SECOND, Stream, requested, seen
 
 LOOKS = [

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from app.database.engine import APP_ROLE
+from app.store.database.pool import APP_ROLE
 
 META = '{"actor": {"kind": "operator", "id": "t", "name": "test"}, "app_version": "test"}'
 INSERT_EVENT = (

@@ -7,13 +7,13 @@ from copy import copy
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox import transitions
-from app.sandbox.decide import Events, decide
-from app.sandbox.observed import Exit, Observed, Power
-from app.sandbox.spec import SandboxSpec
-from app.sandbox.state import Phase, Sandbox, evolve
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox import transitions
+from app.domain.sandbox.decide import Events, decide
+from app.domain.sandbox.observed import Exit, Observed, Power
+from app.domain.sandbox.spec import SandboxSpec
+from app.domain.sandbox.state import Phase, Sandbox, evolve
 
 BEGIN = datetime.fromisoformat("2026-03-01T12:00:00+00:00")
 ID = UUID("0198f000-0000-7000-8000-000000000001")

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from msgspec import Struct
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.decide import LATEST, Events, decide
+from app.domain.sandbox.observed import Exit, Look, Observed, Power
+from app.domain.sandbox.plan import Absence, ConfirmMissing, Ensure, Lose, Observe, Remove, SetPower, Settled, plan
+from app.domain.sandbox.state import Desired, RuntimeState, Sandbox, fold
 from app.errors import Rejected
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.decide import LATEST, Events, decide
-from app.sandbox.observed import Exit, Look, Observed, Power
-from app.sandbox.plan import Absence, ConfirmMissing, Ensure, Lose, Observe, Remove, SetPower, Settled, plan
-from app.sandbox.state import Desired, RuntimeState, Sandbox, fold
 from tests.support.reachable import COMMANDS, walk
 from tests.support.stream import BEGIN, ID, Stream, requested, seen
 

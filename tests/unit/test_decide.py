@@ -8,13 +8,13 @@ from datetime import UTC, datetime, timedelta
 import msgspec
 import pytest
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.decide import LATEST
+from app.domain.sandbox.observed import Exit, Look, Power
+from app.domain.sandbox.plan import Absence, Ensure, Observe, Remove, SetPower, Settled, Step, plan
+from app.domain.sandbox.state import Phase, RuntimeState, Sandbox
 from app.errors import Conflict, Invalid, NotFound, Rejected
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.decide import LATEST
-from app.sandbox.observed import Exit, Look, Power
-from app.sandbox.plan import Absence, Ensure, Observe, Remove, SetPower, Settled, Step, plan
-from app.sandbox.state import Phase, RuntimeState, Sandbox
 from tests.support.stream import BEGIN, SECOND, Stream, in_phase, requested, seen
 
 DEADLINE = BEGIN + timedelta(seconds=600)

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from app.domain.sandbox import events as ev
 from app.errors import UnknownEvent
-from app.sandbox import events as ev
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("*.json"))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.domain.sandbox.quantity import parse_gpus, parse_memory, parse_nano_cpus, parse_quantity
+from app.domain.sandbox.spec import parse_limits
 from app.errors import Invalid, Unsupported
-from app.sandbox.quantity import parse_gpus, parse_memory, parse_nano_cpus, parse_quantity
-from app.sandbox.spec import parse_limits
 
 GI = 1024**3
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox import transitions
+from app.domain.sandbox.state import Phase, RuntimeState
 from app.errors import IllegalTransition
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox import transitions
-from app.sandbox.state import Phase, RuntimeState
 from tests.support.reachable import walk
 from tests.support.stream import Stream, in_phase, requested
 

@@ -7,10 +7,10 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from app.database.engine import Database
-from app.sandbox import commands as cmd
-from app.service import Service
-from app.vault.seal import Sealed, Sealer, Secrets, Unsealable
+from app.domain.sandbox import commands as cmd
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable
 from tests.support.sql import connected
 from tests.support.stream import META as ACTOR
 from tests.support.stream import requested

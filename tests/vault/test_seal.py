@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import SettingsError
-from app.vault.seal import Sealed, Sealer, Secrets, Unsealable, decode_master_key, generate_master_key
+from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable, decode_master_key, generate_master_key
 
 CANARY = "canary-7f3a91"
 VALUES = Secrets({"TOKEN": CANARY, "OTHER": f"x{CANARY}"}, f"user-{CANARY}", f"password-{CANARY}")

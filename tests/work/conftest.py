@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from app.database.engine import Database
-from app.log.signal import Signal
-from app.service import Service
-from app.vault.seal import Sealer
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.signal import Signal
+from app.store.vault.seal import Sealer
 from tests.work.stage import Stage
 
 

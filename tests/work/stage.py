@@ -11,20 +11,20 @@ from uuid import UUID, uuid4
 import asyncpg
 import msgspec
 
-from app.database.engine import Database
-from app.log.signal import Signal
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Exit
+from app.domain.sandbox.spec import SandboxSpec
+from app.domain.sandbox.state import Phase, Sandbox
 from app.runtime.driver import Driver
 from app.runtime.fake import FakeContainer, FakeDriver, FakeEngine, Hook
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.observed import Exit
-from app.sandbox.spec import SandboxSpec
-from app.sandbox.state import Phase, Sandbox
-from app.service import Outcome, Service
-from app.vault.seal import Sealer, Secrets
-from app.work.leases import Held
+from app.service.sandboxes import Outcome, Service
+from app.store.database.pool import Database
+from app.store.log.signal import Signal
+from app.store.queue.reconcile import Claim
+from app.store.vault.seal import Sealer, Secrets
 from app.work.policy import WorkPolicy
-from app.work.queue import Claim
+from app.work.reconcile.leases import Held
 from app.work.worker import Worker
 
 CLIENT = ev.Meta(ev.Actor(ev.ActorKind.API_KEY, "k1", "default"), "test")

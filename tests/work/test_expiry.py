@@ -12,13 +12,13 @@ import asyncpg
 import pytest
 from apscheduler.job import Job
 
-from app.database.engine import Database
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.state import Phase
 from app.errors import Rejected, StoreUnavailable
-from app.log.signal import Signal
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.state import Phase
-from app.service import Service
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.signal import Signal
 from app.work.expiry import CLAIM, EARLIEST, ExpiryJobs, ExpiryJobStore
 from app.work.timers import Timers
 from tests.work.stage import CLIENT, Stage

@@ -10,12 +10,12 @@ import aiodocker
 import pytest
 
 from app.cli.local_image import ensure_busybox_image
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.state import Phase
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.state import Phase
-from app.vault.seal import Secrets
+from app.store.vault.seal import Secrets
 from tests.work.stage import Stage
 
 IMAGE = "sandledger-demo:1"

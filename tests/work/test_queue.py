@@ -9,8 +9,8 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from app.sandbox import commands as cmd
-from app.work.queue import BACKGROUND, CLAIM, USER, Claim, Failed, Queue
+from app.domain.sandbox import commands as cmd
+from app.store.queue.reconcile import BACKGROUND, CLAIM, USER, Claim, Failed, Queue
 from tests.work.stage import Stage
 
 

@@ -8,15 +8,15 @@ from datetime import timedelta
 import msgspec
 import pytest
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.spec import Platform
+from app.domain.sandbox.state import Phase, RuntimeState
 from app.runtime.driver import Exit, Limits, Power, RegistryAuth, Workload
 from app.runtime.fake import FakeDriver, name_of
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.spec import Platform
-from app.sandbox.state import Phase, RuntimeState
-from app.service import StaleVersion
-from app.vault.seal import Sealer, Secrets
-from app.work.queue import Claim
+from app.service.sandboxes import StaleVersion
+from app.store.queue.reconcile import Claim
+from app.store.vault.seal import Sealer, Secrets
 from tests.work.stage import CLIENT, Gate, Stage
 
 ALL_OF_A_LIFE = ["requested", "runtime_created", "started", "termination_requested", "runtime_removed", "terminated"]

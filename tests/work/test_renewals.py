@@ -9,12 +9,12 @@ import random
 from collections.abc import Callable, Generator
 from datetime import datetime, timedelta
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.decide import decide
+from app.domain.sandbox.observed import Power
+from app.domain.sandbox.state import Sandbox, evolve
 from app.errors import Rejected
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.decide import decide
-from app.sandbox.observed import Power
-from app.sandbox.state import Sandbox, evolve
 from tests.support.stream import Stream, requested, seen
 
 RACES = 10_000

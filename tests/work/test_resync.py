@@ -10,11 +10,11 @@ from uuid import UUID, uuid4
 import msgspec
 import pytest
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.state import Desired, Phase, RuntimeState
 from app.errors import RuntimeUnavailable
 from app.runtime.driver import Exit, Observed, Power, Workload
 from app.runtime.fake import FakeDriver, name_of
-from app.sandbox import commands as cmd
-from app.sandbox.state import Desired, Phase, RuntimeState
 from app.work.resync import Known, Swept, contradicts
 from app.work.worker import Worker
 from tests.work.stage import Gate, Raiser, Stage

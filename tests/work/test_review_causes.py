@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Exit
 from app.errors import RuntimeRejected
 from app.runtime.driver import Power
 from app.runtime.fake import name_of
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.observed import Exit
 from tests.work.stage import Raiser, Stage
 
 

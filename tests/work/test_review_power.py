@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from app.sandbox import commands as cmd
-from app.sandbox.state import Phase
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.state import Phase
 from tests.work.stage import Gate, Stage
 
 

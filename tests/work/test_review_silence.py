@@ -12,14 +12,14 @@ import msgspec
 import pytest
 from sqlalchemy import func, select
 
-from app.database.embedded import EmbeddedPostgres
-from app.database.engine import Database
-from app.database.statement import Statement
+from app.domain.sandbox.state import Phase
 from app.errors import StoreUnavailable
-from app.log.signal import Signal
-from app.sandbox.state import Phase
-from app.work.leases import Leases
-from app.work.queue import Queue
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.embedded.server import EmbeddedPostgres
+from app.store.log.signal import Signal
+from app.store.queue.reconcile import Queue
+from app.work.reconcile.leases import Leases
 from tests.support.sql import connected
 from tests.work.stage import QUICK, Stage
 

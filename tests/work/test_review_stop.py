@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from app.sandbox.state import Phase
+from app.domain.sandbox.state import Phase
 from tests.work.stage import Gate, Stage
 
 Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]

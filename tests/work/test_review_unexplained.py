@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from app.database.engine import APP_ROLE
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.state import Phase
 from app.errors import RuntimeUnavailable
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.state import Phase
+from app.store.database.pool import APP_ROLE
 from tests.work.stage import Raiser, Stage
 
 

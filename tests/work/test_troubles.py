@@ -9,15 +9,15 @@ from uuid import uuid4
 
 import pytest
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Power
+from app.domain.sandbox.plan import Ensure, Observe, Remove, SetPower
+from app.domain.sandbox.state import Phase
 from app.errors import RuntimeRejected, RuntimeUnavailable, StoreUnavailable
 from app.runtime.faults import AttemptFailed, ImagePullFailed
-from app.sandbox import commands as cmd
-from app.sandbox import events as ev
-from app.sandbox.observed import Power
-from app.sandbox.plan import Ensure, Observe, Remove, SetPower
-from app.sandbox.state import Phase
 from app.work.policy import WorkPolicy
-from app.work.troubles import Breaker, Trouble, backoff, describe, is_hopeless, is_told
+from app.work.reconcile.troubles import Breaker, Trouble, backoff, describe, is_hopeless, is_told
 from tests.work.stage import Gate, Raiser, Stage
 
 PULL = ImagePullFailed("REGISTRY_RATE_LIMITED", "too many requests")

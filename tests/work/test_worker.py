@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.state import Phase
 from app.errors import StoreUnavailable
 from app.runtime.fake import name_of
-from app.sandbox import commands as cmd
-from app.sandbox.state import Phase
 from tests.work.stage import Gate, Raiser, Stage
 
 

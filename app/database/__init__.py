@@ -1,1 +1,0 @@
-"""PostgreSQL: the embedded server, connections, migrations."""

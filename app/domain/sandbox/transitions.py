@@ -1,0 +1,83 @@
+"""The declared transition table: which event may be appended in which phase, and which phase may follow which.
+
+Checked twice. `check` runs before every append; the same phase pairs stand in PostgreSQL's `phase_transitions`, where
+a trigger on the head row refuses any other move (a test compares the two). A refusal here is a bug of ours, never a
+client's mistake: `decide` has already answered those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.state import Phase, Sandbox
+from app.errors import IllegalTransition
+
+_ALIVE = frozenset({Phase.PENDING, Phase.RUNNING, Phase.PAUSING, Phase.PAUSED, Phase.RESUMING})
+_VISIBLE = _ALIVE | {Phase.TERMINATED, Phase.FAILED}
+_OPEN = _VISIBLE | {Phase.STOPPING}
+
+ALLOWED: Mapping[type[ev.Event], frozenset[Phase]] = {
+    ev.LeaseRenewed: _VISIBLE,
+    ev.MetadataPatched: _VISIBLE,
+    ev.PauseRequested: frozenset({Phase.RUNNING}),
+    ev.ResumeRequested: frozenset({Phase.PAUSED}),
+    ev.TerminationRequested: _VISIBLE,
+    ev.Expired: _VISIBLE,
+    ev.RuntimeCreated: frozenset({Phase.PENDING, Phase.STOPPING}),
+    ev.RuntimeAdopted: _ALIVE | {Phase.STOPPING},
+    ev.Started: frozenset({Phase.PENDING, Phase.STOPPING}),
+    ev.Paused: frozenset({Phase.RUNNING, Phase.PAUSING, Phase.STOPPING}),
+    ev.Resumed: frozenset({Phase.PAUSED, Phase.RESUMING, Phase.STOPPING}),
+    ev.RuntimeExited: _ALIVE | {Phase.STOPPING},
+    ev.RuntimeLost: _ALIVE | {Phase.STOPPING},
+    ev.ReconcileFailed: _OPEN,
+    ev.Failed: _ALIVE,
+    ev.RuntimeRemoved: frozenset({Phase.TERMINATED, Phase.FAILED, Phase.STOPPING}),
+    ev.Terminated: frozenset({Phase.STOPPING}),
+}
+"""Event -> phases in which it may be appended. `sandbox.requested` begins a stream and stands nowhere else."""
+
+PHASE_MOVES: frozenset[tuple[Phase, Phase]] = frozenset(
+    {
+        (Phase.PENDING, Phase.RUNNING),
+        (Phase.PENDING, Phase.RESUMING),
+        (Phase.PENDING, Phase.TERMINATED),
+        (Phase.PENDING, Phase.FAILED),
+        (Phase.PENDING, Phase.STOPPING),
+        (Phase.RUNNING, Phase.PAUSING),
+        (Phase.RUNNING, Phase.RESUMING),
+        (Phase.RUNNING, Phase.TERMINATED),
+        (Phase.RUNNING, Phase.FAILED),
+        (Phase.RUNNING, Phase.STOPPING),
+        (Phase.PAUSING, Phase.PAUSED),
+        (Phase.PAUSING, Phase.TERMINATED),
+        (Phase.PAUSING, Phase.FAILED),
+        (Phase.PAUSING, Phase.STOPPING),
+        (Phase.PAUSED, Phase.RESUMING),
+        (Phase.PAUSED, Phase.PAUSING),
+        (Phase.PAUSED, Phase.TERMINATED),
+        (Phase.PAUSED, Phase.FAILED),
+        (Phase.PAUSED, Phase.STOPPING),
+        (Phase.RESUMING, Phase.RUNNING),
+        (Phase.RESUMING, Phase.TERMINATED),
+        (Phase.RESUMING, Phase.FAILED),
+        (Phase.RESUMING, Phase.STOPPING),
+        (Phase.TERMINATED, Phase.STOPPING),
+        (Phase.FAILED, Phase.STOPPING),
+        (Phase.FAILED, Phase.TERMINATED),
+        (Phase.STOPPING, Phase.TERMINATED),
+    }
+)
+"""From -> to, across one append (which may hold several events)."""
+
+
+def check(box: Sandbox, event: ev.Event) -> None:
+    """Refuse an event that the table does not allow from here.
+
+    Raises:
+        IllegalTransition: names the event and the phase.
+    """
+    allowed = ALLOWED.get(type(event), frozenset())
+    if box.closed_at is not None or box.phase not in allowed:
+        raise IllegalTransition(f"{ev.wire_name(event)} cannot follow in phase {box.phase} of sandbox {box.id}")

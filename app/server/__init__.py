@@ -1,0 +1,1 @@
+"""One server process: its parts (`assembly`), its socket (`listener`, `protocol`), its life (`process`)."""

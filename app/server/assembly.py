@@ -1,0 +1,162 @@
+"""What a process is made of: database, key, engine, service, and the HTTP application on them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TypeAlias
+from uuid import UUID
+
+from litestar import Litestar
+from msgspec import Struct
+
+from app.api.app import create_app
+from app.api.context import ApiContext
+from app.runtime.docker import DockerOptions, connect
+from app.runtime.driver import Driver
+from app.service.sandboxes import Service
+from app.settings import Settings, redacted_dsn
+from app.store.database.installation import claim_master_key
+from app.store.database.migrate import migrate
+from app.store.database.pool import Database
+from app.store.embedded.server import EmbeddedPostgres
+from app.store.log.refusals import Refusals
+from app.store.log.signal import Signal
+from app.store.vault.keyfile import master_key
+from app.store.vault.seal import Sealer
+from app.views.listing import Listing
+from app.work.policy import WorkPolicy
+from app.work.worker import Worker
+
+Say: TypeAlias = Callable[[str], None]
+MakeDriver: TypeAlias = Callable[[Settings, UUID], Driver]
+
+
+class Store(Struct, frozen=True):
+    """A running, migrated PostgreSQL."""
+
+    dsn: str
+    where: str
+    """Which, for people; no password."""
+    embedded: EmbeddedPostgres | None = None
+
+
+class Opened(Struct, frozen=True):
+    """The parts that every role needs."""
+
+    settings: Settings
+    database: Database
+    store: Store
+    installation: UUID
+    sealer: Sealer
+    driver: Driver
+    signal: Signal
+    service: Service
+
+
+def docker_driver(settings: Settings, installation: UUID) -> Driver:
+    """The driver that the settings ask for."""
+    docker = settings.docker
+    options = DockerOptions(
+        installation=installation,
+        network_mode=docker.network_mode,
+        api_timeout=docker.api_timeout,
+        pull_timeout=docker.pull_timeout_seconds,
+        drop_capabilities=docker.drop_capabilities,
+        apparmor_profile=docker.apparmor_profile,
+        seccomp_profile=docker.seccomp_profile,
+        no_new_privileges=docker.no_new_privileges,
+        pids_limit=docker.pids_limit,
+        sandbox_env=docker.sandbox_env,
+        log_max_size=docker.log_max_size,
+        log_max_files=docker.log_max_files,
+    )
+    return connect(options, docker.host)
+
+
+def work_policy(settings: Settings) -> WorkPolicy:
+    """The worker's numbers."""
+    worker = settings.sandledger.worker
+    return WorkPolicy(
+        concurrency=worker.concurrency,
+        lease=worker.lease_seconds,
+        backoff_base=worker.backoff_base_seconds,
+        backoff_max=worker.backoff_max_seconds,
+        poison_attempts=worker.poison_attempts,
+        poison_after=worker.poison_seconds,
+        missing_grace=worker.missing_grace_seconds,
+        resync_every=worker.resync_seconds,
+        orphan_grace=worker.orphan_grace_seconds,
+        orphan_dry_run=worker.orphan_dry_run,
+        expiry_lease=worker.expiry_lease_seconds,
+    )
+
+
+@asynccontextmanager
+async def open_database(settings: Settings, say: Say, *, upgrade: bool = True) -> AsyncGenerator[Store]:
+    """Start or join the embedded one, or take the configured one; migrate it unless told to leave it as it is."""
+    async with AsyncExitStack() as stack:
+        dsn, embedded = settings.store.postgresql.dsn, None
+        if dsn is None:
+            state_dir = settings.sandledger.state_dir
+            embedded = await asyncio.to_thread(EmbeddedPostgres.start, state_dir, say)
+            stack.callback(embedded.stop)
+            dsn, where = embedded.dsn, f"embedded PostgreSQL in {embedded.data_dir}"
+        else:
+            where = redacted_dsn(dsn)
+        done = await migrate(dsn, apply=upgrade)
+        if done.after != done.before:
+            say(f"database: migrated from {done.before or 'empty'} to {done.after}")
+        if upgrade and not done.known:
+            say(f"database: schema {done.before} was written by a newer version; using it as it is")
+        yield Store(dsn, where, embedded)
+
+
+@asynccontextmanager
+async def opened(settings: Settings, say: Say, make_driver: MakeDriver = docker_driver) -> AsyncGenerator[Opened]:
+    """Everything below the two shells."""
+    pool = settings.store.postgresql
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(open_database(settings, say))
+        database = Database(
+            store.dsn,
+            min_size=pool.min_pool_size,
+            max_size=pool.max_pool_size,
+            connect_timeout=pool.connect_timeout_seconds,
+            pool_timeout=pool.pool_timeout_seconds,
+        )
+        stack.push_async_callback(database.close)
+        ours = settings.sandledger
+        key, _ = await asyncio.to_thread(master_key, ours.master_key, ours.master_key_file, ours.state_dir)
+        sealer = Sealer(key)
+        installation = (await claim_master_key(database, sealer.key_id)).id
+        driver = make_driver(settings, installation)
+        stack.push_async_callback(driver.close)
+        news = Signal(database)
+        service = Service(database, news, driver.can)
+        yield Opened(settings, database, store, installation, sealer, driver, news, service)
+
+
+def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Litestar:
+    """The HTTP application on these parts."""
+    settings = parts.settings
+    return create_app(
+        ApiContext(
+            service=parts.service,
+            listing=Listing(parts.database),
+            refusals=Refusals(parts.database),
+            sealer=parts.sealer,
+            signal=parts.signal,
+            database=parts.database,
+            driver=parts.driver,
+            installation=parts.installation,
+            api_key=settings.server.api_key,
+            max_sandbox_timeout_seconds=settings.server.max_sandbox_timeout_seconds,
+            wait_seconds_max=settings.sandledger.api.wait_seconds_max,
+            body_limit=settings.sandledger.api.body_limit_bytes,
+            metadata_max_entries=settings.sandledger.api.metadata_max_entries,
+            worker_alive=None if worker is None else lambda: worker.alive,
+            stopping=stopping,
+        )
+    )

@@ -1,0 +1,64 @@
+"""The listening socket, and uvicorn on it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import uvicorn
+from litestar import Litestar
+
+from app.errors import SettingsError
+from app.server.protocol import HttpProtocol
+from app.settings import Settings
+
+
+class Listener(uvicorn.Server):
+    """uvicorn without its signal handlers: this process has more to stop than a listener."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Leave signals to `run`."""
+        yield
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The listening socket.
+
+    Raises:
+        SettingsError: the address is taken or not ours; says what to change.
+    """
+    host, port = settings.server.host, settings.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SettingsError(
+            f"cannot listen on {host}:{port}: {error.strerror}; set [server] host and port, or stop what listens there"
+        ) from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def uvicorn_server(settings: Settings, app: Litestar) -> Listener:
+    """Uvicorn with our protocol, not yet serving."""
+    server = settings.server
+    return Listener(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=settings.log.file_enabled or settings.log.level == "DEBUG",
+            timeout_keep_alive=server.timeout_keep_alive,
+            limit_concurrency=server.limit_concurrency or None,
+            backlog=server.backlog,
+            timeout_graceful_shutdown=server.timeout_graceful_shutdown,
+            http="h11" if server.http == "h11" else HttpProtocol,
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,  # a local caller could otherwise forge the client address in the log
+        )
+    )

@@ -1,0 +1,154 @@
+"""One server process: opens what it needs, runs the API and the worker in one event loop, stops in order.
+
+Start: database (embedded or not), migrations, master key, engine, listening socket. An engine that is down is no
+reason not to start: creates are accepted and wait, `/ready` says why. A port that is taken, a database that is not
+there, or a wrong key is.
+
+Stop (SIGTERM or SIGINT): the listener closes, requests in flight finish within `timeout_graceful_shutdown`, the worker
+hands its leases back, nothing is marked failed. A second signal ends the process at once; leases then run out and
+another worker, or this one after its restart, goes on from the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from contextlib import AsyncExitStack
+from enum import StrEnum
+from uuid import uuid4
+
+from sqlalchemy import literal, select
+
+from app import __version__
+from app.errors import RuntimeUnavailable, SettingsError, StoreUnavailable
+from app.server.assembly import MakeDriver, Opened, Say, api_app, docker_driver, opened, work_policy
+from app.server.listener import listen, uvicorn_server
+from app.settings import Settings, check_exposure
+from app.store.database.statement import Statement
+from app.work.worker import Worker
+
+_LOG = logging.getLogger(__name__)
+_WATCH_S = 2.0
+_BANNER_S = 5.0
+_PING = Statement(select(literal(1)))
+
+
+class Role(StrEnum):
+    """What a process does. Any number of each may run on one database."""
+
+    ALL = "all"
+    API = "api"
+    WORKER = "worker"
+
+
+async def _banner(parts: Opened, address: str | None, say: Say) -> None:
+    try:
+        async with asyncio.timeout(_BANNER_S):
+            info = await parts.driver.check()
+        engine = f"{info.name} {info.version} at {info.address}"
+    except TimeoutError:
+        engine = f"NO ANSWER within {_BANNER_S:.0f} s, creates will wait"
+    except RuntimeUnavailable as error:
+        engine = f"NOT REACHABLE yet, creates will wait: {error}"
+    say(f"sandledger {__version__}")
+    if address is not None:
+        key = "-H 'OPEN-SANDBOX-API-KEY: <your key>' " if parts.settings.server.api_key else ""
+        say(f"  API       {address}/v1")
+        say(f"  docs      {address}/docs")
+        say(f"  try       curl -s {key}{address}/v1/sandboxes")
+    say(f"  database  {parts.store.where}")
+    say(f"  engine    {engine}")
+
+
+class _Stop:
+    """Signals: the first asks, the second does not ask."""
+
+    def __init__(self, say: Say) -> None:
+        self.asked = asyncio.Event()
+        self._say = say
+
+    def install(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._hear, number)
+
+    def _hear(self, number: int) -> None:
+        if self.asked.is_set():
+            self._say("second signal: stopping at once; leases run out by themselves")
+            os._exit(128 + number)
+        self._say("stopping: finishing requests and handing leases back (a second signal stops at once)")
+        self.asked.set()
+
+
+async def run(settings: Settings, role: Role, say: Say, make_driver: MakeDriver = docker_driver) -> None:
+    """Serve until a signal.
+
+    Raises:
+        SettingsError, StoreUnavailable: the start did not work; the message says what to do.
+    """
+    if role is not Role.WORKER:
+        check_exposure(settings)
+    listener = None if role is Role.WORKER else listen(settings)
+    stop = _Stop(say)
+    stop.install()
+    async with AsyncExitStack() as stack:
+        if listener is not None:
+            stack.callback(listener.close)
+        parts = await stack.enter_async_context(opened(settings, say, make_driver))
+        worker = None
+        if role is not Role.API:
+            worker = Worker(
+                database=parts.database,
+                service=parts.service,
+                signal=parts.signal,
+                driver=parts.driver,
+                sealer=parts.sealer,
+                policy=work_policy(settings),
+                worker_id=f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}",
+            )
+        await _run(parts, worker, listener, stop, say)
+    say("stopped")
+
+
+async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | None, stop: _Stop, say: Say) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        news = tasks.create_task(parts.signal.run(), name="signal")
+        watch = tasks.create_task(_keep_embedded(parts), name="embedded-postgres")
+        working = None if worker is None else tasks.create_task(worker.run(), name="worker")
+        http = serving = None
+        address = None
+        if listener is not None:
+            http = uvicorn_server(parts.settings, api_app(parts, worker, stop.asked))
+            serving = tasks.create_task(http.serve([listener]), name="http")
+            listener.listen(parts.settings.server.backlog)  # the banner's curl line works from the moment it is read
+            host, port = listener.getsockname()[:2]
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        await _banner(parts, address, say)
+        await stop.asked.wait()
+        if http is not None and serving is not None:
+            http.should_exit = True
+            await serving
+        if worker is not None and working is not None:
+            await worker.stop(parts.settings.server.timeout_graceful_shutdown)
+            await working
+        # Last words of the worker still go out to others before the signal ends.
+        for task in (news, watch):
+            task.cancel()
+
+
+async def _keep_embedded(parts: Opened) -> None:
+    """Start the embedded postmaster again when it dies under us."""
+    embedded = parts.store.embedded
+    while embedded is not None:
+        await asyncio.sleep(_WATCH_S)
+        try:
+            await parts.database.fetch(_PING)
+        except StoreUnavailable as error:
+            _LOG.warning("%s; starting the embedded PostgreSQL again if it has died", error)
+            try:
+                await asyncio.to_thread(embedded.revive)
+            except (StoreUnavailable, SettingsError) as failure:
+                _LOG.error("embedded PostgreSQL: %s", failure)

@@ -1,0 +1,1 @@
+"""The only write path: load, decide, append, retry."""

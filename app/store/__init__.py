@@ -1,0 +1,1 @@
+"""What PostgreSQL holds, and how we reach it."""

@@ -1,0 +1,1 @@
+"""One sandbox after the other: claim, plan, act, record."""
