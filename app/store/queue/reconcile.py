@@ -2,8 +2,8 @@
 
 **Protocol.** An append that asks for work touches the row (`app.store.queue.effects`): insert, or raise its
 `generation`. A worker claims due rows; `due_at` moves to the end of the lease, so that a crash simply makes the row
-due again. It reads the head *after* the claim, so it sees what the claimed generation stands for, and ends the claim in one of four
-ways:
+due again. It reads the head *after* the claim, so it sees what the claimed generation stands for, and ends the claim in
+one of four ways:
 
 * `complete`: the row goes, if its generation is still the claimed one; else it is due at once.
 * `defer`: due later, unless something else is wanted since the claim; then at once.

@@ -16,9 +16,9 @@ that had ended by the time `ensure` returned is recorded in two appends, so that
 
 **How it fails.** See `app.work.reconcile.troubles` for the engine's side. A database that goes away ends the run
 without a word, and the lease brings it back. An error of our own outside of any step is counted in the queue and tried
-again, later each time, for ever: it says nothing about the sandbox. A graceful stop cancels the run and hands the claim back;
-nothing counts. A lost claim ends the run in silence, but whoever may have made an object for a sandbox that has ended
-takes it away again: that is always right, and nobody else may look there for a while.
+again, later each time, for ever: it says nothing about the sandbox. A graceful stop cancels the run and hands the claim
+back; nothing counts. A lost claim ends the run in silence, but whoever may have made an object for a sandbox that has
+ended takes it away again: that is always right, and nobody else may look there for a while.
 """
 
 from __future__ import annotations
