@@ -46,7 +46,7 @@ def run_script(sql: str) -> None:
 
 
 def _config() -> Config:
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     home = next(path for path in (package / "migrations", package.parent / "migrations") if path.is_dir())
     config = Config()
     config.set_main_option("script_location", str(home))
