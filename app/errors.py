@@ -80,6 +80,11 @@ class RuntimeFault(SandledgerError):
 class RuntimeUnavailable(RuntimeFault):
     """The engine cannot be reached or is failing. Says nothing about any sandbox; retried without counting."""
 
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        """`retry_after` in seconds, when the engine said so."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
 
 class RuntimeRejected(RuntimeFault):
     """The engine's final word on a workload.

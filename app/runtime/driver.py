@@ -1,122 +1,175 @@
-"""The seam between reconcilers and container engines.
+"""The seam between reconcilers and engines.
 
-A driver holds no state about sandboxes. It is told a `Workload`, makes it true and says what it saw as `Observed`.
-Every method may be called again after a crash at any point, from another process, with the same result:
+A driver holds no state about sandboxes. It is given a `Workload`, makes it true and says what it saw as `Observed`.
+Verbs name an object by its `Ref`. Every verb may be called again after a crash at any point, from another process, with
+the same result:
 
-* the object's name is derived from the sandbox id, so a repeated create meets the first one and adopts it;
+* the name of every part is derived from the object id, so a repeated create meets the first one and adopts it;
 * `remove` of something absent succeeds;
 * only objects that bear our installation label are ever touched.
 
-Failures: `RuntimeUnavailable` when the engine cannot be reached or answers 5xx (says nothing about the sandbox),
-`RuntimeRejected` when its answer is final for this workload. Anything else that escapes is a bug and is counted.
+No verb but `fetch` may take long: `ensure` never pulls, and answers what it saw instead of waiting for it.
 
-Cancellation: `ensure` may be cancelled while it pulls. Once it has begun to create, it finishes create and start
-before it lets the cancellation through, so that nobody concludes "absent" while a create is still in flight.
+Failures: `RuntimeUnavailable` when the engine cannot be reached or is failing (says nothing about the sandbox),
+`RuntimeRejected` when its answer is final for this request, `AttemptFailed` when this attempt failed and another may
+work, `ImageMissing` when `ensure` needs a `fetch` first. Anything else that escapes is a bug and is counted.
+
+Cancellation: once `ensure` has begun to create, it finishes create and start before it lets the cancellation through, so
+that nobody concludes "absent" while a create is still under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from typing import Protocol, TypeAlias
 from uuid import UUID
 
 from msgspec import Struct
 
-from app.domain.sandbox.observed import Capabilities, Exit, Observed, Power
+from app.domain.engine.events import Capacity
+from app.domain.sandbox.observed import Capabilities, Exit, Observed, Part, Pausing, Power, Ref
+from app.runtime.workload import Image, Limits, RegistryAuth, Workload
 
-__all__ = ["Capabilities", "Driver", "EngineInfo", "Exit", "Limits", "Observed", "Power", "RegistryAuth", "Workload"]
+__all__ = [
+    "Capabilities",
+    "Driver",
+    "EngineInfo",
+    "Exit",
+    "FetchedImage",
+    "Image",
+    "Leftover",
+    "Limits",
+    "Observed",
+    "Part",
+    "Pausing",
+    "Power",
+    "Progress",
+    "Ref",
+    "RegistryAuth",
+    "Workload",
+]
 
-
-class RegistryAuth(Struct, frozen=True):
-    """Registry credentials of one pull. Never stored, logged or labelled by a driver."""
-
-    username: str
-    password: str
-
-    def __repr__(self) -> str:
-        """Keep the password out of tracebacks."""
-        return f"RegistryAuth(username={self.username!r})"
-
-
-class Limits(Struct, frozen=True):
-    """Resource limits in the engine's units. None = not limited."""
-
-    nano_cpus: int | None = None
-    memory_bytes: int | None = None
-    gpus: int | None = None
-    """Number of GPUs; -1 = all."""
-
-
-class Workload(Struct, frozen=True):
-    """All a driver needs to make one sandbox, resolved and driver-neutral."""
-
-    sandbox_id: UUID
-    tenant: str
-    image: str
-    entrypoint: tuple[str, ...]
-    env: dict[str, str]
-    limits: Limits = Limits()
-    platform: str | None = None
-    """`os/arch`, e.g. `linux/amd64`; None = the engine's own."""
-    auth: RegistryAuth | None = None
-    generation: int = 1
-
-    def __repr__(self) -> str:
-        """Keep env values out of tracebacks."""
-        return f"Workload(sandbox_id={self.sandbox_id}, image={self.image!r}, env={sorted(self.env)})"
+Progress: TypeAlias = Callable[[str], None]
+"""Told how far a fetch is, in words for people, e.g. `3 of 7 layers, 41.2 of 120.0 MB`."""
 
 
 class EngineInfo(Struct, frozen=True):
-    """Who the engine is, for banner, doctor and readiness."""
+    """Who the engine is."""
 
-    name: str
+    kind: str
+    """`docker`, `fake`."""
     version: str
+    api: str
     engine_id: str
     address: str
+    mark: str | None
+    """What `prepare` left there for this installation. None = it is not there."""
+    capabilities: Capabilities = Capabilities()
+    capacity: Capacity = Capacity()
+    live_restore: bool | None = None
+    """Whether sandboxes outlive a restart of the engine. None = the engine does not say."""
+
+
+class FetchedImage(Struct, frozen=True):
+    """An image on the engine."""
+
+    image_id: str
+    """The engine's own id of it."""
+    image_digest: str | None = None
+    """The digest that its registry knows it by. None: it came from no registry."""
+    size_bytes: int | None = None
+
+
+class Leftover(Struct, frozen=True):
+    """Something of ours on the engine that is part of no whole object: e.g. an object without its part `main`."""
+
+    role: str
+    name: str
+    runtime_id: str
+    object_id: UUID | None = None
+    made_at: datetime | None = None
+    position: int | None = None
 
 
 class Driver(Protocol):
-    """A container engine. Six verbs, one property set, one health question."""
+    """One engine."""
 
     name: str
+    """The engine's name in the log, e.g. `default`."""
+    kind: str
     can: Capabilities
 
-    async def ensure(self, work: Workload) -> Observed:
-        """Pull if absent, create or adopt, start. Safe to repeat.
+    async def ensure(self, workload: Workload) -> Observed:
+        """Create or adopt, and start. Never pulls.
 
-        An object that has already exited is returned as it is, never started a second time; one that is paused
-        is returned paused. RuntimeRejected with reason `NAME_TAKEN` when a stranger's object has the name.
+        An object that has already exited is returned as it is, never started a second time; one that is paused is
+        returned paused. One that is not up yet is returned with power `CREATED` and the reason in `waiting`.
+
+        Raises:
+            ImageMissing: the engine does not have the image.
+            RuntimeRejected: final, e.g. `NAME_TAKEN` when a stranger's object has the name.
         """
         ...
 
-    async def observe(self, sandbox_id: UUID) -> Observed | None:
-        """Look at one object. None = the engine answered and says there is none (of ours)."""
+    async def observe(self, ref: Ref) -> Observed | None:
+        """Look at one object. None = the engine answered and says that there is none (of ours)."""
         ...
 
-    async def set_power(self, sandbox_id: UUID, power: Power) -> Observed | None:
+    async def set_power(self, ref: Ref, power: Power) -> Observed | None:
         """Make it `PAUSED` or `RUNNING`; already so is success. None when there is no such object.
 
         An exited object is returned as it is: the caller reads `power`.
+
+        Raises:
+            RuntimeRejected: the engine will not do it, now or later.
+            AttemptFailed: the engine answered and did not do it.
         """
         ...
 
-    async def remove(self, sandbox_id: UUID) -> None:
-        """Kill and remove, with all that was made for it. Absent is success; a stranger's object is left alone."""
+    async def remove(self, ref: Ref) -> bool:
+        """Kill and remove all parts. True = nothing of it is left; False = asked, and it is not gone yet.
+
+        Absent is True. A stranger's object is left alone.
+        """
         ...
 
-    def inventory(self) -> AsyncIterator[Observed]:
-        """Everything bearing our installation label. Raises rather than ends early."""
+    def inventory(self) -> AsyncIterator[Observed | Leftover]:
+        """Everything that bears our installation label, by object. Raises rather than ends early."""
+        ...
+
+    async def remove_leftover(self, leftover: Leftover) -> None:
+        """Take away what `inventory` showed as a leftover. Absent is success."""
         ...
 
     def hints(self) -> AsyncIterator[UUID | None]:
-        """Ids that may have changed, for ever, reconnecting by itself. Lossy by contract; carries no truth.
+        """Ids of objects that may have changed, for ever, reconnecting by itself. Lossy by contract; carries no truth.
 
-        None = the stream broke and began anew (an engine that restarts forgets): look at everything.
+        None = the stream broke and began again (an engine that restarts forgets): look at everything.
         """
+        ...
+
+    async def fetch(self, image: Image, progress: Progress) -> FetchedImage:
+        """Bring the image to the engine, however long it takes up to the operator's limit. May be cancelled.
+
+        Several calls for one image share one pull.
+
+        Raises:
+            RuntimeRejected: final, e.g. `IMAGE_NOT_FOUND`.
+            AttemptFailed: it may work later, e.g. `REGISTRY_RATE_LIMITED`.
+        """
+        ...
+
+    async def image(self, reference: str) -> FetchedImage | None:
+        """Look for an image on the engine. None = it is not there."""
         ...
 
     async def check(self) -> EngineInfo:
         """Ask the engine who it is. RuntimeUnavailable, with a message that says what to do, when it is not there."""
+        ...
+
+    async def prepare(self) -> EngineInfo:
+        """First contact: leave our mark unless it is there, whoever made it first; then `check`."""
         ...
 
     async def close(self) -> None:

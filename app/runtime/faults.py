@@ -4,6 +4,7 @@
 
     RuntimeFault
     ├── RuntimeUnavailable     engine trouble: retried, never counted
+    ├── ImageMissing           `ensure` needs a `fetch` first
     ├── AttemptFailed          this attempt failed for a reason of its own: counted, retried with back-off
     │   └── ImagePullFailed    the registry's trouble: rate limit, unreachable, too slow
     └── RuntimeRejected        final
@@ -14,8 +15,16 @@ from __future__ import annotations
 from app.errors import RuntimeFault
 
 
+class ImageMissing(RuntimeFault):
+    """The engine does not have the image, or only that of another platform."""
+
+    def __init__(self, reference: str, message: str) -> None:
+        super().__init__(message)
+        self.reference = reference
+
+
 class AttemptFailed(RuntimeFault):
-    """It may work next time, and it may not for ever: counts as an attempt, and is named when they run out.
+    """It may work next time, and it may not for ever: counts as an attempt, and is named when time runs out.
 
     `reason` is a stable upper-case word such as `REGISTRY_RATE_LIMITED`, `message` names the real cause.
     """

@@ -10,22 +10,34 @@ from collections import deque
 from datetime import timedelta
 from functools import cache
 
+import msgspec
+
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.observed import Exit, Power
+from app.domain.sandbox.observed import Exit, Power, Verdict, Waiting
 from app.domain.sandbox.state import Phase, evolve
 from app.errors import Rejected
-from tests.support.stream import BEGIN, SECOND, Stream, requested, seen
+from tests.support.stream import BEGIN, ID, SECOND, Stream, requested, seen
 
 LOOKS = [
-    seen(power, runtime_id, started_at=started_at, end=end, adopted=adopted)
-    for runtime_id in ("r1", "r2")
-    for power, ends in ((Power.CREATED, [None]), (Power.RUNNING, [None]), (Power.PAUSED, [None]),
-                         (Power.EXITED, [None, Exit(0), Exit(137, oom=True)]))
-    for end in ends
-    for started_at in (None, BEGIN)
-    for adopted in (False, True)
-]  # fmt: skip
+    *(
+        seen(power, runtime_id, started_at=started_at, end=end, adopted=adopted)
+        for runtime_id in ("r1", "r2")
+        for power, ends in (
+            (Power.CREATED, [None]),
+            (Power.RUNNING, [None]),
+            (Power.PAUSED, [None]),
+            (Power.EXITED, [None, Exit(0), Exit(137, oom=True)]),
+        )
+        for end in ends
+        for started_at in (None, BEGIN)
+        for adopted in (False, True)
+    ),
+    seen(Power.RUNNING, started_at=BEGIN + SECOND),
+    seen(Power.PAUSED, started_at=BEGIN + SECOND),
+    seen(Power.EXITED, started_at=BEGIN + SECOND, end=Exit(0)),
+    msgspec.structs.replace(seen(Power.RUNNING), image_id="sha256:1"),
+]
 COMMANDS: list[cmd.Command] = [
     cmd.Renew(BEGIN + timedelta(hours=2)),
     cmd.PatchMetadata({"a": "b"}),
@@ -34,24 +46,38 @@ COMMANDS: list[cmd.Command] = [
     cmd.Terminate(),
     cmd.Expire(),
     *(cmd.RecordSeen(look, found_by) for look in LOOKS for found_by in ("ensure", "resync")),
+    cmd.RecordPlaced("default", 1, ID),
+    cmd.RecordWaiting("fetch", "IMAGE_PULLING"),
+    cmd.RecordFetched("sha256:1"),
+    cmd.RecordSeen(seen(Power.CREATED, waiting=Waiting("ensure", "POD_UNSCHEDULABLE"))),
+    cmd.RecordSeen(seen(Power.CREATED, verdict=Verdict("START_REJECTED", "no"))),
     cmd.RecordLost(BEGIN),
     cmd.RecordRemoved(),
-    cmd.RecordFailure("IMAGE_NOT_FOUND", "no such image"),
+    cmd.RecordFailure("fetch", "IMAGE_NOT_FOUND", "no such image"),
+    cmd.RecordPowerRefused("REFUSED", "no"),
     cmd.RecordRetry("ensure", "E", "again", 1),
+    cmd.EndTransition(),
 ]
+LONG = max(cmd.EndTransition().limits.of(phase) or 0 for phase in Phase)
 
 
 def _abstract(stream: Stream) -> tuple[object, ...]:
-    box = stream.box
-    runtime = box.runtime
+    sandbox = stream.sandbox
+    runtime = sandbox.runtime
+    main = None if runtime is None else runtime.main
     return (
-        box.desired,
-        box.observed,
-        None if runtime is None else (runtime.id, runtime.exit_code),
-        box.failure is not None,
-        None if box.ending is None else box.ending.cause,
-        box.closed_at is not None,
-        box.expires_at is not None and box.expires_at <= stream.now,
+        sandbox.engine,
+        sandbox.desired,
+        sandbox.observed,
+        main and main.runtime_id,
+        None if runtime is None else (runtime.exit_code, runtime.started_at),
+        sandbox.waiting is not None,
+        sandbox.ready_at is not None,
+        sandbox.failure is not None,
+        None if sandbox.ending is None else sandbox.ending.cause,
+        sandbox.closed_at is not None,
+        sandbox.expires_at is not None and sandbox.expires_at <= stream.now,
+        (stream.now - sandbox.changed_at).total_seconds() >= LONG,
     )
 
 
@@ -61,7 +87,7 @@ def walk() -> tuple[list[Stream], set[tuple[Phase, Phase]], set[tuple[type[ev.Ev
     found: dict[tuple[object, ...], Stream] = {}
     moves: set[tuple[Phase, Phase]] = set()
     appended: set[tuple[type[ev.Event], Phase]] = set()
-    todo = deque([Stream(), Stream().pass_time(601), Stream(requested(timeout_s=None))])
+    todo = deque([Stream(placed=False), Stream(), Stream().pass_time(601), Stream(requested(timeout_s=None))])
     while todo:
         here = todo.popleft()
         if found.setdefault(_abstract(here), here) is not here:
@@ -72,15 +98,16 @@ def walk() -> tuple[list[Stream], set[tuple[Phase, Phase]], set[tuple[type[ev.Ev
                 there.do(command)
             except Rejected:
                 continue
-            if there.box.phase is not here.box.phase:
-                moves.add((here.box.phase, there.box.phase))
-            box = here.box
+            if there.sandbox.phase is not here.sandbox.phase:
+                moves.add((here.sandbox.phase, there.sandbox.phase))
+            sandbox = here.sandbox
             for fact in there.facts[len(here.facts) :]:
-                appended.add((type(fact.event), box.phase))
-                box = evolve(box, fact)
+                appended.add((type(fact.event), sandbox.phase))
+                sandbox = evolve(sandbox, fact)
             todo.append(there)
-            if there.box.expires_at is not None and there.now < there.box.expires_at:
+            if there.sandbox.expires_at is not None and there.now < there.sandbox.expires_at:
                 late = there.fork()
-                late.now = there.box.expires_at + SECOND
+                late.now = there.sandbox.expires_at + SECOND
                 todo.append(late)
+            todo.append(there.fork().pass_time(LONG))
     return list(found.values()), moves, appended

@@ -1,18 +1,20 @@
-"""What may be asked of a sandbox: by clients, by the expiry job, and by reconcilers reporting facts."""
+"""What may be asked of a sandbox: by clients, by deadlines, and by reconcilers that report observations."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import TypeAlias
+from uuid import UUID
 
 from msgspec import Struct
 
+from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.events import EndCause
 from app.domain.sandbox.observed import Observed
 
 
 class Renew(Struct, frozen=True):
-    """Move the deadline. `max_timeout_s` bounds it, counted from now."""
+    """Move the expiry. `max_timeout_s` bounds it, counted from now."""
 
     expires_at: datetime
     max_timeout_s: int | None = None
@@ -40,7 +42,45 @@ class Terminate(Struct, frozen=True):
 
 
 class Expire(Struct, frozen=True):
-    """The expiry job looked; does nothing before the deadline."""
+    """The deadline `expiry` fired; does nothing before `expires_at`."""
+
+
+class EndTransition(Struct, frozen=True):
+    """The deadline `transition` fired; does nothing while the phase is young enough."""
+
+    limits: Limits = Limits()
+    last_reason: str | None = None
+    """Why the last attempt failed, as the queue knows it."""
+    last_error: str | None = None
+
+
+class RecordPlaced(Struct, frozen=True):
+    """An engine takes it."""
+
+    engine: str
+    epoch: int
+    object_id: UUID
+    place: str = ""
+    reason: str = "ONLY_ENGINE"
+    candidates: int = 1
+
+
+class RecordWaiting(Struct, frozen=True):
+    """A step waits. The same step and reason again = no event."""
+
+    step: str
+    reason: str
+    message: str = ""
+
+
+class RecordFetched(Struct, frozen=True):
+    """Its image is on the engine."""
+
+    image_id: str
+    image_digest: str | None = None
+    size_bytes: int | None = None
+    took_ms: int = 0
+    cached: bool = False
 
 
 class RecordSeen(Struct, frozen=True):
@@ -54,6 +94,7 @@ class RecordLost(Struct, frozen=True):
     """The engine said twice, apart in time, that it is not there."""
 
     missing_since: datetime
+    reason: str = "MISSING"
 
 
 class RecordRemoved(Struct, frozen=True):
@@ -63,20 +104,38 @@ class RecordRemoved(Struct, frozen=True):
 class RecordFailure(Struct, frozen=True):
     """It cannot be provided; final."""
 
+    step: str
+    reason: str
+    message: str
+
+
+class RecordPowerRefused(Struct, frozen=True):
+    """The engine will not pause or resume it; final for this request, and no reason to end the sandbox."""
+
     reason: str
     message: str
 
 
 class RecordRetry(Struct, frozen=True):
-    """A try failed and will be repeated."""
+    """An attempt failed and will be repeated."""
 
     step: str
-    code: str
+    reason: str
     message: str
     attempt: int
 
 
-Fact: TypeAlias = RecordSeen | RecordLost | RecordRemoved | RecordFailure | RecordRetry
+Observation: TypeAlias = (
+    RecordPlaced
+    | RecordWaiting
+    | RecordFetched
+    | RecordSeen
+    | RecordLost
+    | RecordRemoved
+    | RecordFailure
+    | RecordPowerRefused
+    | RecordRetry
+)
 """What a reconciler reports. Decided on the state alone, whatever the time."""
 
-Command: TypeAlias = Renew | PatchMetadata | Pause | Resume | Terminate | Expire | Fact
+Command: TypeAlias = Renew | PatchMetadata | Pause | Resume | Terminate | Expire | EndTransition | Observation

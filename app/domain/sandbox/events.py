@@ -1,59 +1,21 @@
-"""What happened. Tagged structs with stable wire names; one stream per sandbox.
+"""What happened to a sandbox. The names and payloads are those of the catalogue (part 3) and are kept for ever.
 
-Rules of change (architecture 1.9): a new field with a default needs no new schema number. Anything else bumps
-`SCHEMA[type]` and adds one pure function to `UPCASTS[(type, old_schema)]`, chained until current, applied before
-msgspec converts. Wire names never change. Golden files in `tests/golden` hold one stored payload per (type, schema).
+`app.domain.stream` says how a type may change. Types that later parts of the catalogue add come with the revision of
+the registry that adds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, TypeAlias, cast, get_args
+from typing import TypeAlias, get_args
 from uuid import UUID
 
-import msgspec
 from msgspec import Struct
 
+from app.domain import stream
+from app.domain.sandbox.observed import Address, Part
 from app.domain.sandbox.spec import SandboxSpec
-from app.errors import UnknownEvent
-
-
-class ActorKind(StrEnum):
-    """Who can make something happen (decision 9)."""
-
-    API_KEY = "api_key"
-    TIMER = "timer"
-    RECONCILER = "reconciler"
-    RUNTIME = "runtime"
-    OPERATOR = "operator"
-
-
-class Actor(Struct, frozen=True, omit_defaults=True):
-    """Who did it. `id` is stable (a key's fingerprint, a worker's id), `name` is for people."""
-
-    kind: ActorKind
-    id: str
-    name: str
-
-    def __str__(self) -> str:
-        """`api_key default`, for messages."""
-        return f"{self.kind.value} {self.name}"
-
-
-class Meta(Struct, frozen=True, omit_defaults=True):
-    """Stored beside every event."""
-
-    actor: Actor
-    app_version: str
-    request_id: str | None = None
-    cause: int | None = None
-    """Position of the event that led here."""
-    client: str | None = None
-    """Client address, for API actors."""
-    idempotency_key: str | None = None
-    """SHA-256 of the key, so that an auditor can match a client's own record."""
 
 
 class EndCause(StrEnum):
@@ -64,217 +26,284 @@ class EndCause(StrEnum):
     EXPIRED_WHILE_PENDING = "expired_while_pending"
 
 
-class Requested(Struct, frozen=True, tag="sandbox.requested", tag_field="type", omit_defaults=True):
-    """Accepted. `createdAt` is this event's `recorded_at`; the deadline is that plus `spec.timeout_s`."""
+class Requested(Struct, frozen=True, omit_defaults=True):
+    """It was accepted. `createdAt` is this event's `recorded_at`; it expires `timeout_s` seconds later."""
 
-    tenant: str
-    driver: str
     spec: SandboxSpec
     fingerprint: str
-    """Keyed digest of the request, to tell a replay from a reused Idempotency-Key."""
+    """Keyed digest of the request, to tell a repeated request from a reused Idempotency-Key."""
     metadata: dict[str, str] = {}
+    timeout_s: int | None = None
+    """None = it never expires by itself."""
+    timeout_from: str = "request"
+    """`request`, or `cap` when the operator's maximum was put in its place."""
+    cpu_nanos: int | None = None
+    memory_bytes: int | None = None
+    gpus: int | None = None
+    gpus_all: bool = False
 
 
-class LeaseRenewed(Struct, frozen=True, tag="sandbox.lease_renewed", tag_field="type", omit_defaults=True):
-    """The deadline moved."""
+class Placed(Struct, frozen=True, omit_defaults=True):
+    """It was given to an engine."""
+
+    engine: str
+    epoch: int
+    object_id: UUID
+    place: str = ""
+    reason: str = "ONLY_ENGINE"
+    candidates: int = 1
+    """How many engines could have taken it."""
+
+
+class Renewed(Struct, frozen=True, omit_defaults=True):
+    """Its expiry moved."""
 
     expires_at: datetime
-    previous: datetime
+    previous: datetime | None = None
     source: str = "api"
 
 
-class MetadataPatched(Struct, frozen=True, tag="sandbox.metadata_patched", tag_field="type", omit_defaults=True):
-    """Merge patch of depth one (RFC 7396), as its effect."""
+class MetadataPatched(Struct, frozen=True, omit_defaults=True):
+    """A merge patch of depth one (RFC 7396), as its effect."""
 
     set: dict[str, str] = {}
     removed: tuple[str, ...] = ()
 
 
-class PauseRequested(Struct, frozen=True, tag="sandbox.pause_requested", tag_field="type"):
+class PauseRequested(Struct, frozen=True):
     """Somebody wants it paused."""
 
 
-class ResumeRequested(Struct, frozen=True, tag="sandbox.resume_requested", tag_field="type"):
-    """Somebody wants it running again."""
+class ResumeRequested(Struct, frozen=True):
+    """Somebody wants it to run again."""
 
 
-class TerminationRequested(Struct, frozen=True, tag="sandbox.termination_requested", tag_field="type"):
-    """Somebody wants it gone. From here on it has ended for clients."""
-
-    cause: EndCause = EndCause.USER_DELETE
-
-
-class Expired(Struct, frozen=True, tag="sandbox.expired", tag_field="type"):
-    """The deadline passed. From here on it has ended for clients."""
-
-    deadline: datetime
-    cause: EndCause = EndCause.EXPIRED
-
-
-class RuntimeCreated(Struct, frozen=True, tag="sandbox.runtime_created", tag_field="type", omit_defaults=True):
-    """The engine made an object for it."""
-
-    runtime_id: str
-    name: str
-    generation: int = 1
-    image_digest: str | None = None
-
-
-class RuntimeAdopted(Struct, frozen=True, tag="sandbox.runtime_adopted", tag_field="type", omit_defaults=True):
-    """An object that an earlier, unreported try had made was taken over."""
-
-    runtime_id: str
-    name: str
-    found_by: str
-    generation: int = 1
-    image_digest: str | None = None
-
-
-class Started(Struct, frozen=True, tag="sandbox.started", tag_field="type", omit_defaults=True):
-    """It runs. `occurred_at` is the engine's time."""
-
-    occurred_at: datetime | None = None
-
-
-class Paused(Struct, frozen=True, tag="sandbox.paused", tag_field="type"):
-    """It is paused."""
-
-
-class Resumed(Struct, frozen=True, tag="sandbox.resumed", tag_field="type"):
-    """It runs again."""
-
-
-class RuntimeExited(Struct, frozen=True, tag="sandbox.runtime_exited", tag_field="type", omit_defaults=True):
-    """The entrypoint ended by itself. `occurred_at` is the engine's time."""
-
-    exit_code: int
-    oom: bool = False
-    message: str = ""
-    occurred_at: datetime | None = None
-
-
-class RuntimeLost(Struct, frozen=True, tag="sandbox.runtime_lost", tag_field="type", omit_defaults=True):
-    """The engine answered twice, apart in time, that there is no such object any more."""
-
-    runtime_id: str
-    missing_since: datetime | None = None
-
-
-class ReconcileFailed(Struct, frozen=True, tag="sandbox.reconcile_failed", tag_field="type", omit_defaults=True):
-    """A try failed and will be repeated. Thinned: when the code changes and at attempts 1, 3, 10."""
+class Waited(Struct, frozen=True, omit_defaults=True):
+    """A step waits for something. Recorded only when step or reason changes."""
 
     step: str
-    code: str
-    message: str
-    attempt: int
+    reason: str
+    message: str = ""
 
 
-class Failed(Struct, frozen=True, tag="sandbox.failed", tag_field="type"):
-    """It cannot be provided. Final; the runtime's leftovers are removed."""
+class Fetched(Struct, frozen=True, omit_defaults=True):
+    """Its image is on the engine."""
+
+    image_id: str
+    image_digest: str | None = None
+    size_bytes: int | None = None
+    took_ms: int = 0
+    cached: bool = False
+
+
+class RuntimeCreated(Struct, frozen=True, omit_defaults=True):
+    """The engine made an object for it."""
+
+    generation: int
+    parts: tuple[Part, ...]
+    gpus: int | None = None
+    """How many GPUs "all" was."""
+
+
+class RuntimeAdopted(Struct, frozen=True, omit_defaults=True):
+    """An object that an earlier, unreported attempt had made was taken over."""
+
+    generation: int
+    parts: tuple[Part, ...]
+    found_by: str
+    """`create_conflict`, `observe` or `sweep`."""
+    gpus: int | None = None
+
+
+class Started(Struct, frozen=True, omit_defaults=True):
+    """It runs for the first time. `occurred_at` is the engine's time."""
+
+    run: int = 1
+    occurred_at: datetime | None = None
+    address: Address | None = None
+    node: str | None = None
+
+
+class Restarted(Struct, frozen=True, omit_defaults=True):
+    """It began to run again. Stands instead of `Started` for every run after the first."""
+
+    run: int
+    generation: int = 1
+    by: str = "outside"
+    kept: str = "filesystem"
+    """`filesystem` or `nothing`."""
+    attempt: int | None = None
+    occurred_at: datetime | None = None
+    address: Address | None = None
+
+
+class Ready(Struct, frozen=True, omit_defaults=True):
+    """It can be used."""
+
+    after_ms: int = 0
+    """Milliseconds from the start of this run."""
+    via: str = "runtime"
+    """`runtime`: the container runs and nothing else is waited for."""
+
+
+class Paused(Struct, frozen=True, omit_defaults=True):
+    """It is paused."""
+
+    occurred_at: datetime | None = None
+    kept: str = "memory"
+
+
+class Resumed(Struct, frozen=True, omit_defaults=True):
+    """It runs again after a pause."""
+
+    occurred_at: datetime | None = None
+
+
+class PauseFailed(Struct, frozen=True, omit_defaults=True):
+    """It could not be paused and goes on running."""
 
     reason: str
-    message: str
+    message: str = ""
 
 
-class RuntimeRemoved(Struct, frozen=True, tag="sandbox.runtime_removed", tag_field="type", omit_defaults=True):
-    """Nothing of it is left on the engine."""
+class ResumeFailed(Struct, frozen=True, omit_defaults=True):
+    """It could not be resumed and stays paused."""
 
-    runtime_id: str | None = None
+    reason: str
+    message: str = ""
 
 
-class Terminated(Struct, frozen=True, tag="sandbox.terminated", tag_field="type", omit_defaults=True):
+class ReconcileFailed(Struct, frozen=True, omit_defaults=True):
+    """An attempt failed and will be repeated. Recorded when the reason changes and at attempts 1, 3 and 10."""
+
+    step: str
+    reason: str
+    message: str = ""
+    attempt: int = 1
+
+
+class Overdue(Struct, frozen=True, omit_defaults=True):
+    """It has been in a transitional phase for longer than expected. Reported again and again."""
+
+    phase: str
+    since: datetime
+    times: int = 1
+
+
+class RuntimeExited(Struct, frozen=True, omit_defaults=True):
+    """The entrypoint ended. `occurred_at` is the engine's time."""
+
+    exit_code: int | None = None
+    oom: bool = False
+    reason: str | None = None
+    message: str = ""
+    occurred_at: datetime | None = None
+    run: int = 1
+
+
+class RuntimeLost(Struct, frozen=True, omit_defaults=True):
+    """The engine answered twice, apart in time, that there is no such object any more."""
+
+    reason: str = "MISSING"
+    missing_since: datetime | None = None
+    occurred_at: datetime | None = None
+
+
+class Failed(Struct, frozen=True, omit_defaults=True):
+    """It cannot be provided. Final; what is left of it on the engine is removed."""
+
+    step: str
+    reason: str
+    message: str = ""
+
+
+class TerminationRequested(Struct, frozen=True, omit_defaults=True):
+    """Somebody wants it gone. From here on it has ended for clients."""
+
+    end_cause: EndCause
+
+
+class Expired(Struct, frozen=True, omit_defaults=True):
+    """Its time passed. From here on it has ended for clients."""
+
+    expires_at: datetime
+    end_cause: EndCause
+
+
+class RuntimeRemoved(Struct, frozen=True, omit_defaults=True):
+    """Nothing of it is left on the engine. `parts` are those that the log knew."""
+
+    parts: tuple[Part, ...] = ()
+
+
+class Terminated(Struct, frozen=True, omit_defaults=True):
     """The end of the stream."""
 
-    cause: EndCause
-    lived_s: float
+    end_cause: EndCause
+    lived_ms: int
     exit_code: int | None = None
 
 
 Event: TypeAlias = (
     Requested
-    | LeaseRenewed
+    | Placed
+    | Renewed
     | MetadataPatched
     | PauseRequested
     | ResumeRequested
-    | TerminationRequested
-    | Expired
+    | Waited
+    | Fetched
     | RuntimeCreated
     | RuntimeAdopted
     | Started
+    | Restarted
+    | Ready
     | Paused
     | Resumed
+    | PauseFailed
+    | ResumeFailed
+    | ReconcileFailed
+    | Overdue
     | RuntimeExited
     | RuntimeLost
-    | ReconcileFailed
     | Failed
+    | TerminationRequested
+    | Expired
     | RuntimeRemoved
     | Terminated
 )
+Recorded: TypeAlias = stream.Recorded[Event]
 
-
-class Recorded(Struct, frozen=True):
-    """An event as it stands in the log."""
-
-    position: int
-    sandbox_id: UUID
-    version: int
-    at: datetime
-    """`recorded_at`, the database's clock."""
-    event: Event
-    meta: Meta
-
+REGISTRY: stream.Registry[Event] = stream.Registry(
+    "sandbox",
+    {
+        "sandbox.requested": Requested,
+        "sandbox.placed": Placed,
+        "sandbox.renewed": Renewed,
+        "sandbox.metadata_patched": MetadataPatched,
+        "sandbox.pause_requested": PauseRequested,
+        "sandbox.resume_requested": ResumeRequested,
+        "sandbox.waiting": Waited,
+        "sandbox.fetched": Fetched,
+        "sandbox.runtime_created": RuntimeCreated,
+        "sandbox.runtime_adopted": RuntimeAdopted,
+        "sandbox.started": Started,
+        "sandbox.restarted": Restarted,
+        "sandbox.ready": Ready,
+        "sandbox.paused": Paused,
+        "sandbox.resumed": Resumed,
+        "sandbox.pause_failed": PauseFailed,
+        "sandbox.resume_failed": ResumeFailed,
+        "sandbox.reconcile_failed": ReconcileFailed,
+        "sandbox.overdue": Overdue,
+        "sandbox.runtime_exited": RuntimeExited,
+        "sandbox.runtime_lost": RuntimeLost,
+        "sandbox.failed": Failed,
+        "sandbox.termination_requested": TerminationRequested,
+        "sandbox.expired": Expired,
+        "sandbox.runtime_removed": RuntimeRemoved,
+        "sandbox.terminated": Terminated,
+    },
+)
 
 EVENT_CLASSES: tuple[type[Event], ...] = get_args(Event)
-SCHEMA: Mapping[str, int] = {cls.__struct_config__.tag: 1 for cls in EVENT_CLASSES}  # pyright: ignore[reportAssignmentType]
-Upcast: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
-UPCASTS: Mapping[tuple[str, int], Upcast] = {}
-"""(type, schema) -> payload of the next schema number."""
-
-
-def wire_name(event: Event | type[Event]) -> str:
-    """The stable type name, e.g. `sandbox.requested`."""
-    return cast("str", event.__struct_config__.tag)
-
-
-def to_payload(event: Event) -> dict[str, Any]:
-    """The `data` column: JSON-ready, without the type."""
-    payload = msgspec.to_builtins(event)
-    del payload["type"]
-    return payload
-
-
-def from_payload(
-    type_: str,
-    schema: int,
-    payload: Mapping[str, Any],
-    *,
-    current: Mapping[str, int] = SCHEMA,
-    upcasts: Mapping[tuple[str, int], Upcast] = UPCASTS,
-) -> Event:
-    """Read a stored event of any schema number up to the current one.
-
-    Raises:
-        UnknownEvent: the type or schema was written by a newer version, or the payload does not read. Never skipped.
-    """
-    newest = current.get(type_, 0)
-    if not 0 < schema <= newest:
-        raise UnknownEvent(f"event {type_} schema {schema} was written by a newer version; upgrade this server first")
-    data = dict(payload)
-    for number in range(schema, newest):
-        data = upcasts[type_, number](data)
-    try:
-        return msgspec.convert({**data, "type": type_}, Event)
-    except msgspec.ValidationError as error:
-        raise UnknownEvent(f"event {type_} schema {schema} does not read: {error}") from error
-
-
-def read_meta(stored: Mapping[str, Any]) -> Meta:
-    """The `meta` column.
-
-    Raises:
-        UnknownEvent: written by a newer version, e.g. with a kind of actor not known here.
-    """
-    try:
-        return msgspec.convert(stored, Meta)
-    except msgspec.ValidationError as error:
-        raise UnknownEvent(f"meta of an event does not read: {error}; upgrade this server first") from error

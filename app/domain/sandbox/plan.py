@@ -1,8 +1,11 @@
 """plan(state, look) -> the one next step of the reconciler.
 
-The reconciler repeats: act on the step, record what was seen, plan again, until `Settled` or a wait. A step is safe to
-repeat after a crash, because drivers are. `look` None means that nobody has asked the engine in this run yet; a fresh
-sandbox is created without asking first, since create meets an existing object by its name anyway.
+The reconciler repeats: act on the step, record what was observed, plan again, until `Settled` or a wait. A step is safe
+to repeat after a crash, because drivers are. `look` None means that nobody has asked the engine in this run yet; a
+fresh sandbox is created without asking first, since create meets an existing object by its name anyway.
+
+`Fetch` and `Wait` give the claim back. What they wait for wakes the stream again, or the time does. A fetch is planned
+by the reconciler when `ensure` answers that the image is missing; the log does not say what an engine has cached.
 """
 
 from __future__ import annotations
@@ -12,12 +15,23 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from app.domain.sandbox.observed import Look, Power
+from app.domain.sandbox.observed import Look, Power, Waiting
 from app.domain.sandbox.state import Desired, RuntimeState, Sandbox
+
+WAIT_LOOK = timedelta(seconds=5)
+"""How long a waiting stream rests when no hint wakes it."""
+
+
+class Place(Struct, frozen=True):
+    """Choose an engine."""
 
 
 class Observe(Struct, frozen=True):
     """Ask the engine first."""
+
+
+class Fetch(Struct, frozen=True):
+    """Have the image brought to the engine, outside the slots."""
 
 
 class Ensure(Struct, frozen=True):
@@ -35,7 +49,7 @@ class Remove(Struct, frozen=True):
 
 
 class ConfirmMissing(Struct, frozen=True):
-    """The engine says there is none; look again at `until` before believing it."""
+    """The engine says that there is none; look again at `until` before believing it."""
 
     until: datetime
 
@@ -46,11 +60,28 @@ class Lose(Struct, frozen=True):
     missing_since: datetime
 
 
+class Wait(Struct, frozen=True):
+    """Nothing to do before a hint, or before `until`."""
+
+    until: datetime
+    waiting: Waiting
+
+
 class Settled(Struct, frozen=True):
     """Nothing to do until something changes."""
 
 
-Step: TypeAlias = Observe | Ensure | SetPower | Remove | ConfirmMissing | Lose | Settled
+Step: TypeAlias = Place | Observe | Fetch | Ensure | SetPower | Remove | ConfirmMissing | Lose | Wait | Settled
+
+STEP_NAMES: dict[type[Step], str] = {
+    Place: "place",
+    Observe: "observe",
+    Fetch: "fetch",
+    Ensure: "ensure",
+    SetPower: "set_power",
+    Remove: "remove",
+}
+"""The word of a step in events and on the wire."""
 
 
 class Absence(Struct, frozen=True):
@@ -61,17 +92,20 @@ class Absence(Struct, frozen=True):
     grace: timedelta
 
 
-def plan(box: Sandbox, look: Look | None, absence: Absence) -> Step:
+def plan(sandbox: Sandbox, look: Look | None, absence: Absence) -> Step:
     """The next step towards what is desired."""
-    if box.closed_at is not None:
+    if sandbox.object_id is None:
+        return _unplaced(sandbox)
+    if sandbox.closed_at is not None:
         return _stay_away(look)
-    if box.desired is Desired.TERMINATED or (box.failure is not None and box.observed is not RuntimeState.REMOVED):
+    failed = sandbox.failure is not None and sandbox.observed is not RuntimeState.REMOVED
+    if sandbox.desired is Desired.TERMINATED or failed:
         return Remove()
-    match box.observed:
+    match sandbox.observed:
         case RuntimeState.NONE | RuntimeState.CREATED:
-            return Ensure()
+            return _provide(look, absence)
         case RuntimeState.RUNNING | RuntimeState.PAUSED:
-            return _keep(box, look, absence)
+            return _keep(sandbox, look, absence)
         case RuntimeState.EXITED:
             # Its own end is final: what runs under its name now was started behind our back.
             if look is None:
@@ -81,10 +115,22 @@ def plan(box: Sandbox, look: Look | None, absence: Absence) -> Step:
             return _stay_away(look)
 
 
-def _keep(box: Sandbox, look: Look | None, absence: Absence) -> Step:
+def _unplaced(sandbox: Sandbox) -> Step:
+    """Never placed, so nothing of it can be on any engine."""
+    return Place() if sandbox.may_run else Settled()
+
+
+def _provide(look: Look | None, absence: Absence) -> Step:
+    seen = None if look is None else look.observed
+    if seen is not None and seen.power is Power.CREATED and seen.waiting is not None:
+        return Wait(absence.now + WAIT_LOOK, seen.waiting)
+    return Ensure()
+
+
+def _keep(sandbox: Sandbox, look: Look | None, absence: Absence) -> Step:
     if look is None:
-        wanted = Power.PAUSED if box.desired is Desired.PAUSED else Power.RUNNING
-        differs = box.observed.value != wanted.value
+        wanted = Power.PAUSED if sandbox.desired is Desired.PAUSED else Power.RUNNING
+        differs = sandbox.observed.value != wanted.value
         return SetPower(wanted) if differs else Observe()
     if look.observed is None:
         since = absence.missing_since
@@ -94,9 +140,9 @@ def _keep(box: Sandbox, look: Look | None, absence: Absence) -> Step:
     if look.observed.power is Power.CREATED:
         # It ran, but an engine that lost power before its disk was written remembers only the create.
         return Ensure()
-    if box.desired is Desired.PAUSED and box.observed is RuntimeState.RUNNING:
+    if sandbox.desired is Desired.PAUSED and sandbox.observed is RuntimeState.RUNNING:
         return SetPower(Power.PAUSED)
-    if box.desired is Desired.RUNNING and box.observed is RuntimeState.PAUSED:
+    if sandbox.desired is Desired.RUNNING and sandbox.observed is RuntimeState.PAUSED:
         return SetPower(Power.RUNNING)
     return Settled()
 
@@ -108,5 +154,5 @@ def _stay_away(look: Look | None) -> Step:
     return Settled() if look.observed is None else Remove()
 
 
-def _stirs(look: Look | None) -> bool:
-    return look is not None and look.observed is not None and look.observed.power in (Power.RUNNING, Power.PAUSED)
+def _stirs(look: Look) -> bool:
+    return look.observed is not None and look.observed.power in (Power.RUNNING, Power.PAUSED)

@@ -47,8 +47,6 @@ class SandboxSpec(Struct, frozen=True, omit_defaults=True):
     registry_auth: bool = False
     platform: Platform | None = None
     extensions: dict[str, str] = {}
-    timeout_s: int | None = None
-    """TTL in seconds from acceptance; None = never expires by itself."""
 
 
 _PARSERS: Mapping[str, Callable[[str], int]] = {

@@ -3,7 +3,27 @@
 `evolve` is total: it never raises on a known event, whatever the state, because history must always read. What may be
 *appended* is a narrower question, answered by `app.domain.sandbox.transitions` before the append.
 
-The phase shown to clients is derived from (desired, observed, failure, ending), never stored as a free string.
+The phase shown to clients is derived, never stored as a free string. The first rule that fits:
+
+========================================== ===========
+closed                                      Terminated
+an ending was recorded                      Stopping
+a failure was recorded                      Failed
+this run has not started, or is not ready   Pending
+otherwise by what is observed and desired   Running, Pausing, Paused, Resuming, Terminated, Failed
+========================================== ===========
+
+Four different things are called an end. They come in this order, and the first two may be missing:
+
+================ ========================== =============================== =======================
+what             recorded by                what it means                   what clients read
+================ ========================== =============================== =======================
+exit, loss       `runtime_exited`, `_lost`  the workload ended by itself    Terminated or Failed
+failure          `failed`                   it cannot be provided           Failed
+ending           `termination_requested`,   somebody or its time ended it   404; Stopping in history
+                 `expired`
+closing          `terminated`               nothing of it is left           404; Terminated in history
+================ ========================== =============================== =======================
 """
 
 from __future__ import annotations
@@ -17,6 +37,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Address, Part, Waiting
 from app.domain.sandbox.spec import SandboxSpec
 
 
@@ -42,7 +63,7 @@ class Desired(StrEnum):
 
 
 class RuntimeState(StrEnum):
-    """What the log knows of the runtime."""
+    """What the log knows of the object on the engine."""
 
     NONE = "none"
     CREATED = "created"
@@ -54,24 +75,30 @@ class RuntimeState(StrEnum):
 
 
 class Runtime(Struct, frozen=True, omit_defaults=True):
-    """The engine's object."""
+    """The engine's object, and the last run of it. Without parts while there is only an image."""
 
-    id: str
-    name: str
-    generation: int = 1
+    parts: tuple[Part, ...] = ()
+    image_id: str | None = None
     image_digest: str | None = None
     started_at: datetime | None = None
     exit_code: int | None = None
     oom: bool = False
+    exit_reason: str | None = None
     exit_message: str = ""
     finished_at: datetime | None = None
 
+    @property
+    def main(self) -> Part | None:
+        """The part that runs the workload."""
+        return next((part for part in self.parts if part.role == "main"), None)
 
-class Failure(Struct, frozen=True):
+
+class Failure(Struct, frozen=True, omit_defaults=True):
     """Why it cannot be provided."""
 
+    step: str
     reason: str
-    message: str
+    message: str = ""
 
 
 class Ending(Struct, frozen=True):
@@ -82,32 +109,45 @@ class Ending(Struct, frozen=True):
     by: str
 
 
-class Status(Struct, frozen=True):
-    """What clients are shown."""
-
-    state: Phase
-    reason: str
-    message: str
-    last_transition_at: datetime
-
-
 class Sandbox(Struct, frozen=True):
     """One sandbox. Immutable; `evolve` makes the next one."""
 
     id: UUID
     tenant: str
     version: int
-    driver: str
+    position: int
+    """Of its last event."""
+    schema: int
+    """The highest schema number in its stream."""
     spec: SandboxSpec
     fingerprint: str
     metadata: dict[str, str]
     created_at: datetime
     changed_at: datetime
     """When the phase last changed."""
+    key_id: str
+    """Of whoever asked for it."""
+    key_name: str
+    cpu_nanos: int | None = None
+    memory_bytes: int | None = None
+    gpus: int | None = None
     expires_at: datetime | None = None
+    engine: str | None = None
+    """None = no engine had room yet."""
+    epoch: int = 0
+    place: str = ""
+    object_id: UUID | None = None
     desired: Desired = Desired.RUNNING
     observed: RuntimeState = RuntimeState.NONE
+    generation: int = 0
+    """Objects made for it so far."""
+    run: int = 0
+    """Starts so far, over all generations."""
+    ready_at: datetime | None = None
+    """Since when this run can be used."""
     runtime: Runtime | None = None
+    address: Address | None = None
+    waiting: Waiting | None = None
     failure: Failure | None = None
     ending: Ending | None = None
     closed_at: datetime | None = None
@@ -119,156 +159,173 @@ class Sandbox(Struct, frozen=True):
         return derive_phase(self)
 
     @property
-    def status(self) -> Status:
-        """The public state with its reason, in upstream's words where it has them."""
-        reason, message = _explain(self)
-        return Status(self.phase, reason, message, self.changed_at)
+    def may_run(self) -> bool:
+        """Whether it can ever run from here on. When not, its secrets are erased."""
+        gone = (RuntimeState.EXITED, RuntimeState.LOST, RuntimeState.REMOVED)
+        return self.ending is None and self.failure is None and self.observed not in gone
 
 
-def derive_phase(box: Sandbox) -> Phase:
-    """(desired, observed, failure, ending) -> public state."""
-    if box.closed_at is not None:
+def derive_phase(sandbox: Sandbox) -> Phase:
+    """The table in the module's docstring."""
+    if sandbox.closed_at is not None:
         return Phase.TERMINATED
-    if box.ending is not None:
+    if sandbox.ending is not None:
         return Phase.STOPPING
-    if box.failure is not None:
+    if sandbox.failure is not None:
         return Phase.FAILED
-    match box.observed:
+    match sandbox.observed:
         case RuntimeState.NONE | RuntimeState.CREATED:
             return Phase.PENDING
+        case RuntimeState.RUNNING | RuntimeState.PAUSED if sandbox.ready_at is None:
+            return Phase.PENDING
         case RuntimeState.RUNNING:
-            return Phase.RUNNING if box.desired is Desired.RUNNING else Phase.PAUSING
+            return Phase.RUNNING if sandbox.desired is Desired.RUNNING else Phase.PAUSING
         case RuntimeState.PAUSED:
-            return Phase.PAUSED if box.desired is Desired.PAUSED else Phase.RESUMING
+            return Phase.PAUSED if sandbox.desired is Desired.PAUSED else Phase.RESUMING
         case RuntimeState.LOST:
             return Phase.FAILED
         case RuntimeState.EXITED | RuntimeState.REMOVED:
-            clean = box.runtime is not None and box.runtime.exit_code == 0
+            clean = sandbox.runtime is not None and sandbox.runtime.exit_code == 0
             return Phase.TERMINATED if clean else Phase.FAILED
 
 
-def _explain(box: Sandbox) -> tuple[str, str]:
-    if box.ending is not None:
-        verb = "has ended" if box.closed_at else "is being removed"
-        return box.ending.cause.value.upper(), f"Sandbox {verb}: {describe_ending(box.ending)}."
-    if box.failure is not None:
-        return box.failure.reason, box.failure.message
-    runtime = box.runtime
-    match box.phase:
-        case Phase.PENDING if runtime is None:
-            return "SANDBOX_PENDING", "Sandbox is accepted; its container is being provisioned."
-        case Phase.PENDING:
-            return "CONTAINER_STARTING", "Sandbox container is starting."
-        case Phase.RUNNING:
-            return "CONTAINER_RUNNING", "Sandbox container is running."
-        case Phase.PAUSED:
-            return "CONTAINER_PAUSED", "Sandbox container is paused."
-        case Phase.PAUSING:
-            return "PAUSING", "Sandbox container is being paused."
-        case Phase.RESUMING:
-            return "RESUMING", "Sandbox container is being resumed."
-        case _:
-            return _explain_exit(box.observed, runtime)
-
-
-def _explain_exit(observed: RuntimeState, runtime: Runtime | None) -> tuple[str, str]:
-    code = None if runtime is None else runtime.exit_code
-    if observed is RuntimeState.LOST or code is None:
-        return "RUNTIME_LOST", "Sandbox container disappeared from the engine without being asked to."
-    if code == 0:
-        return "CONTAINER_EXITED", "Sandbox container exited successfully."
-    if runtime is not None and runtime.oom:
-        return "CONTAINER_EXITED_ERROR", f"Sandbox container ran out of memory and was killed (exit code {code})."
-    detail = f": {runtime.exit_message}" if runtime is not None and runtime.exit_message else ""
-    return "CONTAINER_EXITED_ERROR", f"Sandbox container exited with code {code}{detail}."
-
-
-def describe_ending(ending: Ending) -> str:
-    """`deleted by api_key default at 2026-01-02T03:04:05.678901Z`."""
-    verb = {
-        ev.EndCause.USER_DELETE: "deleted",
-        ev.EndCause.EXPIRED: "expired",
-        ev.EndCause.EXPIRED_WHILE_PENDING: "expired before it could be provisioned,",
-    }[ending.cause]
-    return f"{verb} by {ending.by} at {ending.at.isoformat().replace('+00:00', 'Z')}"
-
-
-def evolve(box: Sandbox | None, fact: ev.Recorded) -> Sandbox:
+def evolve(sandbox: Sandbox | None, fact: ev.Recorded) -> Sandbox:
     """The next state. Total on known events; an event before `sandbox.requested` cannot be read at all."""
-    if box is None:
+    if sandbox is None:
         if not isinstance(fact.event, ev.Requested):
-            msg = f"stream {fact.sandbox_id} does not begin with sandbox.requested"
+            msg = f"stream {fact.stream_id} does not begin with sandbox.requested"
             raise TypeError(msg)
         return _begin(fact, fact.event)
-    after = replace(_apply(box, fact), version=fact.version)
-    return replace(after, changed_at=fact.at) if after.phase is not box.phase else after
+    schema = ev.REGISTRY.schemas[ev.REGISTRY.name_of(fact.event)]
+    after = replace(
+        _apply(sandbox, fact),
+        version=fact.version,
+        position=fact.position,
+        schema=max(sandbox.schema, schema),
+    )
+    if after.phase is sandbox.phase:
+        return after
+    waiting = after.waiting if after.phase is Phase.PENDING else None
+    return replace(after, changed_at=fact.at, waiting=waiting)
 
 
 def fold(facts: Iterable[ev.Recorded], start: Sandbox | None = None) -> Sandbox | None:
     """The state after a history."""
-    box = start
+    sandbox = start
     for fact in facts:
-        box = evolve(box, fact)
-    return box
+        sandbox = evolve(sandbox, fact)
+    return sandbox
 
 
 def _begin(fact: ev.Recorded, event: ev.Requested) -> Sandbox:
-    ttl = event.spec.timeout_s
+    ttl = event.timeout_s
     return Sandbox(
-        id=fact.sandbox_id,
-        tenant=event.tenant,
+        id=fact.stream_id,
+        tenant=fact.tenant,
         version=fact.version,
-        driver=event.driver,
+        position=fact.position,
+        schema=ev.REGISTRY.schemas["sandbox.requested"],
         spec=event.spec,
         fingerprint=event.fingerprint,
         metadata=event.metadata,
         created_at=fact.at,
         changed_at=fact.at,
+        key_id=fact.meta.actor.id,
+        key_name=fact.meta.actor.name,
+        cpu_nanos=event.cpu_nanos,
+        memory_bytes=event.memory_bytes,
+        gpus=event.gpus,
         expires_at=None if ttl is None else fact.at + timedelta(seconds=ttl),
     )
 
 
-def _apply(box: Sandbox, fact: ev.Recorded) -> Sandbox:
+def _apply(sandbox: Sandbox, fact: ev.Recorded) -> Sandbox:
     match fact.event:
-        case ev.LeaseRenewed(expires_at=expires_at):
-            return replace(box, expires_at=expires_at)
+        case ev.Placed() as event:
+            return replace(
+                sandbox,
+                engine=event.engine,
+                epoch=event.epoch,
+                place=event.place,
+                object_id=event.object_id,
+                waiting=None,
+            )
+        case ev.Renewed(expires_at=expires_at):
+            return replace(sandbox, expires_at=expires_at)
         case ev.MetadataPatched(set=added, removed=removed):
-            kept = {key: value for key, value in box.metadata.items() if key not in removed}
-            return replace(box, metadata=kept | added)
-        case ev.PauseRequested():
-            return replace(box, desired=Desired.PAUSED)
-        case ev.ResumeRequested():
-            return replace(box, desired=Desired.RUNNING)
-        case ev.TerminationRequested(cause=cause) | ev.Expired(cause=cause):
+            kept = {key: value for key, value in sandbox.metadata.items() if key not in removed}
+            return replace(sandbox, metadata=kept | added)
+        case ev.PauseRequested() | ev.ResumeFailed():
+            return replace(sandbox, desired=Desired.PAUSED)
+        case ev.ResumeRequested() | ev.PauseFailed():
+            return replace(sandbox, desired=Desired.RUNNING)
+        case ev.TerminationRequested(end_cause=cause) | ev.Expired(end_cause=cause):
             ending = Ending(fact.at, cause, str(fact.meta.actor))
-            return replace(box, desired=Desired.TERMINATED, ending=ending)
-        case ev.RuntimeCreated() | ev.RuntimeAdopted() as made:
-            runtime = Runtime(made.runtime_id, made.name, made.generation, made.image_digest)
-            return replace(box, observed=RuntimeState.CREATED, runtime=runtime)
-        case ev.Started(occurred_at=at):
-            runtime = None if box.runtime is None else replace(box.runtime, started_at=at)
-            return replace(box, observed=RuntimeState.RUNNING, runtime=runtime)
-        case ev.Paused():
-            return replace(box, observed=RuntimeState.PAUSED)
-        case ev.Resumed():
-            return replace(box, observed=RuntimeState.RUNNING)
-        case ev.RuntimeExited() as gone:
-            return replace(box, observed=RuntimeState.EXITED, runtime=_exited(box.runtime, gone))
-        case ev.RuntimeLost():
-            return replace(box, observed=RuntimeState.LOST)
-        case ev.Failed(reason=reason, message=message):
-            return replace(box, failure=Failure(reason, message))
-        case ev.RuntimeRemoved():
-            return replace(box, observed=RuntimeState.REMOVED)
+            return replace(sandbox, desired=Desired.TERMINATED, ending=ending)
+        case (
+            ev.Waited(step=step, reason=reason, message=message)
+            | ev.ReconcileFailed(step=step, reason=reason, message=message)
+        ):
+            pending = sandbox.phase is Phase.PENDING
+            return replace(sandbox, waiting=Waiting(step, reason, message)) if pending else sandbox
+        case ev.Failed(step=step, reason=reason, message=message):
+            return replace(sandbox, failure=Failure(step, reason, message))
         case ev.Terminated():
-            return replace(box, closed_at=fact.at)
-        case ev.Requested() | ev.ReconcileFailed():
-            return box
+            return replace(sandbox, closed_at=fact.at)
+        case ev.Requested() | ev.Overdue():
+            return sandbox
+        case event:
+            return _observe(sandbox, event, fact.at)
 
 
-def _exited(runtime: Runtime | None, gone: ev.RuntimeExited) -> Runtime | None:
-    if runtime is None:
-        return None
-    return replace(
-        runtime, exit_code=gone.exit_code, oom=gone.oom, exit_message=gone.message, finished_at=gone.occurred_at
-    )
+def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
+    """What the engine showed."""
+    runtime = sandbox.runtime or Runtime()
+    match event:
+        case ev.Fetched(image_id=image_id, image_digest=digest):
+            return replace(sandbox, runtime=replace(runtime, image_id=image_id, image_digest=digest), waiting=None)
+        case ev.RuntimeCreated() | ev.RuntimeAdopted() as made:
+            fresh = Runtime(made.parts, runtime.image_id, runtime.image_digest)
+            gpus = sandbox.gpus if made.gpus is None else made.gpus
+            return replace(
+                sandbox,
+                observed=RuntimeState.CREATED,
+                generation=made.generation,
+                runtime=fresh,
+                gpus=gpus,
+                ready_at=None,
+                waiting=None,
+            )
+        case ev.Started() | ev.Restarted() as begun:
+            again = Runtime(runtime.parts, runtime.image_id, runtime.image_digest, begun.occurred_at)
+            return replace(
+                sandbox,
+                observed=RuntimeState.RUNNING,
+                run=begun.run,
+                runtime=again,
+                address=begun.address or sandbox.address,
+                ready_at=None,
+                waiting=None,
+            )
+        case ev.Ready():
+            return replace(sandbox, ready_at=at)
+        case ev.Paused():
+            return replace(sandbox, observed=RuntimeState.PAUSED)
+        case ev.Resumed():
+            return replace(sandbox, observed=RuntimeState.RUNNING)
+        case ev.RuntimeExited() as gone:
+            ended = replace(
+                runtime,
+                exit_code=gone.exit_code,
+                oom=gone.oom,
+                exit_reason=gone.reason,
+                exit_message=gone.message,
+                finished_at=gone.occurred_at,
+            )
+            return replace(sandbox, observed=RuntimeState.EXITED, runtime=ended)
+        case ev.RuntimeLost():
+            return replace(sandbox, observed=RuntimeState.LOST)
+        case ev.RuntimeRemoved():
+            return replace(sandbox, observed=RuntimeState.REMOVED)
+        case _:
+            return sandbox

@@ -13,28 +13,37 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox.state import Phase, Sandbox
 from app.errors import IllegalTransition
 
+_PENDING, _STOPPING = frozenset({Phase.PENDING}), frozenset({Phase.STOPPING})
 _ALIVE = frozenset({Phase.PENDING, Phase.RUNNING, Phase.PAUSING, Phase.PAUSED, Phase.RESUMING})
 _VISIBLE = _ALIVE | {Phase.TERMINATED, Phase.FAILED}
 _OPEN = _VISIBLE | {Phase.STOPPING}
 
 ALLOWED: Mapping[type[ev.Event], frozenset[Phase]] = {
-    ev.LeaseRenewed: _VISIBLE,
+    ev.Placed: _PENDING,
+    ev.Renewed: _VISIBLE,
     ev.MetadataPatched: _VISIBLE,
     ev.PauseRequested: frozenset({Phase.RUNNING}),
     ev.ResumeRequested: frozenset({Phase.PAUSED}),
-    ev.TerminationRequested: _VISIBLE,
-    ev.Expired: _VISIBLE,
-    ev.RuntimeCreated: frozenset({Phase.PENDING, Phase.STOPPING}),
-    ev.RuntimeAdopted: _ALIVE | {Phase.STOPPING},
-    ev.Started: frozenset({Phase.PENDING, Phase.STOPPING}),
+    ev.Waited: _PENDING,
+    ev.Fetched: _PENDING | _STOPPING,
+    ev.RuntimeCreated: _PENDING | _STOPPING,
+    ev.RuntimeAdopted: _ALIVE | _STOPPING,
+    ev.Started: _PENDING | _STOPPING,
+    ev.Restarted: _ALIVE | _STOPPING,
+    ev.Ready: _PENDING | _STOPPING,
     ev.Paused: frozenset({Phase.RUNNING, Phase.PAUSING, Phase.STOPPING}),
     ev.Resumed: frozenset({Phase.PAUSED, Phase.RESUMING, Phase.STOPPING}),
-    ev.RuntimeExited: _ALIVE | {Phase.STOPPING},
-    ev.RuntimeLost: _ALIVE | {Phase.STOPPING},
+    ev.PauseFailed: frozenset({Phase.PAUSING}),
+    ev.ResumeFailed: frozenset({Phase.RESUMING}),
     ev.ReconcileFailed: _OPEN,
+    ev.Overdue: _STOPPING,
+    ev.RuntimeExited: _ALIVE | _STOPPING,
+    ev.RuntimeLost: _ALIVE | _STOPPING,
     ev.Failed: _ALIVE,
+    ev.TerminationRequested: _VISIBLE,
+    ev.Expired: _VISIBLE,
     ev.RuntimeRemoved: frozenset({Phase.TERMINATED, Phase.FAILED, Phase.STOPPING}),
-    ev.Terminated: frozenset({Phase.STOPPING}),
+    ev.Terminated: _STOPPING,
 }
 """Event -> phases in which it may be appended. `sandbox.requested` begins a stream and stands nowhere else."""
 
@@ -50,6 +59,7 @@ PHASE_MOVES: frozenset[tuple[Phase, Phase]] = frozenset(
         (Phase.RUNNING, Phase.TERMINATED),
         (Phase.RUNNING, Phase.FAILED),
         (Phase.RUNNING, Phase.STOPPING),
+        (Phase.PAUSING, Phase.RUNNING),
         (Phase.PAUSING, Phase.PAUSED),
         (Phase.PAUSING, Phase.TERMINATED),
         (Phase.PAUSING, Phase.FAILED),
@@ -60,6 +70,7 @@ PHASE_MOVES: frozenset[tuple[Phase, Phase]] = frozenset(
         (Phase.PAUSED, Phase.FAILED),
         (Phase.PAUSED, Phase.STOPPING),
         (Phase.RESUMING, Phase.RUNNING),
+        (Phase.RESUMING, Phase.PAUSED),
         (Phase.RESUMING, Phase.TERMINATED),
         (Phase.RESUMING, Phase.FAILED),
         (Phase.RESUMING, Phase.STOPPING),
@@ -72,12 +83,14 @@ PHASE_MOVES: frozenset[tuple[Phase, Phase]] = frozenset(
 """From -> to, across one append (which may hold several events)."""
 
 
-def check(box: Sandbox, event: ev.Event) -> None:
+def check(sandbox: Sandbox, event: ev.Event) -> None:
     """Refuse an event that the table does not allow from here.
 
     Raises:
         IllegalTransition: names the event and the phase.
     """
     allowed = ALLOWED.get(type(event), frozenset())
-    if box.closed_at is not None or box.phase not in allowed:
-        raise IllegalTransition(f"{ev.wire_name(event)} cannot follow in phase {box.phase} of sandbox {box.id}")
+    if sandbox.closed_at is not None or sandbox.phase not in allowed:
+        raise IllegalTransition(
+            f"{ev.REGISTRY.name_of(event)} cannot follow in phase {sandbox.phase} of sandbox {sandbox.id}"
+        )

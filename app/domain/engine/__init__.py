@@ -1,0 +1,1 @@
+"""An engine: a Docker daemon or a cluster. The second aggregate of the log."""

@@ -1,0 +1,166 @@
+"""decide(engine, command, now) -> events; and `place`, which chooses an engine for a sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import TypeAlias
+from uuid import UUID
+
+from msgspec import Struct
+
+from app.domain.engine import events as ev
+from app.domain.engine.events import Capacity
+from app.domain.engine.state import Engine, EngineState
+from app.domain.sandbox.observed import Capabilities
+from app.domain.stream import storable
+
+MARK_ABSENT, MARK_OTHER, LOG_WENT_BACK = "MARK_ABSENT", "MARK_OTHER", "LOG_WENT_BACK"
+Events: TypeAlias = tuple[ev.Event, ...]
+
+
+class Sighting(Struct, frozen=True):
+    """An engine answered and said who it is. `mark` None = ours is not there."""
+
+    name: str
+    kind: str
+    engine_id: str
+    mark: str | None
+    version: str
+    api: str
+    capabilities: Capabilities = Capabilities()
+    capacity: Capacity = Capacity()
+    labels: dict[str, str] = {}
+
+
+class RecordSighting(Struct, frozen=True):
+    """Compare it with what the log knows."""
+
+    sighting: Sighting
+
+
+class RecordSilence(Struct, frozen=True):
+    """No worker has reached it since then."""
+
+    since: datetime
+    reason: str
+
+
+class RecordLogWentBack(Struct, frozen=True):
+    """It holds an object that bears a position beyond the end of the log: the database is an older copy."""
+
+    last_position: int
+    found_position: int
+
+
+class Trust(Struct, frozen=True):
+    """An operator says that the log, although it went back, is to be followed from here on."""
+
+
+class RecordLeftover(Struct, frozen=True):
+    """Something of ours that belonged to nobody was removed."""
+
+    role: str
+    name: str
+    object_id: UUID | None = None
+    position: int | None = None
+
+
+Command: TypeAlias = RecordSighting | RecordSilence | RecordLogWentBack | Trust | RecordLeftover
+
+
+def begin(sighting: Sighting) -> Events:
+    """First contact: the engine is registered as it showed itself. Its mark must be there by now."""
+    assert sighting.mark is not None, "the mark is made before the engine is registered"
+    first = ev.Registered(
+        sighting.name,
+        sighting.kind,
+        sighting.mark,
+        sighting.engine_id,
+        labels=sighting.labels,
+        capacity=sighting.capacity,
+    )
+    return (first, _seen(sighting))
+
+
+def agrees(engine: Engine, sighting: Sighting) -> str | None:
+    """Why this is not the engine that the log knows, or None when it is. The engine's own id may change; our mark may
+    not.
+    """
+    if sighting.mark is None:
+        return MARK_ABSENT
+    return None if sighting.mark == engine.mark else MARK_OTHER
+
+
+def decide(engine: Engine, command: Command, now: datetime) -> Events:
+    """The events that the command leads to. Nothing new = none."""
+    match command:
+        case RecordSighting(sighting=sighting):
+            return _sighted(engine, sighting, now)
+        case RecordSilence(since=since, reason=reason):
+            return (ev.Dark(since, storable(reason)),) if engine.state is EngineState.UP else ()
+        case RecordLogWentBack(last_position=last, found_position=found):
+            event = ev.Mismatch(LOG_WENT_BACK, f"at most position {last}", f"position {found}")
+            return () if engine.state is EngineState.MISMATCH else (event,)
+        case Trust():
+            return (_back(engine, now),) if engine.trouble.startswith(LOG_WENT_BACK) else ()
+        case RecordLeftover(role=role, name=name, object_id=object_id, position=position):
+            return (ev.LeftoverRemoved(role, name, object_id, position),)
+
+
+def _sighted(engine: Engine, sighting: Sighting, now: datetime) -> Events:
+    why = agrees(engine, sighting)
+    if why is not None:
+        event = ev.Mismatch(why, engine.mark, sighting.mark or "none")
+        known = engine.state is EngineState.MISMATCH and engine.trouble.startswith(f"{why}:")
+        return () if known else (event,)
+    found: list[ev.Event] = []
+    if engine.state is EngineState.DARK or _is_identity_trouble(engine):
+        found.append(_back(engine, now))
+    seen = _seen(sighting)
+    if seen != ev.Seen(
+        engine.engine_id, engine.server_version, engine.api_version, engine.capabilities, engine.capacity
+    ):
+        found.append(seen)
+    return tuple(found)
+
+
+def _back(engine: Engine, now: datetime) -> ev.Back:
+    return ev.Back(max(0, (now - engine.state_since) // timedelta(milliseconds=1)))
+
+
+def _is_identity_trouble(engine: Engine) -> bool:
+    """A log that went back is not mended by an engine that shows its right mark."""
+    return engine.state is EngineState.MISMATCH and not engine.trouble.startswith(LOG_WENT_BACK)
+
+
+def _seen(sighting: Sighting) -> ev.Seen:
+    return ev.Seen(sighting.engine_id, sighting.version, sighting.api, sighting.capabilities, sighting.capacity)
+
+
+class Chosen(Struct, frozen=True):
+    """The engine that takes a sandbox, and why."""
+
+    engine: str
+    epoch: int
+    reason: str
+    candidates: int
+
+
+class NoEngine(Struct, frozen=True):
+    """No engine can take it now."""
+
+    reason: str
+    message: str
+
+
+def place(engines: Sequence[Engine]) -> Chosen | NoEngine:
+    """Choose an engine: those that are up, then by name."""
+    up = sorted((engine for engine in engines if engine.state is EngineState.UP), key=lambda engine: engine.name)
+    if up:
+        reason = "ONLY_ENGINE" if len(engines) == 1 else "FIRST_BY_NAME"
+        return Chosen(up[0].name, up[0].epoch, reason, len(up))
+    if not engines:
+        return NoEngine("ENGINE_UNAVAILABLE", "No engine is registered yet; a worker registers one when it reaches it.")
+    away = "; ".join(f"{engine.name} is {engine.state}: {engine.trouble}" for engine in engines)
+    return NoEngine("ENGINE_UNAVAILABLE", f"No engine can take it: {away}.")

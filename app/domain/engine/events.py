@@ -1,0 +1,91 @@
+"""What happened to an engine (catalogue, part 4). `registered` also has the name, because the stream's id hides it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TypeAlias, get_args
+from uuid import UUID
+
+from msgspec import Struct
+
+from app.domain import stream
+from app.domain.sandbox.observed import Capabilities
+
+
+class Capacity(Struct, frozen=True, omit_defaults=True):
+    """What an engine has in all."""
+
+    cpu_nanos: int | None = None
+    memory_bytes: int | None = None
+
+
+class Registered(Struct, frozen=True, omit_defaults=True):
+    """First contact. `mark` is a random word that we left on the engine and find again."""
+
+    name: str
+    kind: str
+    mark: str
+    engine_id: str
+    epoch: int = 1
+    labels: dict[str, str] = {}
+    capacity: Capacity = Capacity()
+
+
+class Seen(Struct, frozen=True, omit_defaults=True):
+    """It said who it is. Recorded when it changed."""
+
+    engine_id: str
+    version: str
+    api: str
+    capabilities: Capabilities = Capabilities()
+    capacity: Capacity = Capacity()
+
+
+class Dark(Struct, frozen=True, omit_defaults=True):
+    """No worker has reached it for some time. Nothing is concluded about its sandboxes."""
+
+    since: datetime
+    reason: str
+
+
+class Back(Struct, frozen=True, omit_defaults=True):
+    """It answers again, and it is the one that we know. `dark_ms` counts from the event before."""
+
+    dark_ms: int = 0
+
+
+class Mismatch(Struct, frozen=True, omit_defaults=True):
+    """Something answers at its address that is not the engine we know, or that knows more than our log.
+
+    `why` is `MARK_ABSENT`, `MARK_OTHER` or `LOG_WENT_BACK`.
+    """
+
+    why: str
+    expected: str
+    found: str
+
+
+class LeftoverRemoved(Struct, frozen=True, omit_defaults=True):
+    """An object of ours that belonged to nobody any more was taken away."""
+
+    role: str
+    name: str
+    object_id: UUID | None = None
+    position: int | None = None
+
+
+Event: TypeAlias = Registered | Seen | Dark | Back | Mismatch | LeftoverRemoved
+Recorded: TypeAlias = stream.Recorded[Event]
+
+REGISTRY: stream.Registry[Event] = stream.Registry(
+    "engine",
+    {
+        "engine.registered": Registered,
+        "engine.seen": Seen,
+        "engine.dark": Dark,
+        "engine.back": Back,
+        "engine.mismatch": Mismatch,
+        "engine.leftover_removed": LeftoverRemoved,
+    },
+)
+EVENT_CLASSES: tuple[type[Event], ...] = get_args(Event)

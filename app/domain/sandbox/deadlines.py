@@ -1,0 +1,91 @@
+"""Which deadlines a sandbox has: a function of its state, so that nothing stays in a transitional phase without an end.
+
+=============== ======================================= =========================================================
+name            exists while                            when it fires
+=============== ======================================= =========================================================
+`expiry`        it has an `expires_at` and no ending    `sandbox.expired`
+`transition`    Pending                                 `sandbox.failed`, reason `PROVISIONING_TIMEOUT`
+`transition`    Pausing, Resuming                       `sandbox.pause_failed`, `sandbox.resume_failed`
+`transition`    Stopping, until it is closed            `sandbox.overdue`, then later each time; it is never given up
+=============== ======================================= =========================================================
+
+`transition` counts from `changed_at`. The append writes the difference between the deadlines before and after, with its
+own reading of the clock, so a deadline is as exact as the event that sets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+from msgspec import Struct
+
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.state import Phase, Sandbox
+
+EXPIRY = "expiry"
+TRANSITION = "transition"
+
+
+class Limits(Struct, frozen=True):
+    """How long a transitional phase may last, in seconds."""
+
+    pending_s: float = 900
+    pausing_s: float = 60
+    resuming_s: float = 60
+    stopping_s: float = 60
+    """Until the first report; each next one waits twice as long."""
+    overdue_max_s: float = 3600
+    """Longest time between two reports."""
+
+    def of(self, phase: Phase) -> float | None:
+        """Seconds, or None for a phase that may last."""
+        return {
+            Phase.PENDING: self.pending_s,
+            Phase.PAUSING: self.pausing_s,
+            Phase.RESUMING: self.resuming_s,
+            Phase.STOPPING: self.stopping_s,
+        }.get(phase)
+
+    def report(self, elapsed_s: float) -> tuple[int, float]:
+        """How many reports about a Stopping sandbox are due after so many seconds, and in how many the next one is."""
+        times, wait, due = 0, self.stopping_s, self.stopping_s
+        while due <= elapsed_s:
+            times += 1
+            wait = min(2 * wait, self.overdue_max_s)
+            due += wait
+        return times, due - elapsed_s
+
+
+class Due(Struct, frozen=True):
+    """When a deadline fires: at an instant, or so many seconds after the append."""
+
+    at: datetime | None = None
+    after_s: float | None = None
+
+
+def changes(
+    before: Sandbox | None, after: Sandbox, events: Sequence[ev.Event], now: datetime, limits: Limits
+) -> Mapping[str, Due | None]:
+    """What an append does to the deadlines, by name. None = the deadline goes."""
+    found: dict[str, Due | None] = {}
+    alive = after.ending is None
+    if before is None:
+        begun = next(event for event in events if isinstance(event, ev.Requested))
+        if begun.timeout_s is not None:
+            found[EXPIRY] = Due(after_s=begun.timeout_s)
+    elif before.ending is None and before.expires_at is not None and not alive:
+        found[EXPIRY] = None
+    elif alive and after.expires_at is not None and after.expires_at != before.expires_at:
+        found[EXPIRY] = Due(at=after.expires_at)
+    was = None if before is None else before.phase
+    if was is not after.phase:
+        limit = limits.of(after.phase)
+        if limit is not None:
+            found[TRANSITION] = Due(after_s=limit)
+        elif was is not None and limits.of(was) is not None:
+            found[TRANSITION] = None
+    elif any(isinstance(event, ev.Overdue) for event in events):
+        _, wait = limits.report((now - after.changed_at).total_seconds())
+        found[TRANSITION] = Due(after_s=wait)
+    return found

@@ -1,0 +1,54 @@
+"""What a driver is asked to make."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from app.domain.sandbox.observed import Ref
+
+
+class RegistryAuth(Struct, frozen=True):
+    """Registry credentials of one pull. Never stored, logged or labelled by a driver."""
+
+    username: str
+    password: str
+
+    def __repr__(self) -> str:
+        """Keep the password out of tracebacks."""
+        return f"RegistryAuth(username={self.username!r})"
+
+
+class Image(Struct, frozen=True):
+    """An image to bring to the engine."""
+
+    reference: str
+    platform: str | None = None
+    """`os/arch`, e.g. `linux/amd64`; None = the engine's own."""
+    auth: RegistryAuth | None = None
+
+
+class Limits(Struct, frozen=True):
+    """Resource limits in the engine's units. None = not limited."""
+
+    cpu_nanos: int | None = None
+    memory_bytes: int | None = None
+    gpus: int | None = None
+    gpus_all: bool = False
+
+
+class Workload(Struct, frozen=True):
+    """All that a driver needs to make one object, resolved and the same for every driver."""
+
+    ref: Ref
+    tenant: str
+    image: Image
+    entrypoint: tuple[str, ...]
+    env: dict[str, str]
+    limits: Limits = Limits()
+    generation: int = 1
+    position: int = 0
+    """Log position that led to the object; a label of it."""
+
+    def __repr__(self) -> str:
+        """Keep env values out of tracebacks."""
+        return f"Workload(ref={self.ref}, image={self.image.reference!r}, env={sorted(self.env)})"
