@@ -14,8 +14,8 @@ Failures: `RuntimeUnavailable` when the engine cannot be reached or is failing (
 `RuntimeRejected` when its answer is final for this request, `AttemptFailed` when this attempt failed and another may
 work, `ImageMissing` when `ensure` needs a `fetch` first. Anything else that escapes is a bug and is counted.
 
-Cancellation: once `ensure` has begun to create, it finishes create and start before it lets the cancellation through, so
-that nobody concludes "absent" while a create is still under way.
+Cancellation: once `ensure` has begun to create, it finishes create and start before it lets the cancellation through,
+so that nobody concludes "absent" while a create is still under way.
 """
 
 from __future__ import annotations
