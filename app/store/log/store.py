@@ -22,11 +22,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 import asyncpg
-import msgspec
 from msgspec import Struct
 from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, select
 
@@ -36,22 +34,24 @@ from app.store.tables import events
 
 
 class StoredEvent(Struct, frozen=True):
-    """A row of the log, undecoded."""
+    """A row of the log. `data` and `meta` are JSON as it is stored, not decoded."""
 
     position: int
     stream_id: UUID
+    kind: str
     tenant: str
     version: int
     type: str
     schema: int
-    data: dict[str, Any]
-    meta: dict[str, Any]
+    data: str
+    meta: str
     recorded_at: datetime
 
 
 _COLUMNS = (
     events.c.position,
     events.c.stream_id,
+    events.c.kind,
     events.c.tenant,
     events.c.version,
     events.c.type,
@@ -133,16 +133,5 @@ class EventLog:
 
 
 def _stored(row: asyncpg.Record) -> StoredEvent:
-    position, stream_id, tenant, version, type_, schema, data, meta, recorded_at = row
-    stream_id = UUID(int=stream_id.int)  # asyncpg has a UUID class of its own
-    return StoredEvent(
-        position,
-        stream_id,
-        tenant,
-        version,
-        type_,
-        schema,
-        msgspec.json.decode(data),
-        msgspec.json.decode(meta),
-        recorded_at,
-    )
+    position, stream_id, *rest = row
+    return StoredEvent(position, UUID(int=stream_id.int), *rest)  # asyncpg has a UUID class of its own
