@@ -14,6 +14,9 @@ import aiodocker
 import asyncpg
 import pytest
 
+from app.domain.engine.decide import Sighting
+from app.domain.stream import Actor, ActorKind, Meta
+from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.store.database.migrate import migrate
 from app.store.database.pool import Database
@@ -23,6 +26,9 @@ from app.store.vault.seal import Sealer
 from tests.support import drift
 
 ROOT = Path(__file__).resolve().parents[1]
+INSTALLATION = uuid.UUID("0198f000-0000-7000-8000-00000000aaaa")
+SIGHTING = Sighting("default", "fake", "fake-engine", "fake-mark", "1", "1")
+STATION = Meta(Actor(ActorKind.RECONCILER, "station", "test"), "test")
 
 
 def _run(dsn: str, *statements: str) -> None:
@@ -96,9 +102,11 @@ async def signal(database: Database) -> AsyncIterator[Signal]:
 
 
 @pytest.fixture
-def service(database: Database, signal: Signal) -> Service:
-    """The write path."""
-    return Service(database, signal)
+async def service(database: Database, signal: Signal) -> Service:
+    """The write path, with one engine to place sandboxes on."""
+    made = Service(database, signal)
+    await Engines(database, signal, INSTALLATION, made.engines).register(SIGHTING, STATION)
+    return made
 
 
 @pytest.fixture
