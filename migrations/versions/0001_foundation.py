@@ -158,6 +158,30 @@ GRANT SELECT, INSERT (stream_id, kind, tenant, version, type, schema, data, meta
 GRANT SELECT, USAGE ON SEQUENCE events_position TO sandledger_app;
 """
 
+# After a restore, when objects on an engine bear positions of events that are gone (`sandledger engines trust`).
+SKIP = """
+CREATE FUNCTION log_skip_to(target bigint) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    handed_out bigint;
+BEGIN
+    IF target IS NULL OR target >= 140737488355328 THEN
+        RAISE EXCEPTION 'position % is beyond what the log can hold', target USING ERRCODE = 'check_violation';
+    END IF;
+    -- Nobody may draw a position between the comparison and the skip, or the log would go backwards.
+    LOCK TABLE events IN SHARE ROW EXCLUSIVE MODE;
+    SELECT last_value INTO handed_out FROM events_position;
+    IF target > handed_out THEN
+        PERFORM setval('events_position', target);
+        PERFORM log_ensure_partitions();
+        handed_out := target;
+    END IF;
+    RETURN handed_out;
+END $$;
+REVOKE ALL ON FUNCTION log_skip_to FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION log_skip_to TO sandledger_app;
+"""
+
 SANDBOXES = """
 CREATE TABLE phase_transitions (
     from_phase text NOT NULL,
@@ -480,6 +504,7 @@ def upgrade() -> None:
         HORIZON,
         APPEND_ONLY,
         PARTITIONS,
+        SKIP,
         SANDBOXES,
         WORK,
         ENGINES,
