@@ -72,9 +72,7 @@ class Engines:
 
     async def history(self, name: str, *, after: int = 0, limit: int = 1000) -> list[ev.Recorded]:
         """Events of one engine whose version is above `after`, in order."""
-        stored = await self._log.history(
-            stream_of(self._installation, name), PLATFORM_TENANT, after=after, limit=limit
-        )
+        stored = await self._log.history(stream_of(self._installation, name), PLATFORM_TENANT, after=after, limit=limit)
         return [decoded(ev.REGISTRY, one) for one in stored]
 
     async def execute(self, name: str, command: Command, meta: Meta) -> Engine:

@@ -15,7 +15,21 @@ from uuid import UUID
 import asyncpg
 import msgspec
 from msgspec import Struct
-from sqlalchemy import Boolean, DateTime, Double, Interval, Text, Uuid, bindparam, case, func, literal_column, or_, select, update
+from sqlalchemy import (
+    Boolean,
+    DateTime,
+    Double,
+    Interval,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    func,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 
 from app.domain.engine.events import Capacity
 from app.domain.engine.state import Engine, EngineState
@@ -34,6 +48,7 @@ _ALWAYS = (
     _E.epoch,
     _E.state,
     _E.trouble,
+    _E.trusted_position,
     _E.labels,
     _E.capabilities,
     _E.capacity,
@@ -99,6 +114,7 @@ def values(engine: Engine) -> dict[str, Any]:
         "epoch": engine.epoch,
         "state": engine.state.value,
         "trouble": engine.trouble,
+        "trusted_position": engine.trusted_position,
         "labels": _encode(engine.labels).decode(),
         "capabilities": _encode(engine.capabilities).decode(),
         "capacity": _encode(engine.capacity).decode(),
@@ -198,4 +214,5 @@ def from_row(row: asyncpg.Record) -> Engine:
         server_version=row["server_version"],
         api_version=row["api_version"],
         trouble=row["trouble"],
+        trusted_position=row["trusted_position"],
     )

@@ -1,8 +1,8 @@
 """When an engine was away, and whether an exit fell into that time.
 
-An engine that is stopped without live-restore ends all its containers, and shows them afterwards as if each had ended by
-itself: exit code 137 or 143, or 255 when the engine could not learn the code. An exit with such a code, at a time between
-the last sign of life and the return, give or take five seconds, is explained by `ENGINE_STOPPED`.
+An engine that is stopped without live-restore ends all its containers, and shows them afterwards as if each had ended
+by itself: exit code 137 or 143, or 255 when the engine could not learn the code. An exit with such a code, at a time
+between the last sign of life and the return, give or take five seconds, is explained by `ENGINE_STOPPED`.
 
 **What is known.** Outages that this worker noticed are in memory. Those of at least fifteen seconds are in the log
 (`engine.dark`, `engine.back`), so a worker that was restarted meanwhile reads them from there. When the engine was away

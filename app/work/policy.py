@@ -46,6 +46,8 @@ class WorkPolicy(Struct, frozen=True):
     """How often an engine is compared as a whole, by any one of its workers."""
     sweep_tick: float = 10
     """How often a worker asks whether a sweep is due."""
+    sweep_page: int = 500
+    """Sandboxes that a sweep reads in one statement."""
     sweep_confirm: float = 60
     """A worker that saw orphans or leftovers compares once more after this."""
     stranded_after: float = 30

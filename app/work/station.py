@@ -1,8 +1,8 @@
 """A station: our side of one engine. It knows whether the engine answers, and whether it is the one that the log knows.
 
-**Contact.** At first contact with an engine that the log does not know, `prepare` leaves our mark there and the engine is
-registered. The mark is made at no other time. Every later contact asks `check`, and compares the mark with the one in
-the log. A contact is made at the start, every `engine_beat` seconds, every `engine_probe` seconds while the engine
+**Contact.** At first contact with an engine that the log does not know, `prepare` leaves our mark there and the engine
+is registered. The mark is made at no other time. Every later contact asks `check`, and compares the mark with the one
+in the log. A contact is made at the start, every `engine_beat` seconds, every `engine_probe` seconds while the engine
 cannot be used, when its event stream began anew, when a call was answered with "unavailable", and whenever somebody
 wants to conclude that an object is absent (`confirm_identity`).
 
@@ -17,9 +17,9 @@ state       means                                                        what is
 =========== ============================================================ ======================
 
 **What the log is told.** `engine.dark` when no worker at all has reached the engine for `dark_after` seconds, once, by
-any worker; `engine.back` by the first that finds the right engine again. A worker that finds the *wrong* engine stops at
-once, but says `engine.mismatch` only when no other worker has reached the right one lately. So two workers of which one
-is misled do not contradict each other in the log for ever.
+any worker; `engine.back` by the first that finds the right engine again. A worker that finds the *wrong* engine stops
+at once, but says `engine.mismatch` only when no other worker has reached the right one lately. So two workers of which
+one is misled do not contradict each other in the log for ever.
 
 **Invariants.** Absence is concluded only after `confirm_identity` was true: it asks the engine after the call began, and
 is false for `missing_grace` seconds after a wrong engine was found, so that two observations of a wrong engine cannot be
@@ -227,7 +227,9 @@ class Station:
 
     def _gone(self, standing: Standing | None, why: str) -> None:
         level = logging.INFO if self.state is State.AWAY else logging.WARNING
-        _LOG.log(level, "engine %s does not answer, asking again in %.1f s: %s", self.name, self._policy.engine_probe, why)
+        _LOG.log(
+            level, "engine %s does not answer, asking again in %.1f s: %s", self.name, self._policy.engine_probe, why
+        )
         self.outages.begin(self._last_contact or (None if standing is None else standing.last_seen_at))
         self.state, self.trouble = State.AWAY, why
 

@@ -21,6 +21,7 @@ from sqlalchemy import (
     Interval,
     Text,
     Uuid,
+    any_,
     bindparam,
     delete,
     func,
@@ -34,6 +35,7 @@ from app.store.tables import deadlines, reconcile_queue
 
 _D, _Q = deadlines.c, reconcile_queue.c
 _NOW = select(func.clock_timestamp()).scalar_subquery()
+_PLACE = literal_column("deadlines.ctid", Text)
 _SECOND = literal_column("interval '1 second'", Interval)
 
 
@@ -67,8 +69,7 @@ _MINE = (*_KEY, _D.next_run_time == bindparam("leased_until", type_=DateTime(tim
 
 def _claim() -> Statement:
     due = (
-        select(literal_column("ctid"))
-        .select_from(deadlines)
+        select(_PLACE.label("ctid"))
         .where(_D.next_run_time <= _NOW)
         .order_by(_D.next_run_time)
         .limit(bindparam("limit", type_=Integer))
@@ -77,7 +78,7 @@ def _claim() -> Statement:
     )
     # By the place of the row, as an array: the rows are fetched one by one, however many others there are. The lock
     # keeps a row where it is, so that its place still holds.
-    taken = literal_column("deadlines.ctid").op("= ANY")(func.array(select(due.c.ctid).scalar_subquery()))
+    taken = any_(func.array(select(due.c.ctid).scalar_subquery())) == _PLACE
     return Statement(
         update(deadlines)
         .where(taken)
