@@ -21,9 +21,10 @@ any worker; `engine.back` by the first that finds the right engine again. A work
 at once, but says `engine.mismatch` only when no other worker has reached the right one lately. So two workers of which
 one is misled do not contradict each other in the log for ever.
 
-**Invariants.** Absence is concluded only after `confirm_identity` was true: it asks the engine after the call began, and
-is false for `missing_grace` seconds after a wrong engine was found, so that two observations of a wrong engine cannot be
-confirmed by the right one. Before an engine is used again its objects' positions are compared with the end of the log.
+**Invariants.** Absence is concluded only after `confirm_identity` was true: it asks the engine after the call began,
+and is false for `missing_grace` seconds after a wrong engine was found, so that two observations of a wrong engine
+cannot be confirmed by the right one. Before an engine is used again, its objects' positions are compared with the end
+of the log.
 
 **How it fails.** A check that is not answered within `engine_check` seconds counts as no answer. Without a database
 nothing can be compared: the state stays what it was, and `confirm_identity` raises.

@@ -11,10 +11,10 @@ the log does not know, with a position beyond the end of the log, ends the sweep
 
 **Orphans and leftovers.** An object of ours that belongs to no open sandbox, or a part of one, is removed if this
 worker saw it in two sweeps as the same object, it is older than `orphan_grace`, and its id is still not open when the
-database is asked once more. What was seen once is kept in memory: a worker that saw something compares once more by itself after
-`sweep_confirm` seconds, so the second sweep does not depend on which worker takes the next one. A worker that dies
-meanwhile only delays the removal. What was removed is told as `engine.leftover_removed`. The inventory holds only what
-bears our installation's label: strangers are out of reach.
+database is asked once more. What was seen once is kept in memory: a worker that saw something compares once more by
+itself after `sweep_confirm` seconds, so the second sweep does not depend on which worker takes the next one. A worker
+that dies meanwhile only delays the removal. What was removed is told as `engine.leftover_removed`. The inventory holds
+only what bears our installation's label: strangers are out of reach.
 
 **One sweep an engine.** `engines.swept_at` is compared and set in one statement, so one worker takes it. A worker that
 needs one, because it may have missed something, takes it unless another began after the need arose. A sweep that fails
