@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
@@ -27,6 +28,8 @@ CALLS = (
     ("POST", r"images/create", "pull"),
     ("GET", r"images/.+/json", "image"),
     ("GET", r"events", "events"),
+    ("POST", r"volumes/create", "make_mark"),
+    ("GET", r"volumes/.+", "mark"),
     ("GET", r"version", "version"),
     ("GET", r"info", "info"),
 )
@@ -53,12 +56,29 @@ class Gate:
         self._open.set()
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """What is answered instead of the engine's answer."""
+
+    status: int
+    message: str = "refused by the test"
+    headers: dict[str, str] = field(default_factory=dict)
+    is_json: bool = True
+
+    def answer(self) -> web.Response:
+        if self.is_json:
+            return web.json_response({"message": self.message}, status=self.status, headers=self.headers)
+        return web.Response(text=self.message, status=self.status, headers=self.headers, content_type="text/html")
+
+
 class EngineProxy:
     def __init__(self, engine: str) -> None:
         self.calls: Counter[str] = Counter()
         self.gates: dict[str, Gate] = {}
         self.lost: Counter[str] = Counter()
-        self.refusals: dict[str, int] = {}
+        self.refusals: dict[str, Refusal] = {}
+        self.versions: list[str] = []
+        """API versions that the calls named, in their order."""
         self.streams: dict[int, web.Request] = {}
         """Event streams that the engine has answered."""
         self._engine = engine
@@ -104,8 +124,10 @@ class EngineProxy:
         self.calls[call] += 1
         if gate := self.gates.get(call):
             await gate.pass_through()
-        if status := self.refusals.get(call):
-            return web.json_response({"message": "refused by the test"}, status=status)
+        if (named := re.match(r"/(v[\d.]+)/", request.path)) is not None:
+            self.versions.append(named[1])
+        if refusal := self.refusals.get(call):
+            return refusal.answer()
         return await self._forward(call, request)
 
     async def _forward(self, call: str, request: web.Request) -> web.StreamResponse:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Any, Protocol
 from uuid import UUID, uuid4
 
@@ -11,10 +14,12 @@ import msgspec
 
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect
-from app.runtime.docker.spec import LABEL_INSTALLATION
-from app.runtime.driver import Driver, Exit, Limits, Workload
-from app.runtime.fake import FakeDriver, FakeEngine
-from tests.drivers.proxy import EngineProxy, Gate
+from app.runtime.docker import names
+from app.runtime.driver import Driver, Exit, Image, Leftover, Limits, Ref, Workload
+from app.runtime.fake import FakeDriver, FakeEngine, Pull
+from app.runtime.faults import AttemptFailed
+from tests.drivers.proxy import EngineProxy, Gate, Refusal
+from tests.drivers.registry import Registry, serve
 
 BUSYBOX = "sandledger-demo:1"
 
@@ -43,13 +48,20 @@ class Rig(Protocol):
         """A workload that `starve` lets run into its memory limit."""
         ...
 
-    async def starve(self, sandbox_id: UUID) -> None:
+    async def starve(self, object_id: UUID) -> None:
         """Not from its start on: the engine begins to watch only then, and may miss it."""
         ...
 
-    def missing_image(self) -> str: ...
-    def image_to_pull(self) -> str:
-        """An image that is not on the engine."""
+    def missing_image(self) -> str:
+        """A reference that no registry knows."""
+        ...
+
+    async def image_to_pull(self) -> str:
+        """An image that is not on the engine, and that a registry has."""
+        ...
+
+    async def slow_image(self) -> SlowImage:
+        """The same, and its pull stops half way."""
         ...
 
     async def stranger(self, name: str) -> None:
@@ -57,7 +69,7 @@ class Rig(Protocol):
         ...
 
     async def exists(self, name: str) -> bool: ...
-    async def kill(self, sandbox_id: UUID) -> None:
+    async def kill(self, object_id: UUID) -> None:
         """End the workload from outside."""
         ...
 
@@ -70,6 +82,26 @@ class Rig(Protocol):
         """From now on the engine answers this call with its own trouble."""
         ...
 
+    def decline(self, call: str) -> None:
+        """From now on a healthy engine answers that it did not do it."""
+        ...
+
+    def relent(self) -> None:
+        """It does what it is asked for again."""
+        ...
+
+    async def leftover(self, installation: UUID | None = None) -> UUID:
+        """A part of an object without its `main`, ours unless `installation` says otherwise; its object id."""
+        ...
+
+    async def forget_mark(self) -> None:
+        """Somebody removes our mark, or it is another engine."""
+        ...
+
+    async def restart(self, object_id: UUID) -> None:
+        """Stop and start the same object from outside."""
+        ...
+
     async def down(self) -> None: ...
     async def up(self) -> None: ...
     def listening(self) -> bool:
@@ -80,9 +112,18 @@ class Rig(Protocol):
     async def close(self) -> None: ...
 
 
-def workload(**changes: Any) -> Workload:
-    plain = Workload(uuid4(), "default", BUSYBOX, ("sleep", "3600"), {})
+def workload(*, image: str = BUSYBOX, platform: str | None = None, auth: Any = None, **changes: Any) -> Workload:
+    plain = Workload(Ref(uuid4()), "default", Image(image, platform, auth), ("sleep", "3600"), {})
     return msgspec.structs.replace(plain, **changes)
+
+
+class SlowImage:
+    """An image whose pull stops half way until `open`."""
+
+    def __init__(self, reference: str, reached: Callable[[], Awaitable[object]], gate: asyncio.Event) -> None:
+        self.reference = reference
+        self.reached = reached
+        self.gate = gate
 
 
 class FakeRig:
@@ -106,21 +147,33 @@ class FakeRig:
 
     def ending(self, code: int) -> Workload:
         work = self.work()
-        self.engine.scripts[work.sandbox_id] = Exit(code)
+        self.engine.scripts[work.ref.object_id] = Exit(code)
         return work
 
     def greedy(self) -> Workload:
         return self.work()
 
-    async def starve(self, sandbox_id: UUID) -> None:
-        self.engine.exit(sandbox_id, oom=True)
+    async def starve(self, object_id: UUID) -> None:
+        self.engine.exit(object_id, oom=True)
 
     def missing_image(self) -> str:
         return "missing/image:1"
 
-    def image_to_pull(self) -> str:
-        self.engine.to_pull.add("elsewhere/image:1")
-        return "elsewhere/image:1"
+    async def image_to_pull(self) -> str:
+        reference = f"elsewhere/{uuid4().hex}:1"
+        self.engine.to_pull.add(reference)
+        return reference
+
+    async def slow_image(self) -> SlowImage:
+        reference, gate = await self.image_to_pull(), asyncio.Event()
+        self.engine.pulls[reference] = Pull(("0 of 1 layers", "0 of 1 layers, 0.5 of 1.0 MB"), gate=gate)
+        before = self.engine.calls["pull"]
+
+        async def reached() -> None:
+            while self.engine.calls["pull"] == before:
+                await asyncio.sleep(0)
+
+        return SlowImage(reference, reached, gate)
 
     async def stranger(self, name: str) -> None:
         self.engine.make(name)
@@ -128,8 +181,8 @@ class FakeRig:
     async def exists(self, name: str) -> bool:
         return name in self.engine.containers
 
-    async def kill(self, sandbox_id: UUID) -> None:
-        self.engine.exit(sandbox_id, 137)
+    async def kill(self, object_id: UUID) -> None:
+        self.engine.exit(object_id, 137)
 
     def hold(self, call: str) -> Gate:
         return self._gates.setdefault(call, Gate())
@@ -156,6 +209,27 @@ class FakeRig:
     async def close(self) -> None:
         await self.driver.close()
 
+    def decline(self, call: str) -> None:
+        reason = {"pause": "PAUSE_REFUSED", "unpause": "RESUME_REFUSED", "remove": "REMOVE_REFUSED"}.get(call)
+        reason = reason or {"pull": "IMAGE_PULL_FAILED"}.get(call, "START_FAILED")
+        self.engine.refusals[call] = AttemptFailed(reason, "refused by the test")
+
+    def relent(self) -> None:
+        self._refused.clear()
+        self.engine.refusals.clear()
+
+    async def leftover(self, installation: UUID | None = None) -> UUID:
+        object_id = uuid4()
+        part = Leftover("egress", f"sandbox-egress-{object_id}", uuid4().hex, object_id, position=7)
+        self.engine.leave(installation or self._installation, part)
+        return object_id
+
+    async def forget_mark(self) -> None:
+        self.engine.marks.clear()
+
+    async def restart(self, object_id: UUID) -> None:
+        self.engine.restart(object_id)
+
     async def _before(self, call: str) -> None:
         if gate := self._gates.get(call):
             await gate.pass_through()
@@ -178,8 +252,8 @@ class DockerRig:
         self._installations = [uuid4()]
         self._drivers: list[DockerDriver] = []
         self._strangers: list[str] = []
-        self.registries: list[str] = []
-        """Images pulled from these go when the containers have gone."""
+        self._stack = AsyncExitStack()
+        self._registry: Registry | None = None
         self.driver: Driver = self.another()
 
     @classmethod
@@ -213,20 +287,33 @@ class DockerRig:
         script = ("sh", "-c", "mkfifo /tmp/go; read line < /tmp/go; exec tail /dev/zero")
         return self.work(entrypoint=script, limits=Limits(memory_bytes=8 << 20))
 
-    async def starve(self, sandbox_id: UUID) -> None:
+    async def starve(self, object_id: UUID) -> None:
         # Early or late, the line gets there: before the mkfifo it makes a plain file, which is read as well.
-        container = self.direct.containers.container(f"sandbox-{sandbox_id}")
+        container = self.direct.containers.container(f"sandbox-{object_id}")
         go = await container.exec(["sh", "-c", "echo go > /tmp/go"])
         await go.start(detach=True)
 
     def missing_image(self) -> str:
         return "sha256:" + "0" * 64
 
-    def image_to_pull(self) -> str:
-        return "127.0.0.1:1/elsewhere/image:1"
+    async def registry(self) -> Registry:
+        """A registry of this rig, begun at the first question."""
+        if self._registry is None:
+            self._registry = await self._stack.enter_async_context(serve())
+        return self._registry
 
-    async def stranger(self, name: str) -> None:
-        config = {"Image": BUSYBOX, "Entrypoint": ["sleep", "3600"], "Labels": {LABEL_INSTALLATION: str(uuid4())}}
+    async def image_to_pull(self) -> str:
+        return (await self.registry()).add(name=f"tiny-{uuid4().hex}")
+
+    async def slow_image(self) -> SlowImage:
+        registry = await self.registry()
+        registry.blob_gate = asyncio.Event()
+        registry.blob_started.clear()
+        return SlowImage(await self.image_to_pull(), registry.blob_started.wait, registry.blob_gate)
+
+    async def stranger(self, name: str, labels: dict[str, str] | None = None) -> None:
+        labels = {names.INSTALLATION: str(uuid4())} if labels is None else labels
+        config = {"Image": BUSYBOX, "Entrypoint": ["sleep", "3600"], "Labels": labels}
         await self.direct.containers.create(config, name=name)
         self._strangers.append(name)
 
@@ -241,8 +328,8 @@ class DockerRig:
                 raise
             return None
 
-    async def kill(self, sandbox_id: UUID) -> None:
-        await self.direct.containers.container(f"sandbox-{sandbox_id}").kill()
+    async def kill(self, object_id: UUID) -> None:
+        await self.direct.containers.container(f"sandbox-{object_id}").kill()
 
     def hold(self, call: str) -> Gate:
         return self.proxy.gates.setdefault(call, Gate())
@@ -251,7 +338,28 @@ class DockerRig:
         self.proxy.lost[call] += 1
 
     def refuse(self, call: str) -> None:
-        self.proxy.refusals[call] = 503
+        self.proxy.refusals[call] = Refusal(503)
+
+    def decline(self, call: str) -> None:
+        self.proxy.refusals[call] = Refusal(500)
+
+    def relent(self) -> None:
+        self.proxy.refusals.clear()
+
+    async def leftover(self, installation: UUID | None = None) -> UUID:
+        object_id = uuid4()
+        labels = names.labels_of(
+            installation or self._installations[0], object_id, names.EGRESS, tenant="t", generation=1, position=7
+        )
+        await self.stranger(names.container_name(object_id, names.EGRESS), labels)
+        return object_id
+
+    async def forget_mark(self) -> None:
+        volume = await self.direct.volumes.get(names.mark_name(self._installations[0]))
+        await volume.delete()
+
+    async def restart(self, object_id: UUID) -> None:
+        await self.direct.containers.container(names.container_name(object_id)).restart(t=0)
 
     async def down(self) -> None:
         await self.proxy.down()
@@ -270,16 +378,26 @@ class DockerRig:
             await driver.close()
         await self.proxy.close()
         for installation in self._installations:
-            filters = msgspec.json.encode({"label": [f"{LABEL_INSTALLATION}={installation}"]}).decode()
+            filters = msgspec.json.encode({"label": [f"{names.INSTALLATION}={installation}"]}).decode()
             for container in await self.direct.containers.list(all="1", filters=filters):
                 await container.delete(force=True, v=True)
         for name in self._strangers:
-            await self.direct.containers.container(name).delete(force=True, v=True)
+            if await self.exists(name):
+                await self.direct.containers.container(name).delete(force=True, v=True)
+        await self._forget_volumes()
         await self._forget_images()
+        await self._stack.aclose()
         await self.direct.close()
 
+    async def _forget_volumes(self) -> None:
+        ours = {names.mark_name(installation) for installation in self._installations}
+        for row in (await self.direct.volumes.list())["Volumes"] or ():
+            if row["Name"] in ours:
+                await (await self.direct.volumes.get(row["Name"])).delete()
+
     async def _forget_images(self) -> None:
-        for row in await self.direct.images.list() if self.registries else ():
-            names = (row["RepoTags"] or []) + (row["RepoDigests"] or [])
-            if any(name.startswith(registry) for name in names for registry in self.registries):
+        registry = f"127.0.0.1:{self._registry.port}/" if self._registry else None
+        for row in await self.direct.images.list() if registry else ():
+            known = (row["RepoTags"] or []) + (row["RepoDigests"] or [])
+            if any(name.startswith(registry) for name in known):
                 await self.direct.images.delete(row["Id"], force=True)

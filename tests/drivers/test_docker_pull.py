@@ -26,7 +26,7 @@ async def fault_of(rig: DockerRig, image: str, **changes: Any) -> RuntimeRejecte
     work = rig.work(image=image, **changes)
     with pytest.raises((RuntimeRejected, ImagePullFailed)) as caught:
         await rig.driver.ensure(work)
-    assert await rig.driver.observe(work.sandbox_id) is None
+    assert await rig.driver.observe(work.ref) is None
     return caught.value
 
 
@@ -43,7 +43,7 @@ async def test_twenty_ensures_of_one_missing_image_are_one_pull(docker_rig: Dock
     image = registry.add()
     seen = await asyncio.gather(*(docker_rig.driver.ensure(docker_rig.work(image=image)) for _ in range(20)))
     assert {one.power for one in seen} == {Power.RUNNING}
-    assert len({one.runtime_id for one in seen}) == 20
+    assert len({id_of(one) for one in seen}) == 20
     assert docker_rig.calls["pull"] == 1
     assert (registry.counts["manifest"], registry.counts["blob"]) == (1, 2)  # one layer, one configuration
 
@@ -64,7 +64,7 @@ async def test_a_waiter_that_is_cancelled_leaves_alone(
     seen = await asyncio.gather(*tasks[1:])
     assert {one.power for one in seen} == {Power.RUNNING}
     assert docker_rig.calls["pull"] == 1
-    assert await docker_rig.driver.observe(works[0].sandbox_id) is None
+    assert await docker_rig.driver.observe(works[0].ref) is None
 
 
 async def test_a_pull_ends_with_its_last_waiter_and_can_begin_anew(docker_rig: DockerRig, registry: Registry):
@@ -101,7 +101,7 @@ async def test_credentials(docker_rig: DockerRig, registry: Registry, caplog: py
     assert (type(wrong), wrong.reason) == (RuntimeRejected, "IMAGE_AUTH_FAILED")
     right = docker_rig.work(image=image, auth=RIGHT)
     assert (await docker_rig.driver.ensure(right)).power is Power.RUNNING
-    said = f"{without!r}{wrong!r}{right!r}{caplog.text}{await docker_rig.inspect(f'sandbox-{right.sandbox_id}')}"
+    said = f"{without!r}{wrong!r}{right!r}{caplog.text}{await docker_rig.inspect(f'sandbox-{right.ref.object_id}')}"
     assert RIGHT.password not in said
     assert WRONG.password not in said
 

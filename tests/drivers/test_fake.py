@@ -25,7 +25,7 @@ async def test_a_crash_between_create_and_start_is_mended_by_another_server():
 
     with pytest.raises(Crash):
         await FakeDriver(engine, installation, before=die).ensure(work)
-    found = engine.of(work.sandbox_id)
+    found = engine.of(work.ref.object_id)
     assert found is not None
     assert found.power is Power.CREATED
     seen = await FakeDriver(engine, installation).ensure(work)
@@ -38,15 +38,15 @@ async def test_an_engine_that_lists_nothing_still_shows_each():
     await driver.ensure(work)
     engine.empty_listing = True
     assert [seen async for seen in driver.inventory()] == []
-    assert await driver.observe(work.sandbox_id) is not None
+    assert await driver.observe(work.ref) is not None
 
 
 async def test_an_exit_on_demand():
     engine, work = FakeEngine(), workload()
     driver = FakeDriver(engine, uuid4())
     await driver.ensure(work)
-    engine.exit(work.sandbox_id, 3, message="enough")
-    seen = await driver.observe(work.sandbox_id)
+    engine.exit(work.ref.object_id, 3, message="enough")
+    seen = await driver.observe(work.ref)
     assert seen is not None
     assert seen.exit is not None
     assert (seen.power, seen.exit.code, seen.exit.message) == (Power.EXITED, 3, "enough")

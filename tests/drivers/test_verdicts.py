@@ -102,7 +102,7 @@ def test_the_registry_in_a_reference(image: str, host: str):
 
 def test_nothing_that_holds_a_secret_shows_it():
     work = workload(env={"TOKEN": "tell-nobody"}, auth=AUTH, limits=Limits())
-    options = DockerOptions(installation=work.sandbox_id, sandbox_env={"SITE": "tell-nobody"})
+    options = DockerOptions(installation=work.ref.object_id, sandbox_env={"SITE": "tell-nobody"})
     shown = repr([work, options, container_config(work, options)])
     assert "tell-nobody" not in shown
     assert AUTH.password not in shown

@@ -1,4 +1,4 @@
-"""Hints: ids of sandboxes whose container stirred, read from the engine's event stream.
+"""Hints: ids of objects whose containers changed, read from the engine's event stream.
 
 Protocol. One stream, filtered by our label. The moment of the last event read is kept, and a new stream starts there,
 so what happened while no stream was open is told late rather than never, as far as the engine remembers it. For the
@@ -20,14 +20,14 @@ import aiohttp
 import msgspec
 
 from app.errors import RuntimeUnavailable
+from app.runtime.docker import names
 from app.runtime.docker.answers import Event
 from app.runtime.docker.engine import Engine, Refused, lines, until_done
-from app.runtime.docker.spec import LABEL_INSTALLATION, sandbox_of
 
 log = logging.getLogger(__name__)
 
 ACTIONS = ("die", "oom", "pause", "unpause", "destroy")
-"""Not `start`: each of ours would come back as a hint and cost a look; a stranger's is found by the sweep."""
+"""Not `start`: each of ours would come back as a hint and cost an inspect call. A stranger's is found by the sweep."""
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 5.0
 LONGEST_SILENCE = 300.0
@@ -37,7 +37,7 @@ NANO = 1_000_000_000
 
 async def hints(engine: Engine, installation: UUID) -> AsyncIterator[UUID | None]:
     """Ids for ever; None when a stream began anew, since the engine may have forgotten what was between."""
-    filters = {"type": ["container"], "event": ACTIONS, "label": [f"{LABEL_INSTALLATION}={installation}"]}
+    filters = {"type": ["container"], "event": ACTIONS, "label": [f"{names.INSTALLATION}={installation}"]}
     params = {"filters": msgspec.json.encode(filters).decode()}
     pause = FIRST_PAUSE
     while True:
@@ -55,8 +55,8 @@ async def hints(engine: Engine, installation: UUID) -> AsyncIterator[UUID | None
                         continue
                     if event.time_nano:
                         params["since"] = _just_after(event.time_nano)
-                    if sandbox_id := _sandbox(event, installation):
-                        yield sandbox_id
+                    if object_id := _object(event, installation):
+                        yield object_id
         except (RuntimeUnavailable, Refused) as error:
             log.info("the engine's event stream ended, opening it again in %.1f s: %s", pause, error)
         await asyncio.sleep(pause)
@@ -84,6 +84,7 @@ def _event(line: bytes) -> Event | None:
         return None
 
 
-def _sandbox(event: Event, installation: UUID) -> UUID | None:
+def _object(event: Event, installation: UUID) -> UUID | None:
     attributes = event.actor.attributes
-    return sandbox_of(attributes, (f"/{attributes.get('name', '')}",), installation)
+    identity = names.identify(attributes, (attributes.get("name", ""),), installation)
+    return None if identity is None else identity.object_id
