@@ -180,13 +180,13 @@ class Sweeper:
         ahead = await beyond(self._connections, strays)
         if ahead is not None and not await self._station.log_went_back(ahead.last_position, ahead.found_position):
             raise RuntimeUnavailable(f"the log went back: {self._station.trouble}")
-        enqueued = await self._queue.enqueue(differing, BACKGROUND) if differing else 0
+        enqueued = await self._queue.enqueue(differing, BACKGROUND) if differing else []
         removed = await self._remove_strays(strays)
         suspects = len(strays) - len(removed)
         confirm = suspects > 0 and not self._policy.orphan_dry_run
         self._confirm_at = time.monotonic() + self._policy.sweep_confirm if confirm else float("inf")
         _LOG.debug("%s: %d differ", name, len(differing))
-        return Swept(len(objects), len(known), enqueued, suspects, removed, stranded, overdue, unserved)
+        return Swept(len(objects), len(known), len(enqueued), suspects, removed, stranded, overdue, unserved)
 
     async def _confirm(self) -> None:
         if not await self._station.confirm_identity():
@@ -303,7 +303,7 @@ class Sweeper:
             ids = sorted(changed)
             changed.clear()
             try:
-                await self._queue.enqueue(ids, USER)
+                due = await self._queue.enqueue_objects(ids, USER)
             except StoreUnavailable:
                 changed.update(ids)
                 news.set()
@@ -311,7 +311,7 @@ class Sweeper:
             except Exception:  # noqa: BLE001
                 _LOG.exception("hints could not be queued")
             else:
-                for stream_id in ids:
+                for stream_id in due:
                     self._signal.poke(stream_id)
 
 

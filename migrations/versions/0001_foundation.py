@@ -284,7 +284,7 @@ CREATE TABLE reconcile_queue (
     missing_since timestamptz,
     trace text
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
-CREATE INDEX reconcile_queue_due ON reconcile_queue (engine, priority, due_at);
+CREATE INDEX reconcile_queue_due ON reconcile_queue (engine, priority, tenant, due_at);
 
 CREATE TABLE deadlines (
     stream_id uuid NOT NULL,
