@@ -70,7 +70,7 @@ class Swept(Struct, frozen=True):
     stranded: int = 0
     overdue: int = 0
     unserved: int = 0
-    """Open sandboxes of engines that no worker reaches."""
+    """Open sandboxes of other engines, which no worker reaches."""
 
 
 def contradicts(sandbox: Known, observed: Observed | None) -> bool:
@@ -258,7 +258,7 @@ class Sweeper:
         return overdue
 
     async def _count_unserved(self) -> int:
-        found = await differences.unserved(self._connections, self._policy.dark_after)
+        found = await differences.unserved(self._connections, self._driver.name, self._policy.dark_after)
         for engine, sandboxes in found.items():
             _LOG.error(
                 "%d open sandboxes are on engine %s, which no worker reaches. Start a worker for it, or name the "
