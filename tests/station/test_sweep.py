@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -352,10 +353,8 @@ async def test_one_worker_sweeps_an_engine(field: Field):
 
 async def test_a_sweep_that_began_after_the_need_serves_it(field: Field):
     (_, one), (_, other) = await contacted(field), await contacted(field)
-    await one.tick()
     before = listings(field)
-    one.mark_due()
-    other.mark_due()
+    other._wanted_at = time.monotonic() - 60  # the need of `other` is older than the sweep of `one`
     await one.tick()
     await other.tick()
     assert listings(field) == before + 1
