@@ -58,7 +58,7 @@ def _last(column: Any) -> Any:
     return found.correlate(deadlines).scalar_subquery().label(column.name)
 
 
-_COLUMNS = (
+_COLUMNS: tuple[Any, ...] = (
     *(_D.stream_id, _D.name, _D.kind, _D.fires_at, _D.next_run_time, _D.attempts, _D.cause),
     _last(_Q.last_reason),
     _last(_Q.last_error),
