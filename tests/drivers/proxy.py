@@ -77,6 +77,8 @@ class EngineProxy:
         self.gates: dict[str, Gate] = {}
         self.lost: Counter[str] = Counter()
         self.refusals: dict[str, Refusal] = {}
+        self.canned: dict[str, list[dict[str, object]]] = {}
+        """Answers that are given instead of the engine's, one after the other, as long as there are any."""
         self.versions: list[str] = []
         """API versions that the calls named, in their order."""
         self.streams: dict[int, web.Request] = {}
@@ -128,6 +130,8 @@ class EngineProxy:
             self.versions.append(named[1])
         if refusal := self.refusals.get(call):
             return refusal.answer()
+        if canned := self.canned.get(call):
+            return web.json_response(canned.pop(0))
         return await self._forward(call, request)
 
     async def _forward(self, call: str, request: web.Request) -> web.StreamResponse:

@@ -13,8 +13,7 @@ import aiodocker
 import msgspec
 
 from app.errors import RuntimeUnavailable
-from app.runtime.docker import DockerDriver, DockerOptions, connect
-from app.runtime.docker import names
+from app.runtime.docker import DockerDriver, DockerOptions, connect, names
 from app.runtime.driver import Driver, Exit, Image, Leftover, Limits, Ref, Workload
 from app.runtime.fake import FakeDriver, FakeEngine, Pull
 from app.runtime.faults import AttemptFailed
@@ -52,7 +51,7 @@ class Rig(Protocol):
         """Not from its start on: the engine begins to watch only then, and may miss it."""
         ...
 
-    def missing_image(self) -> str:
+    async def missing_image(self) -> str:
         """A reference that no registry knows."""
         ...
 
@@ -156,7 +155,7 @@ class FakeRig:
     async def starve(self, object_id: UUID) -> None:
         self.engine.exit(object_id, oom=True)
 
-    def missing_image(self) -> str:
+    async def missing_image(self) -> str:
         return "missing/image:1"
 
     async def image_to_pull(self) -> str:
@@ -293,8 +292,8 @@ class DockerRig:
         go = await container.exec(["sh", "-c", "echo go > /tmp/go"])
         await go.start(detach=True)
 
-    def missing_image(self) -> str:
-        return "sha256:" + "0" * 64
+    async def missing_image(self) -> str:
+        return (await self.registry()).reference(f"nobody-{uuid4().hex}/has-this")
 
     async def registry(self) -> Registry:
         """A registry of this rig, begun at the first question."""

@@ -184,5 +184,3 @@ async def test_an_engine_in_trouble_gives_no_verdict(rig: Rig, call: str):
     rig.refuse(call)
     with pytest.raises(RuntimeUnavailable):
         await rig.driver.ensure(rig.work())
-
-

@@ -61,7 +61,7 @@ async def test_what_the_public_server_made_is_not_ours(docker_rig: DockerRig, ev
 async def test_nothing_of_ours_looks_like_the_public_servers(docker_rig: DockerRig):
     await docker_rig.driver.ensure(docker_rig.work())
     await docker_rig.driver.prepare()
-    containers = await docker_rig.direct.containers.list(all="1", filters='{"label":["%s"]}' % PUBLIC_ID)
+    containers = await docker_rig.direct.containers.list(all="1", filters=f'{{"label":["{PUBLIC_ID}"]}}')
     volumes = await docker_rig.direct.volumes.list(filters={"label": [PUBLIC_ID]})
     installation = str(docker_rig.options.installation)
     assert [one for one in containers if one["Labels"].get(names.INSTALLATION) == installation] == []
