@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from uuid import UUID
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from app.errors import RuntimeRejected, RuntimeUnavailable
 from app.runtime.docker import DockerOptions
 from app.runtime.docker.options import Times
 from app.runtime.driver import Power
+from tests.drivers.looks import Eventually, fetch
 from tests.drivers.proxy import Refusal
 from tests.drivers.rigs import DockerRig, workload
 
@@ -165,3 +167,39 @@ async def test_a_container_that_is_being_removed_is_asked_for_once(docker_rig: D
     docker_rig.proxy.canned["inspect"] = [shown]
     assert await docker_rig.driver.remove(work.ref) is False
     assert docker_rig.calls["remove"] == 0
+
+
+async def test_a_quiet_event_stream_is_no_reason_to_look_at_everything(docker_rig: DockerRig, eventually: Eventually):
+    driver = docker_rig.with_options(msgspec.structs.replace(docker_rig.options, event_silence=0.2))
+    work, told = docker_rig.work(), list[UUID | None]()
+
+    async def listen() -> None:
+        async for hint in driver.hints():
+            told.append(hint)
+
+    task = asyncio.create_task(listen())
+    try:
+        await driver.ensure(work)
+        await eventually(lambda: docker_rig.calls["events"] > 3)
+        assert told == []
+        await docker_rig.kill(work.ref.object_id)
+        await eventually(lambda: told == [work.ref.object_id])
+        docker_rig.drop_streams()
+        await eventually(lambda: None in told)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_pulls_that_hang_leave_the_connections_of_other_verbs_alone(
+    docker_rig: DockerRig, eventually: Eventually
+):
+    """A client has a hundred connections. With one client for all, this hangs."""
+    docker_rig.hold("pull")
+    await docker_rig.driver.observe(docker_rig.work().ref)
+    pulls = [asyncio.create_task(fetch(docker_rig.driver, f"127.0.0.1:1/hangs:{n}")) for n in range(120)]
+    await eventually(lambda: docker_rig.calls["pull"] >= 100)
+    assert (await docker_rig.driver.ensure(docker_rig.work())).power is Power.RUNNING
+    for pull in pulls:
+        pull.cancel()
+    await asyncio.gather(*pulls, return_exceptions=True)
