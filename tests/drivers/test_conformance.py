@@ -12,7 +12,7 @@ from app.errors import RuntimeRejected, RuntimeUnavailable
 from app.runtime.driver import Limits, Part, Power, Ref
 from app.runtime.faults import AttemptFailed, ImageMissing
 from tests.drivers.looks import Eventually, exited, id_of, inventory, power_of
-from tests.drivers.rigs import Rig
+from tests.drivers.rig import Rig
 
 # ensure
 

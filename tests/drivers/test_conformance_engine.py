@@ -11,7 +11,7 @@ import pytest
 from app.errors import RuntimeUnavailable
 from app.runtime.driver import Driver, Power, Workload
 from tests.drivers.looks import Eventually, exited, heard, id_of, inventory, leftovers
-from tests.drivers.rigs import Rig
+from tests.drivers.rig import Rig
 
 # inventory
 

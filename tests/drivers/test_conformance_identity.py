@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.drivers.rigs import Rig
+from tests.drivers.rig import Rig
 
 
 async def test_check_says_who_the_engine_is_and_leaves_nothing(rig: Rig):

@@ -10,7 +10,7 @@ from app.errors import RuntimeRejected, RuntimeUnavailable
 from app.runtime.driver import FetchedImage, Image, Power
 from app.runtime.faults import AttemptFailed, ImageMissing
 from tests.drivers.looks import Eventually, fetch, run
-from tests.drivers.rigs import Rig
+from tests.drivers.rig import Rig
 
 
 def ignore(_: str) -> None:

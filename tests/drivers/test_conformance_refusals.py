@@ -8,7 +8,7 @@ from app.errors import RuntimeUnavailable
 from app.runtime.driver import Power
 from app.runtime.faults import AttemptFailed
 from tests.drivers.looks import Eventually, exited, leftovers, power_of
-from tests.drivers.rigs import Rig
+from tests.drivers.rig import Rig
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from app.runtime.docker.options import Times
 from app.runtime.driver import Power
 from tests.drivers.looks import Eventually, fetch
 from tests.drivers.proxy import Refusal
-from tests.drivers.rigs import DockerRig, workload
+from tests.drivers.rig import workload
+from tests.drivers.rigs import DockerRig
 
 pytestmark = pytest.mark.engine
 HTML = "<html><body><h1>403 Forbidden</h1>Request forbidden by administrative rules.</body></html>"

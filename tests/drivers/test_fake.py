@@ -12,7 +12,7 @@ from app.runtime.driver import Image, Power
 from app.runtime.fake import FakeDriver, FakeEngine, Pull
 from app.runtime.faults import AttemptFailed
 from tests.drivers.looks import inventory, power_of
-from tests.drivers.rigs import workload
+from tests.drivers.rig import workload
 
 
 class Crash(BaseException):

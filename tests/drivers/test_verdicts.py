@@ -15,7 +15,7 @@ from app.runtime.docker.spec import container_config
 from app.runtime.docker.verdicts import create_verdict, power_verdict, remove_verdict, start_verdict
 from app.runtime.driver import Image, Power, RegistryAuth
 from app.runtime.faults import AttemptFailed, ImageMissing
-from tests.drivers.rigs import workload
+from tests.drivers.rig import workload
 
 AUTH = RegistryAuth("reader", "a-long-password")
 HIDING = "pull access denied for team/app, repository does not exist or may require 'docker login': denied"
