@@ -43,9 +43,24 @@ class WorkPolicy(Struct, frozen=True):
     """How often the progress of a pull is written, and its sandboxes are kept waiting."""
     stall_after: float = 60
     """A loop that has not gone round for this long stands still, and the worker is not alive."""
-    resync_every: float = 300
-    resync_tick: float = 10
-    """How often it is asked whether a sweep is due, or owed since one failed or the engine was away."""
+    engine_check: float = 5
+    """Longest wait for an engine that is asked who it is; one that hangs is noticed by this."""
+    engine_beat: float = 5
+    """How often an engine that is well is asked who it is."""
+    engine_probe: float = 1
+    """How often an engine that is away, or is not the right one, is asked. Work resumes this soon after an outage."""
+    seen_throttle: float = 3
+    """`engines.last_seen_at` is written when it is older than this."""
+    dark_after: float = 15
+    """An engine that no worker has reached for this long is dark."""
+    sweep_every: float = 300
+    """How often an engine is compared as a whole, by any one of its workers."""
+    sweep_tick: float = 10
+    """How often a worker asks whether a sweep is due."""
+    sweep_page: int = 500
+    """Sandboxes that a sweep reads in one statement."""
+    sweep_confirm: float = 60
+    """A worker that saw orphans or leftovers compares once more after this."""
     stranded_after: float = 30
     """Age at which a sandbox that wants work and has no queue row is called a bug."""
     orphan_grace: float = 120

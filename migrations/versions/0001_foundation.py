@@ -158,6 +158,30 @@ GRANT SELECT, INSERT (stream_id, kind, tenant, version, type, schema, data, meta
 GRANT SELECT, USAGE ON SEQUENCE events_position TO sandledger_app;
 """
 
+# After a restore, when objects on an engine bear positions of events that are gone (`sandledger engines trust`).
+SKIP = """
+CREATE FUNCTION log_skip_to(target bigint) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    handed_out bigint;
+BEGIN
+    IF target IS NULL OR target >= 140737488355328 THEN
+        RAISE EXCEPTION 'position % is beyond what the log can hold', target USING ERRCODE = 'check_violation';
+    END IF;
+    -- Nobody may draw a position between the comparison and the skip, or the log would go backwards.
+    LOCK TABLE events IN SHARE ROW EXCLUSIVE MODE;
+    SELECT last_value INTO handed_out FROM events_position;
+    IF target > handed_out THEN
+        PERFORM setval('events_position', target);
+        PERFORM log_ensure_partitions();
+        handed_out := target;
+    END IF;
+    RETURN handed_out;
+END $$;
+REVOKE ALL ON FUNCTION log_skip_to FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION log_skip_to TO sandledger_app;
+"""
+
 SANDBOXES = """
 CREATE TABLE phase_transitions (
     from_phase text NOT NULL,
@@ -303,6 +327,7 @@ CREATE TABLE engines (
     state text NOT NULL,
     state_since timestamptz NOT NULL,
     trouble text NOT NULL,
+    trusted_position bigint NOT NULL,
     labels jsonb NOT NULL,
     capabilities jsonb NOT NULL,
     capacity jsonb NOT NULL,
@@ -391,6 +416,7 @@ COMMENT ON COLUMN engines.mark IS 'Random word that we left on the engine.';
 COMMENT ON COLUMN engines.epoch IS 'Rises when the engine is replaced.';
 COMMENT ON COLUMN engines.state IS 'up, dark, mismatch.';
 COMMENT ON COLUMN engines.trouble IS 'Why it is dark or mismatched.';
+COMMENT ON COLUMN engines.trusted_position IS 'Objects up to this position are no sign that the log went back.';
 COMMENT ON COLUMN engines.last_seen_at IS 'Not folded: when a worker last reached it.';
 COMMENT ON COLUMN engines.swept_at IS 'Not folded: when a worker last compared all of it.';
 COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';
@@ -480,6 +506,7 @@ def upgrade() -> None:
         HORIZON,
         APPEND_ONLY,
         PARTITIONS,
+        SKIP,
         SANDBOXES,
         WORK,
         ENGINES,
