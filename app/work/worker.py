@@ -29,27 +29,36 @@ import socket
 from collections import Counter
 
 from app import __version__
+from app.domain.sandbox.deadlines import Limits
 from app.domain.stream import Actor, ActorKind
 from app.errors import StoreUnavailable
+from app.runtime.driver import Driver
+from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
+from app.store.deadlines.rows import DeadlineRows
 from app.store.log.signal import Signal, Subscription
 from app.store.queue.reconcile import UNPLACED, Claim, Queue
 from app.store.queue.waiting import WaitingRows
 from app.store.vault.seal import Sealer
 from app.work.fetches import Fetches
+from app.work.fire import Deadlines
 from app.work.policy import WorkPolicy
 from app.work.reconcile.actors import Actors
 from app.work.reconcile.leases import Leases
 from app.work.reconcile.outcomes import Outcomes
 from app.work.reconcile.reconciler import Reconciler
 from app.work.reconcile.workloads import Workloads
+from app.work.scheduler import DeadlineStore
 from app.work.station import Station
+from app.work.sweep import Sweeper
+from app.work.timers import Timers
 from app.work.watchdog import Watchdog
 
 LOOP = "claims"
 _BACKGROUND_SHARE = 8
 _CONTENDED_S = 0.01
+_PARTITIONS_S = 3600.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -62,21 +71,38 @@ class Worker:
         database: Database,
         service: Service,
         signal: Signal,
-        station: Station,
+        engines: Engines,
+        driver: Driver,
         sealer: Sealer,
         policy: WorkPolicy,
         worker_id: str,
         name: str | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        """`worker_id` is unique among workers; `name` is for people, by default the host's."""
+        """`worker_id` is unique among workers; `name` is for people, by default the host's. `limits`: the service's."""
+        self._service = service
         self._signal = signal
         self._policy = policy
         self._background = 0
-        self.station = station
         self.watchdog = Watchdog(policy.stall_after)
         worker = Actor(ActorKind.RECONCILER, worker_id, name or socket.gethostname())
-        actors = Actors(__version__, worker, Actor(ActorKind.RUNTIME, station.name, station.name))
-        self.queue = Queue(database, station.name)
+        actors = Actors(__version__, worker, Actor(ActorKind.RUNTIME, driver.name, driver.name))
+        meta = actors.meta(worker, None)
+        self.queue = Queue(database, driver.name)
+        self.station = station = Station(driver=driver, engines=engines, connections=database, policy=policy, meta=meta)
+        self.sweeper = Sweeper(
+            station=station,
+            engines=engines,
+            connections=database,
+            queue=self.queue,
+            signal=signal,
+            policy=policy,
+            meta=meta,
+        )
+        self._deadlines = Deadlines(
+            DeadlineRows(database), service, limits or Limits(), timer_id=worker_id, app_version=__version__
+        )
+        self._timers: Timers | None = None
         self.leases = Leases(self.queue, policy, self.watchdog)
         self.fetches = Fetches(
             station=station,
@@ -111,10 +137,15 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Every loop goes round, and nobody has asked it to stop."""
-        return self._running and not self._stopping.is_set() and self.station.alive and not self.watchdog.standing
+        timers = self._timers
+        if not self._running or self._stopping.is_set() or timers is None:
+            return False
+        return timers.alive and self.station.alive and not self.watchdog.standing
 
     async def run(self) -> None:
         """Work until `stop` or a cancellation."""
+        self._timers = timers = self._make_timers()
+        timers.start()
         self._running = True
         try:
             async with asyncio.TaskGroup() as loops:
@@ -122,6 +153,7 @@ class Worker:
                     loops.create_task(self.leases.run(), name="worker-leases"),
                     loops.create_task(self.fetches.run(), name="worker-fetches"),
                     loops.create_task(self.station.run(), name="worker-station"),
+                    loops.create_task(self.sweeper.follow_hints(), name="worker-hints"),
                 ]
                 try:
                     with self._signal.subscribe_work() as news:
@@ -129,7 +161,8 @@ class Worker:
                         await self._claim_until_stopped(news)
                 finally:
                     self._running = False
-                    await self._wind_down()
+                    await asyncio.gather(timers.stop(self._grace), self._drain(self._grace))
+                    await self.fetches.close()
                 for other in others:
                     other.cancel()
         finally:
@@ -140,9 +173,19 @@ class Worker:
         self._grace = grace
         self._stopping.set()
 
-    async def _wind_down(self) -> None:
-        await self._drain(self._grace)
-        await self.fetches.close()
+    def _make_timers(self) -> Timers:
+        policy = self._policy
+        timers = Timers(policy.expiry_concurrency)
+        store = DeadlineStore(self._deadlines, timers.bridge, timers.executor, policy.expiry_lease)
+        timers.add_store("deadlines", store)
+        timers.every(_PARTITIONS_S, self._ensure_partitions)
+        timers.every(min(policy.sweep_tick, policy.sweep_every), self.sweeper.tick)
+        return timers
+
+    async def _ensure_partitions(self) -> None:
+        made = await self._service.log.ensure_partitions()
+        if made:
+            _LOG.info("made %d partitions of the log ahead of time", made)
 
     async def _claim_until_stopped(self, news: Subscription) -> None:
         stopping = asyncio.create_task(self._stopping.wait())

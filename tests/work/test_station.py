@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -12,7 +11,6 @@ import pytest
 
 from app.domain.engine import events as ev
 from app.domain.engine.state import EngineState
-from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Exit, Observed, Power
 from app.domain.sandbox.state import Phase
 from app.errors import RuntimeUnavailable, SettingsError

@@ -342,12 +342,12 @@ class Queue:
         """Give back, due at once; the attempt does not count."""
         await self._database.fetch(_RELEASE, stream_id=claim.stream_id, owner=claim.owner)
 
-    async def enqueue(self, ids: Iterable[UUID], priority: int = BACKGROUND) -> list[UUID]:
-        """Have the open ones among these sandboxes of this engine looked at. Says which those were."""
-        return ids_of(await self._database.fetch(_ENQUEUE, engine=self._engine, ids=list(ids), priority=priority))
+    async def enqueue(self, ids: Iterable[UUID], priority: int = BACKGROUND) -> int:
+        """Have the open ones among these sandboxes of this engine looked at. Says how many that were."""
+        return len(await self._database.fetch(_ENQUEUE, engine=self._engine, ids=list(ids), priority=priority))
 
     async def enqueue_objects(self, ids: Iterable[UUID], priority: int = USER) -> list[UUID]:
-        """As `enqueue`, for whose objects these are."""
+        """As `enqueue`, for the sandboxes that have these objects. Says which those were."""
         rows = await self._database.fetch(_ENQUEUE_OBJECTS, engine=self._engine, ids=list(ids), priority=priority)
         return ids_of(rows)
 
