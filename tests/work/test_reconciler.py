@@ -33,7 +33,7 @@ class Recorder(FakeDriver):
 
 
 async def claim(stage: Stage) -> Claim:
-    found = await stage.worker().queue.claim(1, lease=30, share=1)
+    found = await stage.worker().queue.claim(1, lease=30, tenant_slots=1)
     return found.claims[0]
 
 
@@ -85,9 +85,9 @@ async def test_the_workload_is_the_spec_with_its_secrets(stage: Stage):
 
 async def test_secrets_that_are_gone_fail_the_sandbox(stage: Stage):
     sandbox_id = await stage.create(secrets=Secrets({"A": "b"}))
-    await stage.sql("DELETE FROM sandbox_secrets")
+    await stage.sql("DELETE FROM sealed_values")
     await stage.settle(stage.worker())
-    failure = (await stage.box(sandbox_id)).failure
+    failure = (await stage.sandbox(sandbox_id)).failure
     assert failure is not None
     assert failure.reason == "SECRETS_UNAVAILABLE"
     assert stage.engine.calls["create"] == 0
@@ -97,20 +97,20 @@ async def test_secrets_that_are_gone_because_it_has_ended_are_no_failure(stage: 
     """The delete comes after the head was loaded, and erases what the run is about to read."""
     sandbox_id = await stage.create(secrets=Secrets({"A": "b"}))
     worker = stage.worker()
-    before = await stage.box(sandbox_id)
+    before = await stage.sandbox(sandbox_id)
     await stage.ask(sandbox_id, cmd.Terminate())
     with pytest.raises(StaleVersion):  # what the run does next, on the head that it has
         await stage.service.record(before, cmd.RecordFailure("SECRETS_UNAVAILABLE", ""), CLIENT)
     await stage.settle(worker)
-    box = await stage.box(sandbox_id)
-    assert (box.failure, box.phase) == (None, Phase.TERMINATED)
+    sandbox = await stage.sandbox(sandbox_id)
+    assert (sandbox.failure, sandbox.phase) == (None, Phase.TERMINATED)
 
 
 async def test_secrets_sealed_by_another_key_wait_for_the_right_worker(stage: Stage):
     sandbox_id = await stage.create(secrets=Secrets({"A": "b"}))
     right, stage.sealer = stage.sealer, Sealer(bytes(32))
     await stage.turn(stage.worker())
-    assert (await stage.row(sandbox_id))["last_code"] == "SECRETS_SEALED"
+    assert (await stage.row(sandbox_id))["last_reason"] == "SECRETS_SEALED"
     assert await stage.phase(sandbox_id) is Phase.PENDING
     stage.sealer = right
     await stage.make_due(sandbox_id)
@@ -140,12 +140,12 @@ async def test_what_an_unreported_try_has_made_is_adopted(stage: Stage):
 async def test_a_rejected_image_fails_the_sandbox_and_leaves_nothing(stage: Stage):
     sandbox_id = await stage.create(image="missing/one")
     await stage.settle(stage.worker())
-    box = await stage.box(sandbox_id)
-    assert box.phase is Phase.FAILED
-    assert box.failure is not None
-    assert box.failure.reason == "IMAGE_NOT_FOUND"
-    assert "missing/one" in box.failure.message
-    assert box.observed is RuntimeState.REMOVED
+    sandbox = await stage.sandbox(sandbox_id)
+    assert sandbox.phase is Phase.FAILED
+    assert sandbox.failure is not None
+    assert sandbox.failure.reason == "IMAGE_NOT_FOUND"
+    assert "missing/one" in sandbox.failure.message
+    assert sandbox.observed is RuntimeState.REMOVED
     assert await stage.told(sandbox_id) == ["requested", "failed", "runtime_removed"]
     assert await stage.row(sandbox_id) is None
 
@@ -154,7 +154,7 @@ async def test_a_strangers_container_of_that_name_is_left_alone(stage: Stage):
     sandbox_id = await stage.create()
     stage.engine.make(name_of(sandbox_id))
     await stage.settle(stage.worker())
-    failure = (await stage.box(sandbox_id)).failure
+    failure = (await stage.sandbox(sandbox_id)).failure
     assert failure is not None
     assert failure.reason == "NAME_TAKEN"
     assert stage.container(sandbox_id) is not None
@@ -166,13 +166,13 @@ async def test_an_end_of_its_own_is_the_runtimes_doing(stage: Stage):
     stage.engine.exit(sandbox_id, 3, message="boom")
     await worker.queue.enqueue([sandbox_id])
     await stage.settle(worker)
-    box = await stage.box(sandbox_id)
-    assert box.phase is Phase.FAILED
-    assert box.runtime is not None
-    assert (box.runtime.exit_code, box.runtime.exit_message) == (3, "boom")
+    sandbox = await stage.sandbox(sandbox_id)
+    assert sandbox.phase is Phase.FAILED
+    assert sandbox.runtime is not None
+    assert (sandbox.runtime.exit_code, sandbox.runtime.exit_message) == (3, "boom")
     last = (await stage.history(sandbox_id))[-1]
     assert isinstance(last.event, ev.RuntimeExited)
-    assert last.meta.actor == ev.Actor(ev.ActorKind.RUNTIME, "fake", "fake")
+    assert last.meta.actor == Actor(ActorKind.RUNTIME, "fake", "fake")
 
 
 async def test_an_end_right_after_the_start_has_an_actor_of_its_own(stage: Stage):
@@ -180,7 +180,7 @@ async def test_an_end_right_after_the_start_has_an_actor_of_its_own(stage: Stage
     await stage.settle(stage.worker())
     assert await stage.phase(sandbox_id) is Phase.TERMINATED
     facts = await stage.history(sandbox_id)
-    assert [(ev.wire_name(fact.event), fact.meta.actor.kind.value) for fact in facts[1:]] == [
+    assert [(ev.REGISTRY.name_of(fact.event), fact.meta.actor.kind.value) for fact in facts[1:]] == [
         ("sandbox.runtime_created", "reconciler"),
         ("sandbox.started", "reconciler"),
         ("sandbox.runtime_exited", "runtime"),
@@ -236,7 +236,7 @@ async def test_absence_is_believed_after_two_looks_apart(stage: Stage):
     assert await stage.phase(sandbox_id) is Phase.FAILED
     last = (await stage.history(sandbox_id))[-1]
     assert isinstance(last.event, ev.RuntimeLost)
-    assert last.meta.actor.kind is ev.ActorKind.RUNTIME
+    assert last.meta.actor.kind is ActorKind.RUNTIME
 
 
 async def test_what_comes_back_in_between_was_never_missing(stage: Stage):
@@ -325,7 +325,7 @@ async def test_a_renewal_during_a_create_does_no_harm(stage: Stage):
     gate = Gate("inspect")
     running = asyncio.create_task(stage.settle(stage.worker(stage.driver(before=gate))))
     await gate.reached.wait()
-    expires_at = (await stage.box(sandbox_id)).expires_at
+    expires_at = (await stage.sandbox(sandbox_id)).expires_at
     assert expires_at is not None
     await stage.ask(sandbox_id, cmd.Renew(expires_at + timedelta(seconds=60)))
     gate.open.set()
@@ -340,12 +340,12 @@ async def test_a_run_of_a_closed_sandbox_takes_away_what_came_late(stage: Stage)
     sandbox_id = await stage.running(worker)
     late = stage.engine.containers[name_of(sandbox_id)]
     await stage.ask(sandbox_id, cmd.Terminate())
-    stale = (await worker.queue.claim(1, lease=30, share=1)).claims[0]
+    stale = (await worker.queue.claim(1, lease=30, tenant_slots=1)).claims[0]
     await stage.make_overdue(sandbox_id)
     await stage.settle(worker)
     stage.engine.containers[late.name] = late
     await stage.sql(
-        "INSERT INTO reconcile_queue (sandbox_id, tenant, driver, generation, due_at) VALUES ($1, 'default', 'fake', 1,"
+        "INSERT INTO reconcile_queue (stream_id, kind, tenant, engine, revision, due_at) VALUES ($1, 'default', 'fake', 1,"
         " clock_timestamp())",
         stale.sandbox_id,
     )
@@ -390,4 +390,4 @@ async def test_a_driver_that_makes_no_progress_is_counted_not_followed_for_ever(
     sandbox_id = await stage.create()
     await stage.turn(stage.worker(Idle(stage.engine, stage.installation)))
     row = await stage.row(sandbox_id)
-    assert (row["attempts"], row["last_code"]) == (1, "INTERNAL_ERROR")
+    assert (row["attempts"], row["last_reason"]) == (1, "INTERNAL_ERROR")

@@ -75,12 +75,12 @@ async def test_an_engine_that_is_not_there_counts_nothing_fails_nothing_and_is_t
     stage.engine.down = True
     await turns(stage, worker, sandbox_id, 15)
     row = await stage.row(sandbox_id)
-    assert (row["attempts"], row["first_failed_at"], row["last_code"]) == (0, None, None)
+    assert (row["attempts"], row["first_failed_at"], row["last_reason"]) == (0, None, None)
     assert row["last_error"].startswith("RUNTIME_UNAVAILABLE")
     assert await stage.told(sandbox_id) == ["requested"]
-    assert worker.breaker.open
+    assert worker.station.open
     stage.engine.down = False
-    await worker.breaker.recover()
+    await worker.station.recover()
     await stage.make_due(sandbox_id)
     await stage.settle(worker)
     assert await stage.phase(sandbox_id) is Phase.RUNNING
@@ -96,7 +96,7 @@ async def test_a_worker_waits_for_the_engine_and_goes_on_by_itself(stage: Stage,
         asked = stage.engine.calls["version"]
 
         async def asked_again() -> bool:
-            return worker.breaker.open and stage.engine.calls["version"] > asked + 3
+            return worker.station.open and stage.engine.calls["version"] > asked + 3
 
         await until(asked_again)
         creates = stage.engine.calls["create"]
@@ -123,7 +123,7 @@ async def test_an_engine_that_answers_500_to_one_call_stops_nobody_else(stage: S
         await until(tried)
         other = await stage.create()
         await until(stage.is_phase(Phase.RUNNING, other))
-        assert not worker.breaker.open
+        assert not worker.station.open
         assert set(await stage.told(waiting)) == {"requested", "reconcile_failed"}
         broken.armed = False
         await until(stage.is_phase(Phase.RUNNING, waiting))
@@ -191,11 +191,11 @@ async def test_a_sandbox_is_given_up_after_attempts_and_time(stage: Stage):
     assert await stage.phase(sandbox_id) is Phase.PENDING, "attempts alone are not enough"
     await stage.sql("UPDATE reconcile_queue SET first_failed_at = first_failed_at - interval '15 minutes'")
     await turns(stage, worker, sandbox_id, 1)
-    box = await stage.box(sandbox_id)
-    assert box.failure is not None
-    assert box.failure.reason == "RECONCILE_EXHAUSTED"
-    assert "13 attempts" in box.failure.message
-    assert "REGISTRY_RATE_LIMITED: too many requests" in box.failure.message
+    sandbox = await stage.sandbox(sandbox_id)
+    assert sandbox.failure is not None
+    assert sandbox.failure.reason == "RECONCILE_EXHAUSTED"
+    assert "13 attempts" in sandbox.failure.message
+    assert "REGISTRY_RATE_LIMITED: too many requests" in sandbox.failure.message
     assert (await stage.told(sandbox_id))[-2:] == ["failed", "runtime_removed"]
     assert await stage.row(sandbox_id) is None
 
@@ -241,8 +241,8 @@ async def test_a_removal_never_gives_up_and_says_so_each_time(stage: Stage, fail
     row = await stage.row(sandbox_id)
     assert row["attempts"] == 23
     assert await stage.sql("SELECT 1 FROM reconcile_queue WHERE due_at < clock_timestamp() + interval '7 s'")
-    box = await stage.box(sandbox_id)
-    assert (box.phase, box.failure) == (Phase.STOPPING, None)
+    sandbox = await stage.sandbox(sandbox_id)
+    assert (sandbox.phase, sandbox.failure) == (Phase.STOPPING, None)
     assert [event.attempt for event in retries(await stage.history(sandbox_id))] == [1, 3, 10]
     stuck.armed = False
     await turns(stage, worker, sandbox_id, 1)
@@ -255,7 +255,7 @@ async def test_a_database_that_goes_away_under_a_run_is_no_attempt(stage: Stage,
     sandbox_id = await stage.create()
     gate = Gate("inspect")
     worker = stage.worker(stage.driver(before=gate))
-    claim = (await worker.queue.claim(1, lease=30, share=1)).claims[0]
+    claim = (await worker.queue.claim(1, lease=30, tenant_slots=1)).claims[0]
     run = asyncio.create_task(stage.run(worker, claim))
     await gate.reached.wait()
     async with stage.locked("sandboxes"):

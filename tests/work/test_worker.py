@@ -17,7 +17,7 @@ async def held_at(stage: Stage, gate: Gate, image: str = "busybox", **policy):
     """A worker whose run of one sandbox stands at the gate."""
     worker = stage.worker(stage.driver(before=gate), worker_id="held", **policy)
     sandbox_id = await stage.create(image=image)
-    claim = (await worker.queue.claim(1, lease=30, share=1)).claims[0]
+    claim = (await worker.queue.claim(1, lease=30, tenant_slots=1)).claims[0]
     held = stage.hold(worker, claim)
     held.run = asyncio.create_task(worker.reconciler.run(held))
     await gate.reached.wait()
@@ -45,7 +45,7 @@ async def test_an_expiry_during_a_pull_ends_the_pull(stage: Stage, until):
     async with stage.working(stage.worker(stage.driver(before=gate))):
         sandbox_id = await stage.create(image="big", timeout_s=1)
         await until(stage.is_phase(Phase.TERMINATED, sandbox_id))
-    ending = (await stage.box(sandbox_id)).ending
+    ending = (await stage.sandbox(sandbox_id)).ending
     assert ending is not None
     assert ending.cause.value == "expired_while_pending"
 
@@ -100,7 +100,7 @@ async def test_a_lost_claim_is_dropped_without_a_word(stage: Stage):
     stage.engine.to_pull.add("big")
     worker, sandbox_id, held = await held_at(stage, gate, image="big")
     await stage.make_overdue(sandbox_id)
-    theirs = (await worker.queue.claim(1, lease=30, share=1)).claims[0]
+    theirs = (await worker.queue.claim(1, lease=30, tenant_slots=1)).claims[0]
     await worker.leases.beat()
     assert held.run is not None
     await asyncio.wait([held.run])
@@ -276,7 +276,7 @@ async def test_slots_bound_what_is_worked_on_at_once_and_all_get_their_turn(stag
             await asyncio.sleep(0.005)
             at_once -= 1
 
-    worker = stage.worker(stage.driver(before=count), concurrency=3, tenant_share=2)
+    worker = stage.worker(stage.driver(before=count), concurrency=3, tenant_tenant_slots=2)
     async with stage.working(worker):
         sandboxes = await asyncio.gather(*[stage.create() for _ in range(20)])
         await until(stage.is_phase(Phase.RUNNING, *sandboxes))

@@ -111,6 +111,13 @@ class Failed(Struct, frozen=True):
     message: str
 
 
+class Deferred(Struct, frozen=True):
+    """A claim that was given back."""
+
+    due: bool
+    """News came meanwhile, so it is due at once."""
+
+
 class Depth(Struct, frozen=True):
     """How the queue of one engine stands."""
 
@@ -150,6 +157,7 @@ def _defer(*, awaiting: bool) -> Statement:
     now = clock()
     attempts = bindparam("attempts", type_=Integer)
     asked = _Q.cause.is_distinct_from(bindparam("cause", type_=BigInteger))  # a touch since the claim
+    reason, message = bindparam("reason", type_=Text), bindparam("message", type_=Text)
     news = (asked | (_Q.revision > bindparam("revision", type_=BigInteger))) if awaiting else asked
     return Statement(
         update(reconcile_queue)
@@ -163,11 +171,12 @@ def _defer(*, awaiting: bool) -> Statement:
                 (asked | (attempts == 0), None),
                 else_=func.coalesce(bindparam("first_failed_at", type_=DateTime(timezone=True)), now),
             ),
-            last_reason=bindparam("reason", type_=Text),
-            last_error=bindparam("message", type_=Text),
+            last_reason=case((asked, None), else_=reason),
+            # A wait that is no failure keeps the text of the last one for as long as its reason stands.
+            last_error=case((asked | reason.is_(None), None), else_=func.coalesce(message, _Q.last_error)),
             missing_since=bindparam("missing_since", type_=DateTime(timezone=True)),
         )
-        .returning(_Q.stream_id)
+        .returning((_Q.due_at <= now).label("due"))
     )
 
 
@@ -309,8 +318,8 @@ class Queue:
         awaiting: bool = False,
         failed: Failed | None = None,
         missing_since: datetime | None = None,
-    ) -> bool:
-        """Give back, due after `wait` seconds. False when the claim was lost.
+    ) -> Deferred | None:
+        """Give back, due after `wait` seconds. None when the claim was lost.
 
         `awaiting`: it waits for something outside; news since the claim, hints included, make it due at once.
         """
@@ -327,18 +336,18 @@ class Queue:
             message=failed.message if failed else None,
             missing_since=missing_since,
         )
-        return bool(rows)
+        return Deferred(rows[0]["due"]) if rows else None
 
     async def release(self, claim: Claim) -> None:
         """Give back, due at once; the attempt does not count."""
         await self._database.fetch(_RELEASE, stream_id=claim.stream_id, owner=claim.owner)
 
-    async def enqueue(self, ids: Iterable[UUID], priority: int = BACKGROUND) -> list[UUID]:
-        """Have the open ones among these sandboxes of this engine looked at. Says which those were."""
-        return ids_of(await self._database.fetch(_ENQUEUE, engine=self._engine, ids=list(ids), priority=priority))
+    async def enqueue(self, ids: Iterable[UUID], priority: int = BACKGROUND) -> int:
+        """Have the open ones among these sandboxes of this engine looked at. Says how many that were."""
+        return len(await self._database.fetch(_ENQUEUE, engine=self._engine, ids=list(ids), priority=priority))
 
     async def enqueue_objects(self, ids: Iterable[UUID], priority: int = USER) -> list[UUID]:
-        """As `enqueue`, for whose objects these are."""
+        """As `enqueue`, for the sandboxes that have these objects. Says which those were."""
         rows = await self._database.fetch(_ENQUEUE_OBJECTS, engine=self._engine, ids=list(ids), priority=priority)
         return ids_of(rows)
 

@@ -24,7 +24,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.queue.claiming import SECOND, clock, later
-from app.store.queue.reconcile import UNPLACED, ids_of
+from app.store.queue.reconcile import ids_of
 from app.store.tables import reconcile_queue, sandboxes
 
 _Q = reconcile_queue.c
@@ -37,9 +37,10 @@ class PutOff(Struct, frozen=True):
     last_reason: str | None
 
 
-def _wake(which: ColumnElement[bool]) -> Statement:
+def _wake() -> Statement:
     """Due now, whatever it waits for. Who holds it learns by the revision."""
     now = clock()
+    which = _Q.stream_id == any_(bindparam("ids", type_=ARRAY(Uuid)))
     rows = select(_Q.stream_id).where(which).order_by(_Q.stream_id).with_for_update().cte("rows")
     return Statement(
         update(reconcile_queue)
@@ -108,8 +109,7 @@ def _put_off() -> Statement:
     )
 
 
-_WAKE = _wake(_Q.stream_id == any_(bindparam("ids", type_=ARRAY(Uuid))))
-_WAKE_UNPLACED = _wake((_Q.engine == UNPLACED) & _Q.lease_owner.is_(None))
+_WAKE = _wake()
 _KEEP_WAITING = _keep_waiting()
 _PUT_OFF = _put_off()
 _PENDING = Statement(
@@ -128,10 +128,6 @@ class WaitingRows:
     async def wake(self, ids: Iterable[UUID]) -> list[UUID]:
         """What these streams wait for has come or will not come: due now, back-off or not."""
         return ids_of(await self._database.fetch(_WAKE, ids=list(ids)))
-
-    async def wake_unplaced(self) -> int:
-        """An engine has come: let what waits for one be placed."""
-        return len(await self._database.fetch(_WAKE_UNPLACED))
 
     async def keep_waiting(self, progress: Mapping[UUID, str | None], wait: float) -> set[UUID]:
         """Move the time on for streams that still wait, and say how far it is. Answers those that still wait."""

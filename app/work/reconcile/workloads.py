@@ -17,7 +17,8 @@ from uuid import UUID
 from sqlalchemy import Uuid, bindparam, select
 
 from app.domain.sandbox.observed import Ref
-from app.domain.sandbox.spec import ALL_GPUS, parse_limits
+from app.domain.sandbox.quantity import ALL_GPUS
+from app.domain.sandbox.spec import parse_limits
 from app.domain.sandbox.state import Sandbox
 from app.errors import RuntimeRejected
 from app.runtime.driver import Image, Limits, RegistryAuth, Workload
