@@ -49,7 +49,6 @@ class WorkPolicy(Struct, frozen=True):
     """Sandboxes that a sweep reads in one statement."""
     sweep_confirm: float = 60
     """A worker that saw orphans or leftovers compares once more after this."""
-<<<<<<< HEAD
     place_again: float = 5
     """How long a sandbox rests for which no engine had room, when no engine comes."""
     newer_wait: float = 30
@@ -62,8 +61,6 @@ class WorkPolicy(Struct, frozen=True):
     """How often the progress of a pull is written, and its sandboxes are kept waiting."""
     stall_after: float = 60
     """A loop that has not gone round for this long stands still, and the worker is not alive."""
-=======
->>>>>>> work
     stranded_after: float = 30
     """Age at which a sandbox that wants work and has no queue row is called a bug."""
     orphan_grace: float = 120
