@@ -114,6 +114,11 @@ class Fetches:
         self._settling: set[asyncio.Task[None]] = set()
         self._closed = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether a pull is under way or waits for its turn, or the end of one is being recorded."""
+        return bool(self._flights or self._settling)
+
     def want(self, sandbox: Sandbox, image: Image, cause: int | None) -> None:
         """Have the image pulled. The row of the sandbox waits from before this call."""
         if self._closed:
@@ -211,7 +216,9 @@ class Fetches:
             outcome = error
         took_ms = round((asyncio.get_running_loop().time() - begun) * 1000)
         self._take_down(flight)
-        trouble = describe(_STEP, outcome) if isinstance(outcome, Exception) else None
+        trouble = None
+        if isinstance(outcome, Exception) and not isinstance(outcome, RuntimeRejected | RuntimeUnavailable):
+            trouble = describe(_STEP, outcome)  # once, since what we did not raise is written to the process log
         for waiter in list(flight.waiters.values()):
             # A task of its own: the flight's may be cancelled by whoever is told first.
             task = asyncio.create_task(self._settle(waiter, outcome, trouble, took_ms))
@@ -230,7 +237,7 @@ class Fetches:
                 case RuntimeUnavailable():
                     await self._unavailable(waiter, outcome)
                 case _:
-                    assert trouble is not None, "an exception has been described"
+                    assert trouble is not None, "every other failure has been described"
                     await self._count(waiter, trouble)
         except SandledgerError as error:
             _LOG.warning("the end of a pull for sandbox %s was not recorded: %s", waiter.stream_id, error)

@@ -19,6 +19,7 @@ from app.domain.sandbox.quantity import ALL_GPUS
 from app.domain.sandbox.spec import SandboxSpec, parse_limits
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.stream import Actor, ActorKind, Meta
+from app.errors import NotFound, StoreUnavailable
 from app.runtime.driver import Driver
 from app.runtime.fake import FakeContainer, FakeDriver, FakeEngine, Hook, Pull
 from app.service.engines import Engines
@@ -145,9 +146,17 @@ class Stage:
         return worker.leases.hold(claim, asyncio.get_running_loop().time())
 
     async def settle(self, worker: Worker) -> None:
-        """Turn until nothing is due."""
-        while await self.turn(worker):
+        """Turn until nothing is due and no pull is under way."""
+        while await self.turn(worker) or await self.land(worker):
             pass
+
+    async def land(self, worker: Worker) -> bool:
+        """Let the pulls end. False = there were none."""
+        flying = worker.fetches.busy
+        async with asyncio.timeout(30):
+            while worker.fetches.busy:
+                await asyncio.sleep(0.001)
+        return flying
 
     async def create(
         self,
@@ -290,6 +299,27 @@ class Stage:
             return all([await self.phase(sandbox_id) is phase for sandbox_id in sandboxes])
 
         return reached
+
+    def is_told(self, sandbox_id: UUID, event: str, tenant: str = "default") -> Callable[[], Awaitable[bool]]:
+        """The log has it."""
+
+        async def reached() -> bool:
+            return event in await self.told(sandbox_id, tenant)
+
+        return reached
+
+    async def until_stored(self, do: Callable[[], Awaitable[Any]]) -> None:
+        """Again and again, until the database takes it or has taken it before."""
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await do()
+                except StoreUnavailable:
+                    await asyncio.sleep(0.02)
+                except NotFound:
+                    return
+                else:
+                    return
 
     def is_idle(self) -> Callable[[], Awaitable[bool]]:
         """Nothing is queued."""

@@ -13,6 +13,7 @@ from app.cli.local_image import ensure_busybox_image
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.state import Phase
+from app.domain.stream import ActorKind
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect
 from app.store.vault.seal import Secrets

@@ -111,10 +111,10 @@ def test_a_renewal_that_was_accepted_is_never_followed_by_an_expiry_before_its_t
     assert not any(race.broken_promise for race in ran)
     assert all(len(race.expired) == 1 for race in ran), "it ends, and once"
     for race in ran:
-        (ending,) = [fact.event for fact in race.stream.facts if isinstance(fact.event, ev.Expired)]
+        (ending,) = [fact.event for fact in race.stream.history if isinstance(fact.event, ev.Expired)]
         assert ending.expires_at == race.promised
     assert sum(race.refused > 0 for race in ran) > RACES / 10, "renewals that came too late"
-    renewals = sum(any(isinstance(fact.event, ev.Renewed) for fact in race.stream.facts) for race in ran)
+    renewals = sum(any(isinstance(fact.event, ev.Renewed) for fact in race.stream.history) for race in ran)
     assert renewals > RACES / 10, "renewals that came in time"
 
 

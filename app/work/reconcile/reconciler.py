@@ -231,7 +231,6 @@ class Reconciler:
         try:
             return await self._driver.ensure(work)
         except ImageMissing:
-            self._station.succeeded(sandbox.id)
             await self._fetch(held, sandbox, work.image)
             raise GivenBack from None
 
