@@ -238,6 +238,7 @@ def _end_transition(sandbox: Sandbox, command: cmd.EndTransition, now: datetime)
         case Phase.RESUMING:
             return (ev.ResumeFailed("RESUME_TIMEOUT", storable(f"The resume took longer than {limit:.0f} s{last}")),)
         case _:
+            # The state does not count reports, so the deadline that fires twice is reported twice; that loses nothing.
             times, _ = command.limits.report(elapsed)
             return (ev.Overdue(sandbox.phase.value, sandbox.changed_at, times),)
 
