@@ -91,6 +91,8 @@ class Recorded(Struct, Generic[E], frozen=True):
     """`recorded_at`, the database's clock."""
     event: E
     meta: Meta
+    schema: int = 1
+    """The number that it was stored with, which an upcast may have left behind."""
 
 
 class Encoded(Struct, frozen=True):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from msgspec import Struct
 from msgspec.structs import fields
 
+from app.domain.canonical import canonical
 from app.domain.engine import events as engine
 from app.domain.sandbox import events as sandbox
 from app.domain.stream import MESSAGE_CHARS, Actor, ActorKind, Meta, Registry, read_meta, storable
@@ -86,6 +87,21 @@ def _example(kind: Any) -> Any:
         sandbox.SandboxSpec: {"image": "busybox", "entrypoint": ["sleep"]},
     }
     return simple.get(kind, "0198f000-0000-7000-8000-000000000001" if "UUID" in str(kind) else [])
+
+
+class _Pieces(Struct, frozen=True, omit_defaults=True):
+    pieces: tuple[engine.Dark, ...] = ()
+    capacity: engine.Capacity | None = None
+
+
+def test_what_stands_inside_of_a_payload_is_put_in_order_too():
+    at = datetime.fromisoformat("2026-03-01T13:00:00+01:00")
+    value = _Pieces((engine.Dark(at, "a"), engine.Dark(at, "b")), engine.Capacity())
+    assert json.loads(msgspec.json.encode(canonical(value))) == {
+        "pieces": [{"since": "2026-03-01T12:00:00.000000Z", "reason": reason} for reason in ("a", "b")],
+        "capacity": {},
+    }
+    assert msgspec.json.encode(canonical(_Pieces())) == b"{}"
 
 
 def test_msgspec_alone_would_write_a_default_that_was_read():

@@ -8,10 +8,10 @@ import pytest
 from msgspec.structs import replace
 
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.observed import Look, Observed, Part, Power, Waiting
+from app.domain.sandbox.observed import Answer, Observed, Part, Power, Waiting
 from app.domain.sandbox.plan import (
     STEP_NAMES,
-    WAIT_LOOK,
+    WAIT_INTERVAL,
     Absence,
     ConfirmMissing,
     Ensure,
@@ -35,8 +35,8 @@ ONLY_EGRESS = replace(seen(Power.RUNNING), parts=(Part("egress", "e1", "sandbox-
 
 
 def next_step(stream: Stream, shown: Observed | None, absence: Absence | None = None) -> Step:
-    look = None if shown is None else Look(None if shown is ABSENT else shown)
-    return plan(stream.sandbox, look, absence or Absence(stream.now, None, 5 * SECOND))
+    answer = None if shown is None else Answer(None if shown is ABSENT else shown)
+    return plan(stream.sandbox, answer, absence or Absence(stream.now, None, 5 * SECOND))
 
 
 def _closed() -> Stream:
@@ -60,11 +60,11 @@ def _unplaced(*commands: cmd.Command) -> Stream:
         (Stream(), None, Ensure()),
         (Stream(), ABSENT, Ensure()),
         (Stream().observe(Power.CREATED), seen(Power.CREATED), Ensure()),
-        (Stream().observe(Power.CREATED), UNSCHEDULED, Wait(BEGIN + WAIT_LOOK, WAITING)),
+        (Stream().observe(Power.CREATED), UNSCHEDULED, Wait(BEGIN + WAIT_INTERVAL, WAITING)),
         (in_phase(Phase.RUNNING), None, Observe()),
         (in_phase(Phase.RUNNING), seen(Power.RUNNING), Settled()),
         (in_phase(Phase.RUNNING), seen(Power.CREATED), Ensure()),
-        (in_phase(Phase.RUNNING), UNSCHEDULED, Wait(BEGIN + WAIT_LOOK, WAITING)),
+        (in_phase(Phase.RUNNING), UNSCHEDULED, Wait(BEGIN + WAIT_INTERVAL, WAITING)),
         (in_phase(Phase.RUNNING), ABSENT, ConfirmMissing(BEGIN + 5 * SECOND)),
         (in_phase(Phase.RUNNING), ONLY_EGRESS, ConfirmMissing(BEGIN + 5 * SECOND)),
         (in_phase(Phase.RUNNING).observe(Power.PAUSED), seen(Power.PAUSED), SetPower(Power.RUNNING)),
