@@ -102,6 +102,19 @@ BEGIN
 END $$;
 """
 
+IDENTITY = """
+-- The owner asks for the servers, which need no right of their own. The name of the present WAL file begins with the
+-- timeline; the control file would name that of the last checkpoint.
+CREATE FUNCTION log_identity(OUT system_identifier bigint, OUT timeline_id integer, OUT last_position bigint)
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+    SELECT s.system_identifier, ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::integer,
+           p.last_value
+      FROM pg_control_system() s, events_position p
+$$;
+REVOKE ALL ON FUNCTION log_identity FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION log_identity TO sandledger_app;
+"""
+
 APPEND_ONLY = """
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -159,6 +172,8 @@ GRANT SELECT, USAGE ON SEQUENCE events_position TO sandledger_app;
 """
 
 SANDBOXES = """
+-- A trusted extension: no superuser is needed.
+CREATE EXTENSION IF NOT EXISTS btree_gin;
 CREATE TABLE phase_transitions (
     from_phase text NOT NULL,
     to_phase text NOT NULL,
@@ -221,8 +236,9 @@ CREATE UNIQUE INDEX sandboxes_object ON sandboxes (object_id) WHERE closed_at IS
 CREATE INDEX sandboxes_listing ON sandboxes (tenant, created_at DESC, id DESC) WHERE ended_at IS NULL;
 CREATE INDEX sandboxes_all ON sandboxes (tenant, created_at DESC, id DESC);
 CREATE INDEX sandboxes_by_phase ON sandboxes (tenant, phase, created_at DESC, id DESC) WHERE ended_at IS NULL;
+CREATE INDEX sandboxes_all_by_phase ON sandboxes (tenant, phase, created_at DESC, id DESC);
 CREATE INDEX sandboxes_open ON sandboxes (engine, id) WHERE closed_at IS NULL;
-CREATE INDEX sandboxes_metadata ON sandboxes USING gin (metadata jsonb_path_ops) WHERE ended_at IS NULL;
+CREATE INDEX sandboxes_metadata ON sandboxes USING gin (tenant, metadata jsonb_path_ops);
 
 CREATE FUNCTION check_phase() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -478,6 +494,7 @@ def upgrade() -> None:
         INSTALLATION,
         EVENTS,
         HORIZON,
+        IDENTITY,
         APPEND_ONLY,
         PARTITIONS,
         SANDBOXES,

@@ -26,7 +26,7 @@ from uuid import UUID
 
 import asyncpg
 from msgspec import Struct
-from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, select
+from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal_column, select
 
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
@@ -46,6 +46,20 @@ class StoredEvent(Struct, frozen=True):
     data: str
     meta: str
     recorded_at: datetime
+
+
+class LogIdentity(Struct, frozen=True):
+    """Which log this is: the cluster, its timeline, and how far it has come."""
+
+    system: int
+    timeline: int
+    last_position: int
+    """The highest position handed out."""
+
+    def follows(self, earlier: LogIdentity, position: int) -> bool:
+        """Whether what was settled at `position` in the earlier log is still settled in this one."""
+        same = (self.system, self.timeline) == (earlier.system, earlier.timeline)
+        return same and self.last_position >= position
 
 
 _COLUMNS = (
@@ -82,6 +96,13 @@ _HISTORY = Statement(
     .order_by(events.c.version)
     .limit(bindparam("limit", type_=Integer))
 )
+_IDENTITY = Statement(
+    select(
+        literal_column("system_identifier", BigInteger),
+        literal_column("timeline_id", Integer),
+        literal_column("last_position", BigInteger),
+    ).select_from(func.log_identity().table_valued("system_identifier", "timeline_id", "last_position"))
+)
 _PARTITIONS = Statement(select(func.log_ensure_partitions()))
 
 
@@ -96,6 +117,12 @@ class EventLog:
         """The highest position up to which everything that will ever be there is there."""
         row = await self._database.fetch_one(_HORIZON)
         return 0 if row is None else row["horizon"]
+
+    async def identity(self) -> LogIdentity:
+        """Which log this is. A restored or failed-over database has another one."""
+        row = await self._database.fetch_one(_IDENTITY)
+        assert row is not None, "the function answers one row"
+        return LogIdentity(*row)
 
     async def read_after(self, position: int, limit: int = 1000) -> tuple[list[StoredEvent], int]:
         """Settled events after `position`, in order, and where to go on from.
