@@ -186,6 +186,9 @@ _ATTEMPT = Statement(
 )
 
 
+_SINCE = Statement(select(_S.since_position).where(_BY_ID, _S.tenant == bindparam("tenant", type_=Text)))
+
+
 class CurrentView:
     """Reads of single sandboxes; lists are in `app.views.listing`."""
 
@@ -197,6 +200,11 @@ class CurrentView:
         """The sandbox and the database's clock. None when absent, or another tenant's (None = any tenant's)."""
         row = await self._database.fetch_one(_LOAD, id=sandbox_id)
         return _loaded(row, tenant)
+
+    async def since(self, sandbox_id: UUID, tenant: str) -> int | None:
+        """A position below all events of a sandbox, also of one that has ended. None = this tenant never had it."""
+        row = await self._database.fetch_one(_SINCE, id=sandbox_id, tenant=tenant)
+        return None if row is None else row["since_position"]
 
     async def attempt(self, sandbox_id: UUID) -> Attempt | None:
         """How the queue stands about a Pending sandbox. None = it is not in the queue."""

@@ -29,6 +29,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from app.domain.sandbox.state import Sandbox
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
+from app.store.log.store import EventLog
 from app.store.tables import sandboxes
 from app.views.current import COLUMNS, from_row
 from app.views.totals import MAX_EVENTS, MOVE_AFTER_EVENTS, Totals, delta
@@ -159,20 +160,13 @@ def page_statement(shape: _Shape) -> Statement:
     return Statement(select(*numbers, *page.c).select_from(total.outerjoin(page, literal_column("true"))))
 
 
-_SINCE = Statement(
-    select(sandboxes.c.since_position).where(
-        sandboxes.c.id == bindparam("id", type_=Uuid), sandboxes.c.tenant == bindparam("tenant", type_=Text)
-    )
-)
-
-
 class Listing:
     """Reads of many; `app.views.current` reads one."""
 
-    def __init__(self, database: Database) -> None:
-        """On an open database."""
+    def __init__(self, database: Database, log: EventLog | None = None) -> None:
+        """On an open database; `log` is the process's own reader."""
         self._database = database
-        self.totals = Totals(database)
+        self.totals = Totals(database, log or EventLog(database))
 
     async def page(self, wanted: Wanted, *, size: int, offset: int = 0, after: Cursor | None = None) -> Page:
         """`size` rows (at most 200) from `offset`, or those that follow the cursor.
@@ -223,11 +217,6 @@ class Listing:
     async def _counted_whole(self, shape: _Shape, values: dict[str, Any]) -> tuple[Sequence[asyncpg.Record], int]:
         """No base is near enough: count up to the bound, as filtered lists do."""
         return await self._counted(msgspec.structs.replace(shape, summed=False), values)
-
-    async def since(self, sandbox_id: UUID, tenant: str) -> int | None:
-        """A position below all events of a sandbox, also of one that has ended. None = this tenant never had it."""
-        row = await self._database.fetch_one(_SINCE, id=sandbox_id, tenant=tenant)
-        return None if row is None else row["since_position"]
 
 
 def _shape(wanted: Wanted, offset: int, after: Cursor | None) -> _Shape:

@@ -129,10 +129,10 @@ _MOVE = Statement(_summed(events.c.position <= bindparam("to", type_=BigInteger)
 class Totals:
     """The base of this process."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, log: EventLog) -> None:
         """Knows nothing yet."""
         self._database = database
-        self._log = EventLog(database)
+        self._log = log
         self._base: Base | None = None
         self._checked_at = float("-inf")
         self._flight = asyncio.Lock()

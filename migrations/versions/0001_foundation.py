@@ -92,6 +92,11 @@ DECLARE
     handed_out bigint;
     announced bigint;
 BEGIN
+    -- A standby shows neither the announcements nor the sequence as they are: its WAL runs 32 positions ahead.
+    IF pg_is_in_recovery() THEN
+        RAISE EXCEPTION 'the horizon of the log exists on the primary server only; this one is a standby'
+            USING ERRCODE = 'read_only_sql_transaction';
+    END IF;
     -- First the sequence, then the announcements, each with a look of its own; never one statement for both.
     SELECT last_value INTO handed_out FROM events_position;
     SELECT min(((classid::bigint & 65535) << 32) | objid::bigint) INTO announced
@@ -162,6 +167,10 @@ BEGIN
     END LOOP;
     RETURN made;
 END $$;
+CREATE FUNCTION log_partitions_ahead() RETURNS integer LANGUAGE sql STABLE AS $$
+    SELECT count(*)::integer - 1 - (SELECT last_value / 25000000 FROM events_position)::integer
+      FROM pg_inherits WHERE inhparent = 'events'::regclass
+$$;
 REVOKE ALL ON FUNCTION log_ensure_partitions FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION log_ensure_partitions TO sandledger_app;
 SELECT log_ensure_partitions();
