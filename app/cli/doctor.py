@@ -18,8 +18,7 @@ from app.store.database.migrate import migrate
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.log.store import EventLog
-from app.store.vault.keyfile import master_key
-from app.store.vault.seal import Sealer
+from app.store.vault.keyfile import master_keys
 
 Say = Callable[[str], None]
 _SKEW_S = 2.0
@@ -79,8 +78,8 @@ async def _inside(settings: Settings, database: Database) -> list[Finding]:
     installation = await read_installation(database)
     ours = settings.sandledger
     try:
-        key, source = master_key(ours.master_key, ours.master_key_file, ours.state_dir)
-        matches = installation.master_key_id in (None, Sealer(key).key_id)
+        keys, source = master_keys(ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir)
+        matches = installation.master_key_id in (None, *keys.ids)
         text = source if matches else f"{source} is not the key that seals this database ({installation.master_key_id})"
         found.append(Finding("master key", matches, text))
     except SandledgerError as error:

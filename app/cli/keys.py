@@ -57,9 +57,7 @@ async def rotate_master(settings: Settings, say: Say, *, generate: bool) -> None
 
 def _generate(in_environment: bytes | None, configured: Path | None, state_dir: Path, say: Say) -> None:
     if in_environment is not None:
-        raise SettingsError(
-            "--generate writes a key file; with SANDLEDGER_MASTER_KEY set, change the variables instead"
-        )
+        raise SettingsError("--generate writes a key file; SANDLEDGER_MASTER_KEY is set, so change the variables")
     path = configured or state_dir / "master.key"
     if not path.exists():
         raise SettingsError(f"{path}: there is no master key to rotate yet")
