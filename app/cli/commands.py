@@ -14,7 +14,7 @@ import click
 import uvloop
 
 from app import __version__
-from app.cli import doctor, logs, timeline
+from app.cli import doctor, logs, status, timeline
 from app.cli import keys as key_commands
 from app.cli.demo import play
 from app.errors import SandledgerError
@@ -121,6 +121,15 @@ def events(config: Path | None, sandbox: UUID, *, as_json: bool) -> None:
     """Print the event history of SANDBOX, live or gone."""
     settings = settings_of(config)
     go(lambda: timeline.print_history(settings, sandbox, say, as_json=as_json))
+
+
+@cli.command(name="status")
+@_CONFIG
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def show_status(config: Path | None, *, as_json: bool) -> None:
+    """Show engines, queue, deadlines, stuck sandboxes and the log; exit 1 when something is wrong."""
+    settings = settings_of(config)
+    sys.exit(0 if go(lambda: status.show(settings, say, as_json=as_json)) else 1)
 
 
 @cli.group()
