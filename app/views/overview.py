@@ -220,7 +220,10 @@ _STUCK = Statement(
         | (
             case(
                 (_S.phase == "Stopping", _seconds(_S.changed_at) > bindparam("stopping_s", type_=Double)),
-                (_S.phase.in_(["Pausing", "Resuming"]), _seconds(_S.changed_at) > bindparam("power_s", type_=Double)),
+                (
+                    (_S.phase == "Pausing") | (_S.phase == "Resuming"),
+                    _seconds(_S.changed_at) > bindparam("power_s", type_=Double),
+                ),
                 else_=False,
             )
         ),
