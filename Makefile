@@ -8,6 +8,9 @@ SHELL := /bin/bash
 # Recipes that use the engine get its address this way.
 with_engine = eval "$$(.ci/engine env 2>/dev/null)"
 
+# The old command of its own, or the new one of the Docker client.
+have_compose = { command -v docker-compose || docker compose version; } >/dev/null 2>&1
+
 # Whether nobody holds this lock of the embedded PostgreSQL (app/store/embedded/server.py says which they are).
 free = { [ ! -e .state/postgres/$(1).lock ] || flock -n .state/postgres/$(1).lock true; }
 
@@ -36,6 +39,7 @@ run: setup engine ## Serve the API on this machine
 
 test: setup ## Run every test; ARGS="..." goes to pytest, REQUIRE_ENGINE=1 forbids skipping for want of an engine
 	@.ci/engine start || { [ -z "$${REQUIRE_ENGINE:-}" ] && echo "Tests that need an engine will be skipped."; }
+	@$(have_compose) || [ "$$(id -u)" != 0 ] || .ci/apt docker-compose || echo "The test of compose.yaml needs Docker Compose."
 	@$(with_engine); .venv/bin/python -m pytest $(ARGS)
 
 lint: setup ## Check style, format, types and import arrows
