@@ -132,14 +132,14 @@ def _keep(sandbox: Sandbox, look: Look | None, absence: Absence) -> Step:
         wanted = Power.PAUSED if sandbox.desired is Desired.PAUSED else Power.RUNNING
         differs = sandbox.observed.value != wanted.value
         return SetPower(wanted) if differs else Observe()
-    if look.observed is None:
+    if look.observed is None or look.observed.main is None:
         since = absence.missing_since
         if since is None or absence.now < since + absence.grace:
             return ConfirmMissing((since or absence.now) + absence.grace)
         return Lose(since)
     if look.observed.power is Power.CREATED:
         # It ran, but an engine that lost power before its disk was written remembers only the create.
-        return Ensure()
+        return _provide(look, absence)
     if sandbox.desired is Desired.PAUSED and sandbox.observed is RuntimeState.RUNNING:
         return SetPower(Power.PAUSED)
     if sandbox.desired is Desired.RUNNING and sandbox.observed is RuntimeState.PAUSED:

@@ -50,15 +50,15 @@ def parse_quantity(text: str) -> Decimal:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes. Below 6 MiB is refused, as Docker does."""
+    """Bytes. Below 6 MiB is refused, as Docker does; above 2^53, because no payload holds a larger integer."""
     suffix = text.lstrip("0123456789.")
     if suffix == "m":
         raise ValueError("ends in m, which means thousandths; write M or Mi for megabytes")
     if suffix.lower() in _UPSTREAM and suffix not in _SCALE:
         text = text.removesuffix(suffix) + _UPSTREAM[suffix.lower()]
     value = parse_quantity(text)
-    if not 6 * 1024 * 1024 <= value < 2**63:
-        raise ValueError("must be at least 6Mi and below 8Ei")
+    if not 6 * 1024 * 1024 <= value <= 2**53:
+        raise ValueError("must be at least 6Mi and at most 8Pi")
     return int(value)
 
 

@@ -74,6 +74,10 @@ class RuntimeState(StrEnum):
     REMOVED = "removed"
 
 
+GONE = (RuntimeState.EXITED, RuntimeState.LOST, RuntimeState.REMOVED)
+"""It does not run, and what is left of it is never started again."""
+
+
 class Runtime(Struct, frozen=True, omit_defaults=True):
     """The engine's object, and the last run of it. Without parts while there is only an image."""
 
@@ -86,6 +90,8 @@ class Runtime(Struct, frozen=True, omit_defaults=True):
     exit_reason: str | None = None
     exit_message: str = ""
     finished_at: datetime | None = None
+    exited: bool = False
+    """Whether its end was seen; the engine may keep neither code nor time of it."""
 
     @property
     def main(self) -> Part | None:
@@ -105,7 +111,8 @@ class Ending(Struct, frozen=True):
     """When, why and through whom it ended for clients."""
 
     at: datetime
-    cause: ev.EndCause
+    cause: str
+    """An `EndCause`, or a word of a newer version."""
     by: str
 
 
@@ -161,8 +168,7 @@ class Sandbox(Struct, frozen=True):
     @property
     def may_run(self) -> bool:
         """Whether it can ever run from here on. When not, its secrets are erased."""
-        gone = (RuntimeState.EXITED, RuntimeState.LOST, RuntimeState.REMOVED)
-        return self.ending is None and self.failure is None and self.observed not in gone
+        return self.ending is None and self.failure is None and self.observed not in GONE
 
 
 def derive_phase(sandbox: Sandbox) -> Phase:
@@ -189,58 +195,58 @@ def derive_phase(sandbox: Sandbox) -> Phase:
             return Phase.TERMINATED if clean else Phase.FAILED
 
 
-def evolve(sandbox: Sandbox | None, fact: ev.Recorded) -> Sandbox:
+def evolve(sandbox: Sandbox | None, recorded: ev.Recorded) -> Sandbox:
     """The next state. Total on known events; an event before `sandbox.requested` cannot be read at all."""
     if sandbox is None:
-        if not isinstance(fact.event, ev.Requested):
-            msg = f"stream {fact.stream_id} does not begin with sandbox.requested"
+        if not isinstance(recorded.event, ev.Requested):
+            msg = f"stream {recorded.stream_id} does not begin with sandbox.requested"
             raise TypeError(msg)
-        return _begin(fact, fact.event)
-    schema = ev.REGISTRY.schemas[ev.REGISTRY.name_of(fact.event)]
+        return _begin(recorded, recorded.event)
+    schema = ev.REGISTRY.schemas[ev.REGISTRY.name_of(recorded.event)]
     after = replace(
-        _apply(sandbox, fact),
-        version=fact.version,
-        position=fact.position,
+        _apply(sandbox, recorded),
+        version=recorded.version,
+        position=recorded.position,
         schema=max(sandbox.schema, schema),
     )
     if after.phase is sandbox.phase:
         return after
     waiting = after.waiting if after.phase is Phase.PENDING else None
-    return replace(after, changed_at=fact.at, waiting=waiting)
+    return replace(after, changed_at=recorded.at, waiting=waiting)
 
 
-def fold(facts: Iterable[ev.Recorded], start: Sandbox | None = None) -> Sandbox | None:
+def fold(history: Iterable[ev.Recorded], start: Sandbox | None = None) -> Sandbox | None:
     """The state after a history."""
     sandbox = start
-    for fact in facts:
-        sandbox = evolve(sandbox, fact)
+    for recorded in history:
+        sandbox = evolve(sandbox, recorded)
     return sandbox
 
 
-def _begin(fact: ev.Recorded, event: ev.Requested) -> Sandbox:
+def _begin(recorded: ev.Recorded, event: ev.Requested) -> Sandbox:
     ttl = event.timeout_s
     return Sandbox(
-        id=fact.stream_id,
-        tenant=fact.tenant,
-        version=fact.version,
-        position=fact.position,
+        id=recorded.stream_id,
+        tenant=recorded.tenant,
+        version=recorded.version,
+        position=recorded.position,
         schema=ev.REGISTRY.schemas["sandbox.requested"],
         spec=event.spec,
         fingerprint=event.fingerprint,
         metadata=event.metadata,
-        created_at=fact.at,
-        changed_at=fact.at,
-        key_id=fact.meta.actor.id,
-        key_name=fact.meta.actor.name,
+        created_at=recorded.at,
+        changed_at=recorded.at,
+        key_id=recorded.meta.actor.id,
+        key_name=recorded.meta.actor.name,
         cpu_nanos=event.cpu_nanos,
         memory_bytes=event.memory_bytes,
         gpus=event.gpus,
-        expires_at=None if ttl is None else fact.at + timedelta(seconds=ttl),
+        expires_at=None if ttl is None else recorded.at + timedelta(seconds=ttl),
     )
 
 
-def _apply(sandbox: Sandbox, fact: ev.Recorded) -> Sandbox:
-    match fact.event:
+def _apply(sandbox: Sandbox, recorded: ev.Recorded) -> Sandbox:
+    match recorded.event:
         case ev.Placed() as event:
             return replace(
                 sandbox,
@@ -260,7 +266,7 @@ def _apply(sandbox: Sandbox, fact: ev.Recorded) -> Sandbox:
         case ev.ResumeRequested() | ev.PauseFailed():
             return replace(sandbox, desired=Desired.RUNNING)
         case ev.TerminationRequested(end_cause=cause) | ev.Expired(end_cause=cause):
-            ending = Ending(fact.at, cause, str(fact.meta.actor))
+            ending = Ending(recorded.at, cause, str(recorded.meta.actor))
             return replace(sandbox, desired=Desired.TERMINATED, ending=ending)
         case (
             ev.Waited(step=step, reason=reason, message=message)
@@ -271,11 +277,11 @@ def _apply(sandbox: Sandbox, fact: ev.Recorded) -> Sandbox:
         case ev.Failed(step=step, reason=reason, message=message):
             return replace(sandbox, failure=Failure(step, reason, message))
         case ev.Terminated():
-            return replace(sandbox, closed_at=fact.at)
+            return replace(sandbox, closed_at=recorded.at)
         case ev.Requested() | ev.Overdue():
             return sandbox
         case event:
-            return _observe(sandbox, event, fact.at)
+            return _observe(sandbox, event, recorded.at)
 
 
 def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
@@ -286,12 +292,14 @@ def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
             return replace(sandbox, runtime=replace(runtime, image_id=image_id, image_digest=digest), waiting=None)
         case ev.RuntimeCreated() | ev.RuntimeAdopted() as made:
             fresh = Runtime(made.parts, runtime.image_id, runtime.image_digest)
+            # The address of an older object may belong to somebody else by now.
             gpus = sandbox.gpus if made.gpus is None else made.gpus
             return replace(
                 sandbox,
                 observed=RuntimeState.CREATED,
                 generation=made.generation,
                 runtime=fresh,
+                address=None,
                 gpus=gpus,
                 ready_at=None,
                 waiting=None,
@@ -321,6 +329,7 @@ def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
                 exit_reason=gone.reason,
                 exit_message=gone.message,
                 finished_at=gone.occurred_at,
+                exited=True,
             )
             return replace(sandbox, observed=RuntimeState.EXITED, runtime=ended)
         case ev.RuntimeLost():
