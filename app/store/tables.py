@@ -127,6 +127,12 @@ engines = Table(
     Column("state", Text, nullable=False, comment="up, dark, mismatch."),
     Column("state_since", DateTime(timezone=True), nullable=False),
     Column("trouble", Text, nullable=False, comment="Why it is dark or mismatched."),
+    Column(
+        "trusted_position",
+        BigInteger,
+        nullable=False,
+        comment="Objects up to this position are no sign that the log went back.",
+    ),
     Column("labels", JSONB, nullable=False),
     Column("capabilities", JSONB, nullable=False),
     Column("capacity", JSONB, nullable=False),

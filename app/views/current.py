@@ -31,7 +31,6 @@ from sqlalchemy import (
 )
 
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.events import EndCause
 from app.domain.sandbox.observed import Address, Waiting
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.sandbox.state import Desired, Ending, Failure, Runtime, RuntimeState, Sandbox
@@ -128,7 +127,7 @@ def _always(sandbox: Sandbox) -> dict[str, Any]:
         "generation": sandbox.generation,
         "run": sandbox.run,
         "gpus": sandbox.gpus,
-        "end_cause": sandbox.ending and sandbox.ending.cause.value,
+        "end_cause": sandbox.ending and sandbox.ending.cause,
         "ended_by": sandbox.ending and sandbox.ending.by,
     }
 
@@ -294,6 +293,6 @@ def _from_row(row: asyncpg.Record) -> Sandbox:
         address=None if address is None else _decode_address(address),
         waiting=None if waiting is None else _decode_waiting(waiting),
         failure=None if failure is None else _decode_failure(failure),
-        ending=None if ended_at is None else Ending(ended_at, EndCause(row["end_cause"]), row["ended_by"]),
+        ending=None if ended_at is None else Ending(ended_at, row["end_cause"], row["ended_by"]),
         closed_at=row["closed_at"],
     )

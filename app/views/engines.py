@@ -30,6 +30,7 @@ _ALWAYS = (
     _E.epoch,
     _E.state,
     _E.trouble,
+    _E.trusted_position,
     _E.labels,
     _E.capabilities,
     _E.capacity,
@@ -82,6 +83,7 @@ def values(engine: Engine) -> dict[str, Any]:
         "epoch": engine.epoch,
         "state": engine.state.value,
         "trouble": engine.trouble,
+        "trusted_position": engine.trusted_position,
         "labels": _encode(engine.labels).decode(),
         "capabilities": _encode(engine.capabilities).decode(),
         "capacity": _encode(engine.capacity).decode(),
@@ -150,4 +152,5 @@ def from_row(row: asyncpg.Record) -> Engine:
         server_version=row["server_version"],
         api_version=row["api_version"],
         trouble=row["trouble"],
+        trusted_position=row["trusted_position"],
     )

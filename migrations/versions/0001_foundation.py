@@ -328,6 +328,7 @@ CREATE TABLE engines (
     state text NOT NULL,
     state_since timestamptz NOT NULL,
     trouble text NOT NULL,
+    trusted_position bigint NOT NULL,
     labels jsonb NOT NULL,
     capabilities jsonb NOT NULL,
     capacity jsonb NOT NULL,
@@ -416,6 +417,8 @@ COMMENT ON COLUMN engines.mark IS 'Random word that we left on the engine.';
 COMMENT ON COLUMN engines.epoch IS 'Rises when the engine is replaced.';
 COMMENT ON COLUMN engines.state IS 'up, dark, mismatch.';
 COMMENT ON COLUMN engines.trouble IS 'Why it is dark or mismatched.';
+COMMENT ON COLUMN engines.trusted_position IS
+    'Objects up to this position are no sign that the log went back.';
 COMMENT ON COLUMN engines.last_seen_at IS 'Not folded: when a worker last reached it.';
 COMMENT ON COLUMN engines.swept_at IS 'Not folded: when a worker last compared all of it.';
 COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';
