@@ -74,8 +74,8 @@ class Signal:
         self._outbox: set[UUID] = set()
         self._outgoing = asyncio.Event()
 
-    def poke(self, sandbox_id: UUID) -> None:
-        """Something was committed for this sandbox."""
+    def poke(self, sandbox_id: UUID, *, work: bool = True) -> None:  # noqa: ARG002 - claimers will wake for work only
+        """Something was committed for this stream; `work`: there is something for a reconciler to do."""
         self._wake(sandbox_id)
         self._outbox.add(sandbox_id)
         self._outgoing.set()
