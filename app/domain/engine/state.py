@@ -81,7 +81,7 @@ def evolve(engine: Engine | None, recorded: ev.Recorded) -> Engine:
         _apply(engine, recorded.event),
         version=recorded.version,
         position=recorded.position,
-        schema=max(engine.schema, recorded.schema),
+        schema=max(engine.schema, ev.REGISTRY.schema_of(recorded)),
     )
     return after if after.state is engine.state else replace(after, state_since=recorded.at)
 
@@ -100,7 +100,7 @@ def _begin(recorded: ev.Recorded, event: ev.Registered) -> Engine:
         tenant=recorded.tenant,
         version=recorded.version,
         position=recorded.position,
-        schema=recorded.schema,
+        schema=ev.REGISTRY.schema_of(recorded),
         name=event.name,
         kind=event.kind,
         engine_id=event.engine_id,

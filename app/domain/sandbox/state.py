@@ -216,7 +216,7 @@ def evolve(sandbox: Sandbox | None, recorded: ev.Recorded) -> Sandbox:
         _apply(sandbox, recorded),
         version=recorded.version,
         position=recorded.position,
-        schema=max(sandbox.schema, recorded.schema),
+        schema=max(sandbox.schema, ev.REGISTRY.schema_of(recorded)),
     )
     if after.phase is sandbox.phase:
         return after
@@ -239,7 +239,7 @@ def _begin(recorded: ev.Recorded, event: ev.Requested) -> Sandbox:
         tenant=recorded.tenant,
         version=recorded.version,
         position=recorded.position,
-        schema=recorded.schema,
+        schema=ev.REGISTRY.schema_of(recorded),
         spec=event.spec,
         fingerprint=event.fingerprint,
         metadata=event.metadata,
