@@ -181,7 +181,7 @@ def test_upcasts_are_chained_from_where_the_payload_stands(schema: int, stored: 
 
 def test_the_number_of_an_event_is_the_stored_one_and_before_that_the_one_that_will_be_written():
     meta = Meta(Actor(ActorKind.TIMER, "1", "n"), "9")
-    draft = Recorded(0, UUID(int=1), "default", 1, datetime.now(UTC), FAILED, meta)
+    draft: sandbox.Recorded = Recorded(0, UUID(int=1), "default", 1, datetime.now(UTC), FAILED, meta)
     assert CHANGED.schema_of(draft) == 3
     assert CHANGED.schema_of(replace(draft, schema=1)) == 1
 
