@@ -148,7 +148,7 @@ def fired(stream: Stream, command: cmd.EndTransition = PLAIN) -> ev.Event:
             "The sandbox was not running within 900 s; it waited in step fetch for IMAGE_PULLING (3 of 7 layers).",
         ),
         (
-            Stream().after(cmd.RecordWaiting("place", "NO_CAPACITY")),
+            Stream(placed=False).after(cmd.RecordWaiting("place", "NO_CAPACITY")),
             cmd.EndTransition(last_reason="RUNTIME_UNAVAILABLE", last_error="Connection refused."),
             "place",
             (

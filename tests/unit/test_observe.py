@@ -137,6 +137,7 @@ def test_a_sandbox_without_an_engine_waits_for_one_until_it_is_placed():
     stream = Stream(placed=False).after(cmd.RecordWaiting("place", "NO_CAPACITY"))
     assert stream.sandbox.waiting == Waiting("place", "NO_CAPACITY")
     assert stream.after(cmd.RecordPlaced("default", 1, stream.sandbox.id)).sandbox.waiting is None
+    assert stream.do(cmd.RecordWaiting("place", "NO_CAPACITY")) == ()
 
 
 @pytest.mark.parametrize("phase", sorted(set(Phase) - {Phase.PENDING}))

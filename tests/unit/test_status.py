@@ -41,7 +41,7 @@ def waits(step: str, reason: str, message: str = "") -> Stream:
             "NO_CAPACITY",
             "default is full.",
         ),
-        (waits("place", "NO_CAPACITY"), None, "NO_CAPACITY", "Sandbox waits in step place."),
+        (waits("fetch", "IMAGE_PULLING"), None, "IMAGE_PULLING", "Sandbox waits in step fetch."),
         (
             waits("fetch", "IMAGE_PULLING", "The image is being pulled"),
             Attempt(progress="3 of 7 layers, 41.2 of 120.0 MB"),

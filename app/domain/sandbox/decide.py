@@ -202,6 +202,8 @@ def _waiting(sandbox: Sandbox, step: str, reason: str, message: str) -> Events:
     known = sandbox.waiting
     if sandbox.phase is not Phase.PENDING or (known is not None and (known.step, known.reason) == (step, reason)):
         return ()
+    if step == "place" and sandbox.object_id is not None:
+        return ()  # reported late: another worker has placed it meanwhile
     return (ev.Waited(step, reason, storable(message)),)
 
 
