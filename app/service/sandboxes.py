@@ -213,7 +213,7 @@ class Service:
             return
         engine = await self.engines.by_name(sandbox.engine)
         can = Capabilities() if engine is None else engine.capabilities
-        if can.pause is Pausing.NONE:
+        if can.pause == Pausing.NONE:
             raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "The engine of this sandbox cannot pause sandboxes.")
 
     async def record(self, sandbox: Sandbox, observation: cmd.Observation, meta: Meta) -> Outcome:
