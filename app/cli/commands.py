@@ -16,7 +16,7 @@ import uvloop
 from app import __version__
 from app.cli import doctor, logs, status, timeline
 from app.cli import keys as key_commands
-from app.cli.demo import play
+from app.cli.demonstration.play import play
 from app.errors import SandledgerError
 from app.server.assembly import open_database
 from app.server.process import Role, run
