@@ -283,14 +283,14 @@ async def _endings(demo: Demo, sandboxes: list[str], installation: str) -> None:
     demo.say("Delete the rest")
     for one in sandboxes:
         if await demo.state(one) != "Terminated":
-            await demo.call("DELETE", f"/sandsandboxes/{one}", 204)
+            await demo.call("DELETE", f"/sandboxes/{one}", 204)
     for one in sandboxes:
-        await demo.reaches(box, "Terminated")
+        await demo.reaches(one, "Terminated")
     demo.saw("all Terminated")
 
     demo.say("What happened, from the event log")
     for number, one in enumerate(sandboxes, 1):
-        items = await demo.timeline(box, f"sandbox {number}: {one}")
+        items = await demo.timeline(one, f"sandbox {number}: {one}")
         check(items[-1]["type"] == "sandbox.terminated", f"the history of {one} does not end in sandbox.terminated")
 
     demo.say("Nothing of ours is left on the engine")

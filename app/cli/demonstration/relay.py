@@ -1,4 +1,4 @@
-"""A relay in front of the engine, on a Unix socket of its own: the place where the demo makes the engine refuse a pause.
+"""A relay in front of the engine, on a Unix socket of its own: here the demo makes the engine refuse a pause.
 
 Everything else passes unchanged, streams included.
 """
