@@ -180,13 +180,13 @@ class Sweeper:
         ahead = await beyond(self._connections, strays)
         if ahead is not None and not await self._station.log_went_back(ahead.last_position, ahead.found_position):
             raise RuntimeUnavailable(f"the log went back: {self._station.trouble}")
-        enqueued = await self._queue.enqueue(differing, BACKGROUND) if differing else []
+        enqueued = await self._queue.enqueue(differing, BACKGROUND) if differing else 0
         removed = await self._remove_strays(strays)
         suspects = len(strays) - len(removed)
         confirm = suspects > 0 and not self._policy.orphan_dry_run
         self._confirm_at = time.monotonic() + self._policy.sweep_confirm if confirm else float("inf")
         _LOG.debug("%s: %d differ", name, len(differing))
-        return Swept(len(objects), len(known), len(enqueued), suspects, removed, stranded, overdue, unserved)
+        return Swept(len(objects), len(known), enqueued, suspects, removed, stranded, overdue, unserved)
 
     async def _confirm(self) -> None:
         if not await self._station.confirm_identity():
