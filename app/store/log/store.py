@@ -30,7 +30,7 @@ from uuid import UUID
 
 import asyncpg
 from msgspec import Struct
-from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal_column, select, table
+from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal_column, select
 
 from app.store.database.statement import Connections, Statement
 from app.store.tables import events
@@ -81,7 +81,6 @@ _COLUMNS = (
     events.c.recorded_at,
 )
 _HORIZON = Statement(select(func.log_horizon().label("horizon")))
-_LAST = Statement(select(literal_column("last_value", BigInteger)).select_from(table("events_position")))
 TAIL = Statement(
     select(*_COLUMNS)
     .where(
@@ -124,11 +123,6 @@ class EventLog:
         self._horizon = 0
         self._asked_at = float("-inf")
         self._asking = asyncio.Lock()
-
-    async def last_position(self) -> int:
-        """The highest position that was handed out. No event of this log lies beyond it."""
-        row = await self._database.fetch_one(_LAST)
-        return 0 if row is None else row["last_value"]
 
     async def horizon(self) -> int:
         """A position up to which everything that will ever be there is there. One flight, remembered for a moment.

@@ -17,7 +17,7 @@ from app.errors import RuntimeUnavailable, SettingsError
 from app.runtime.fake import FakeDriver, FakeEngine
 from app.work.outages import ENGINE_STOPPED, Outages
 from app.work.station import State, Station
-from tests.station.field import WORKER, Field
+from tests.work.field import WORKER, Field
 
 NOW = datetime.now(UTC)
 
@@ -197,6 +197,19 @@ async def test_a_restored_database_harms_nothing_and_says_so(field: Field, caplo
     assert await field.engine_told() == ["registered", "seen", "mismatch"]
     assert field.engine.of(beyond) is not None
     assert await field.phase(known) is Phase.RUNNING
+
+
+async def test_a_database_that_goes_back_under_a_running_worker_is_noticed(field: Field):
+    """A restore or a failover that lost its tail: the server only sees that its connections broke."""
+    station = field.station()
+    await station.contact()
+    await field.sql("SELECT setval('events_position', last_value + 100) FROM events_position")
+    assert await station.contact()
+    field.orphan(position=(await field.sql("SELECT last_value FROM events_position"))[0][0])
+    assert await station.contact(), "an object that this log led to"
+    await field.sql("SELECT setval('events_position', last_value - 50) FROM events_position")
+    assert not await station.confirm_identity()
+    assert (await field.engine_told())[-1] == "mismatch"
 
 
 async def test_trust_leaves_the_lost_positions_behind(field: Field):

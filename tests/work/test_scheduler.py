@@ -27,7 +27,7 @@ from app.store.log.signal import Signal
 from app.work.fire import Deadlines
 from app.work.scheduler import DeadlineStore
 from app.work.timers import Timers
-from tests.station.field import CLIENT, WORKER, Field
+from tests.work.field import CLIENT, WORKER, Field
 
 LEASE = 2.0
 SHORT = Limits(pending_s=0.2, pausing_s=0.2, resuming_s=0.2, stopping_s=0.2)
