@@ -75,6 +75,9 @@ class EngineProxy:
     def __init__(self, engine: str) -> None:
         self.calls: Counter[str] = Counter()
         self.gates: dict[str, Gate] = {}
+        """Before the engine sees the call."""
+        self.late_gates: dict[str, Gate] = {}
+        """When the engine has acted, before anybody hears of it."""
         self.lost: Counter[str] = Counter()
         self.refusals: dict[str, Refusal | int] = {}
         """What calls are answered with by the proxy itself; a number stands for a status with plain words."""
@@ -113,7 +116,7 @@ class EngineProxy:
             self._session = None
 
     async def close(self) -> None:
-        for gate in self.gates.values():
+        for gate in (*self.gates.values(), *self.late_gates.values()):
             gate.open()
         await self.down()
         shutil.rmtree(self._folder)
@@ -143,6 +146,9 @@ class EngineProxy:
         async with self._session.request(
             request.method, base + request.raw_path, headers=headers, data=body or None
         ) as answer:
+            if late := self.late_gates.get(call):
+                await answer.read()
+                await late.pass_through()
             if self.lost[call]:
                 self.lost[call] -= 1
                 await answer.read()
