@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from app.api.app import create_app
 from app.api.context import ApiContext
+from app.domain.sandbox.deadlines import Limits
 from app.runtime.docker import DockerOptions, connect
 from app.runtime.driver import Driver
 from app.service.sandboxes import Service
@@ -87,10 +88,21 @@ def work_policy(settings: Settings) -> WorkPolicy:
         poison_attempts=worker.poison_attempts,
         poison_after=worker.poison_seconds,
         missing_grace=worker.missing_grace_seconds,
-        resync_every=worker.resync_seconds,
+        sweep_every=worker.sweep_seconds,
         orphan_grace=worker.orphan_grace_seconds,
         orphan_dry_run=worker.orphan_dry_run,
         expiry_lease=worker.expiry_lease_seconds,
+    )
+
+
+def deadline_limits(settings: Settings) -> Limits:
+    """How long a transition may last."""
+    limits = settings.sandledger.deadlines
+    return Limits(
+        pending_s=limits.pending_seconds,
+        pausing_s=limits.pausing_seconds,
+        resuming_s=limits.resuming_seconds,
+        stopping_s=limits.stopping_seconds,
     )
 
 
@@ -139,7 +151,7 @@ async def opened(settings: Settings, say: Say, make_driver: MakeDriver = docker_
         driver = make_driver(settings, installation)
         stack.push_async_callback(driver.close)
         news = Signal(database)
-        service = Service(database, news, driver.can)
+        service = Service(database, news, deadline_limits(settings))
         yield Opened(settings, database, store, installation, sealer, driver, news, service)
 
 

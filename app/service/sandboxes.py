@@ -48,8 +48,16 @@ from app.views.current import CurrentView
 from app.views.engines import EnginesView
 
 KIND = ev.REGISTRY.kind
-_ASKS_FOR_WORK = (cmd.Pause, cmd.Resume, cmd.Terminate, cmd.Expire, cmd.EndTransition, cmd.RecordPlaced)
-"""Commands after which a reconciler has something to do. What a reconciler records itself is not among them."""
+_ASKS_FOR_WORK = (
+    cmd.Pause,
+    cmd.Resume,
+    cmd.Terminate,
+    cmd.Expire,
+    cmd.EndTransition,
+    cmd.RecordPlaced,
+    cmd.RecordFetched,
+)
+"""Commands after which a reconciler has something to do. What it records about its own claim is not among them."""
 
 __all__ = ["Outcome", "Service", "StaleVersion"]
 

@@ -260,8 +260,8 @@ class WorkerSettings(Table, frozen=True):
     """Sandboxes one process works on at once."""
     lease_seconds: Seconds = 10
     """Seconds until work claimed by a silent worker is free again; renewed at a third of it."""
-    resync_seconds: Seconds = 300
-    """Seconds between two full comparisons with the engine."""
+    sweep_seconds: Seconds = 300
+    """Seconds between two full comparisons with the engine, by any one of its workers."""
     backoff_base_seconds: Seconds = 1
     """Longest wait, in seconds, before the first retry; doubles with each failure."""
     backoff_max_seconds: Seconds = 300
@@ -288,6 +288,19 @@ class WorkerSettings(Table, frozen=True):
             )
 
 
+class DeadlineSettings(Table, frozen=True):
+    """`[sandledger.deadlines]`: how long a sandbox may stay in a phase that is a transition."""
+
+    pending_seconds: Seconds = 900
+    """Seconds until a sandbox that does not run yet has failed."""
+    pausing_seconds: Seconds = 60
+    """Seconds until a pause that does not happen is given up; the sandbox stays Running."""
+    resuming_seconds: Seconds = 60
+    """Seconds until a resume that does not happen is given up; the sandbox stays Paused."""
+    stopping_seconds: Seconds = 60
+    """Seconds until a removal that does not end is reported; each next report waits twice as long."""
+
+
 class ApiSettings(Table, frozen=True):
     """`[sandledger.api]`: bounds of requests."""
 
@@ -311,6 +324,7 @@ class SandledgerSettings(Table, frozen=True):
     previous_master_key: PreviousMasterKey | None = None
     """The key that was in use before a rotation; it only opens what it sealed."""
     worker: WorkerSettings = WorkerSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
     api: ApiSettings = ApiSettings()
 
 

@@ -13,6 +13,7 @@ from app.cli.local_image import ensure_busybox_image
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.state import Phase
+from app.domain.stream import ActorKind
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect
 from app.store.vault.seal import Secrets
@@ -35,7 +36,7 @@ async def docker(docker_host: str) -> AsyncIterator[aiodocker.Docker]:
 
 @pytest.fixture
 async def driver(stage: Stage, docker: aiodocker.Docker, docker_host: str) -> AsyncIterator[DockerDriver]:
-    stage.driver_name = DockerDriver.name
+    stage.engine_name = DockerDriver.name
     made = connect(DockerOptions(installation=stage.installation), docker_host)
     yield made
     async for found in made.inventory():
@@ -48,7 +49,7 @@ async def left(driver: DockerDriver) -> int:
 
 
 async def test_lives_on_docker(stage: Stage, docker: aiodocker.Docker, driver: DockerDriver, until):
-    worker = stage.worker(driver, resync_every=3600)
+    worker = stage.worker(driver, sweep_every=3600)
     async with stage.working(worker):
         long, short, killed = await asyncio.gather(
             stage.create(image=IMAGE, secrets=Secrets({"GREETING": "hello"}), timeout_s=600),
@@ -57,16 +58,16 @@ async def test_lives_on_docker(stage: Stage, docker: aiodocker.Docker, driver: D
         )
         await until(stage.is_phase(Phase.RUNNING, long, killed))
         await until(stage.is_phase(Phase.FAILED, short))
-        box = await stage.box(killed)
-        assert box.runtime is not None
-        env = (await docker.containers.container((await stage.box(long)).runtime.id).show())["Config"]["Env"]
+        sandbox = await stage.sandbox(killed)
+        assert sandbox.runtime is not None
+        env = (await docker.containers.container((await stage.sandbox(long)).runtime.id).show())["Config"]["Env"]
         assert "GREETING=hello" in env
 
-        await docker.containers.container(box.runtime.id).kill()
+        await docker.containers.container(sandbox.runtime.id).kill()
         await until(stage.is_phase(Phase.FAILED, killed))  # by a hint
         last = (await stage.history(killed))[-1]
         assert isinstance(last.event, ev.RuntimeExited)
-        assert (last.event.exit_code, last.meta.actor.kind) == (137, ev.ActorKind.RUNTIME)
+        assert (last.event.exit_code, last.meta.actor.kind) == (137, ActorKind.RUNTIME)
 
         await stage.ask(long, cmd.Pause())
         await until(stage.is_phase(Phase.PAUSED, long))
@@ -86,7 +87,7 @@ async def test_one_image_that_is_nowhere_fails_and_leaves_nothing(stage: Stage, 
     async with stage.working(stage.worker(driver)):
         sandbox_id = await stage.create(image="NOT/A VALID/reference")
         await until(stage.is_phase(Phase.FAILED, sandbox_id))
-    failure = (await stage.box(sandbox_id)).failure
+    failure = (await stage.sandbox(sandbox_id)).failure
     assert failure is not None
     assert failure.reason != "RECONCILE_EXHAUSTED"
     assert await left(driver) == 0
@@ -98,7 +99,7 @@ async def test_a_container_taken_away_is_lost_after_two_looks(
     async with stage.working(stage.worker(driver)):
         sandbox_id = await stage.create(image=IMAGE)
         await until(stage.is_phase(Phase.RUNNING, sandbox_id))
-        runtime = (await stage.box(sandbox_id)).runtime
+        runtime = (await stage.sandbox(sandbox_id)).runtime
         assert runtime is not None
         await docker.containers.container(runtime.id).delete(force=True)
 
@@ -112,7 +113,7 @@ async def test_a_container_taken_away_is_lost_after_two_looks(
 async def test_an_orphan_on_docker_is_swept(stage: Stage, driver: DockerDriver, until):
     worker = stage.worker(driver, orphan_grace=0)
     sandbox_id = await stage.create(image=IMAGE)
-    work = await worker.reconciler._workloads.of(await stage.box(sandbox_id))
+    work = await worker.reconciler._workloads.of(await stage.sandbox(sandbox_id))
     await stage.ask(sandbox_id, cmd.Terminate())
     await stage.settle(worker)
     await driver.ensure(work)  # a create that came too late

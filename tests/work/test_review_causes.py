@@ -16,7 +16,7 @@ from tests.work.stage import Raiser, Stage
 async def causes(stage: Stage, sandbox_id: UUID) -> list[tuple[str, str | None]]:
     """Each event, and the one it names as its cause."""
     history = await stage.history(sandbox_id)
-    names = {fact.position: ev.wire_name(fact.event).removeprefix("sandbox.") for fact in history}
+    names = {fact.position: ev.REGISTRY.name_of(fact.event).removeprefix("sandbox.") for fact in history}
     for fact in history:
         assert fact.meta.cause is None or fact.meta.cause < fact.position
     return [(names[fact.position], None if fact.meta.cause is None else names[fact.meta.cause]) for fact in history]

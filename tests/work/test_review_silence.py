@@ -125,9 +125,9 @@ async def test_a_lease_ends_for_its_holder_even_if_the_database_says_nothing(
     """The heartbeat waits for an answer; others take the row meanwhile."""
     database = await over(line, dsn, 600)
     policy = msgspec.structs.replace(QUICK, lease=0.6)
-    leases = Leases(Queue(database, stage.driver_name), stage.service.view, policy)
+    leases = Leases(Queue(database, stage.engine_name), stage.service.view, policy)
     sandbox_id = await stage.create()
-    (claim,) = (await Queue(stage.database, stage.driver_name).claim(1, lease=600, share=1)).claims
+    (claim,) = (await Queue(stage.database, stage.engine_name).claim(1, lease=600, tenant_slots=1)).claims
     held = leases.hold(claim, asyncio.get_running_loop().time())
     beating = asyncio.create_task(leases.run())
 

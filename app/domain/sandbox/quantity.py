@@ -12,6 +12,7 @@ from decimal import Decimal
 _QUANTITY = re.compile(
     r"\+?(?P<number>\d{1,18}(?:\.\d{0,9})?|\.\d{1,9})(?P<suffix>[a-zA-Z]{0,2}|[eE][-+]?\d{1,2})", re.ASCII
 )
+ALL_GPUS = -1
 _SCALE: dict[str, Decimal] = {
     "n": Decimal("1e-9"),
     "u": Decimal("1e-6"),
@@ -71,9 +72,9 @@ def parse_nano_cpus(text: str) -> int:
 
 
 def parse_gpus(text: str) -> int:
-    """A number of GPUs, or `all` = -1."""
+    """A number of GPUs, or `all` = `ALL_GPUS`."""
     if text == "all":
-        return -1
+        return ALL_GPUS
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
         raise ValueError("must be a positive whole number or all")
     return int(text)

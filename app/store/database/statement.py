@@ -43,3 +43,11 @@ class Executor(Protocol):
     async def fetch_one(self, statement: Statement, **values: Any) -> Any:
         """The first row, or None."""
         ...
+
+
+class Connections(Executor, Protocol):
+    """A pool of connections: the one for everybody, or the one that is reserved for leases and wake-ups."""
+
+    async def fetch(self, statement: Statement, **values: Any) -> Any:
+        """All rows of one autocommitted statement."""
+        ...

@@ -30,10 +30,9 @@ from uuid import UUID
 
 import asyncpg
 from msgspec import Struct
-from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal_column, select
+from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal_column, select, table
 
-from app.store.database.pool import Database
-from app.store.database.statement import Statement
+from app.store.database.statement import Connections, Statement
 from app.store.tables import events
 
 HORIZON_SECONDS = 0.02
@@ -82,6 +81,7 @@ _COLUMNS = (
     events.c.recorded_at,
 )
 _HORIZON = Statement(select(func.log_horizon().label("horizon")))
+_LAST = Statement(select(literal_column("last_value", BigInteger)).select_from(table("events_position")))
 TAIL = Statement(
     select(*_COLUMNS)
     .where(
@@ -117,13 +117,18 @@ _PARTITIONS = Statement(select(func.log_ensure_partitions()))
 class EventLog:
     """Reads. Appends are built by `app.store.log.append` and run by `app.service.sandboxes`."""
 
-    def __init__(self, database: Database, *, remember: float = HORIZON_SECONDS) -> None:
+    def __init__(self, database: Connections, *, remember: float = HORIZON_SECONDS) -> None:
         """On an open database. The horizon is remembered for `remember` seconds."""
         self._database = database
         self._remember = remember
         self._horizon = 0
         self._asked_at = float("-inf")
         self._asking = asyncio.Lock()
+
+    async def last_position(self) -> int:
+        """The highest position that was handed out. No event of this log lies beyond it."""
+        row = await self._database.fetch_one(_LAST)
+        return 0 if row is None else row["last_value"]
 
     async def horizon(self) -> int:
         """A position up to which everything that will ever be there is there. One flight, remembered for a moment.
