@@ -27,7 +27,7 @@ async def refused(stage: Stage, call: str, times: int) -> list[ev.ReconcileFaile
 
 async def test_a_create_that_the_engine_refuses_again_and_again_is_told_thinly(stage: Stage) -> None:
     told = await refused(stage, "create", 25)
-    assert [(event.step, event.code, event.attempt) for event in told] == [
+    assert [(event.step, event.reason, event.attempt) for event in told] == [
         ("ensure", "RUNTIME_UNAVAILABLE", 3),
         ("ensure", "RUNTIME_UNAVAILABLE", 10),
     ]
