@@ -6,16 +6,19 @@ that only the sealer sees; the event has names and keyed digests.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from uuid import UUID
+from uuid import UUID, uuid5
 
 import msgspec
+import uuid_utils.compat
 
+from app.api.call import Call
 from app.api.context import ApiContext
-from app.api.errors import INVALID_PARAMETER, Issue, malformed
+from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, Issue, Problem, malformed
 from app.api.image import check_image
-from app.api.schema import CreateSandbox
+from app.api.sandbox_wire import CreateSandbox
 from app.domain.sandbox.decide import LATEST
 from app.domain.sandbox.events import Requested
 from app.domain.sandbox.spec import (
@@ -27,8 +30,10 @@ from app.domain.sandbox.spec import (
     parse_limits,
 )
 from app.errors import Invalid, Unsupported
+from app.service.sandboxes import Outcome
 from app.store.vault.seal import Secrets
 
+_VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 _RESERVED_ENV = "OPENSANDBOX_LIFECYCLE"
 _POOL = "poolRef"
 _RENEW = "access.renew.extend.seconds"
@@ -178,7 +183,9 @@ def _check_strings(entrypoint: list[str], env: dict[str, str | None]) -> None:
         raise Invalid(INVALID_PARAMETER, f"An entry of env, NAME=value, may have at most {_LONGEST_STRING} bytes.")
 
 
-def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tuple[Requested, Secrets | None]:
+def accept(
+    request: CreateSandbox, sandbox_id: UUID, context: ApiContext, tenant: str
+) -> tuple[Requested, Secrets | None]:
     """The first event, and what is to be sealed.
 
     Raises:
@@ -204,8 +211,26 @@ def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tup
         timeout_s=request.timeout,
     )
     fingerprint = digest(msgspec.json.encode(request, order="sorted"), "request")
-    event = Requested(context.tenant, context.driver.name, spec, fingerprint, request.metadata or {})
+    event = Requested(tenant, context.driver.name, spec, fingerprint, request.metadata or {})
     if not env and image.auth is None:
         return event, None
     login = image.auth
     return event, Secrets(env, login and login.username, login and login.password)
+
+
+async def begin(context: ApiContext, call: Call, request: CreateSandbox, idempotency_key: str | None) -> Outcome:
+    """Accept a create: the only place of this package that calls `service.create`.
+
+    Raises:
+        Problem, Rejected: a rule is broken, or the key came with another body.
+    """
+    tenant = call.who.tenant
+    if idempotency_key is not None and not _VISIBLE.fullmatch(idempotency_key):
+        raise Problem(400, INVALID_HEADER, "Idempotency-Key must be 1 to 255 visible ASCII characters.")
+    sandbox_id = uuid_utils.compat.uuid7()
+    if idempotency_key is not None:  # the same from every replica, so the database finds the repetition
+        sandbox_id = uuid5(context.installation, f"{tenant}\0{idempotency_key}")
+    event, secrets = accept(request, sandbox_id, context, tenant)
+    call.sandbox_id = sandbox_id
+    sealed = None if secrets is None else context.sealer.seal(sandbox_id, secrets)
+    return await context.service.create(sandbox_id, event, sealed, call.meta(idempotency_key))

@@ -1,34 +1,40 @@
-"""The HTTP parser's protocol, with four manners that uvicorn's lacks.
+"""The protocol of one connection: what uvicorn's lacks, before there is a request.
 
 * A request's head is bounded. Parts of a header are joined as they come, so an endless one costs time with the square
-  of its length and memory with its length, of a caller who has shown no key. Beyond `MOST_HEAD` bytes the connection
-  ends with 431. The bound is looked at once per read, so a head that arrives in one piece may be longer by one read
-  (256 KiB); it is a bound on harm, not a measure.
-* A head has `head_within_s` seconds. Half a head, or a connection that says nothing, would otherwise be kept for ever,
+  of its length and memory with its length, of a caller who has shown no key. Beyond `MAX_HEAD_BYTES` the connection
+  ends with 431. The bound is checked once per read, so a head that arrives in one piece may be longer by one read
+  (256 KiB); it bounds the harm and is no exact measure.
+* A head has `head_within_seconds`. Half a head, or a connection that says nothing, would otherwise be kept for ever,
   and as many of them as `limit_concurrency` allows would shut everybody else out.
-* What follows an answer is bounded too: the rest of a body that nobody reads, such as that of a request without a key,
-  and trailers, which are headers again. Beyond `MOST_SPILT` bytes the connection ends without a word.
+* What follows an answer is bounded too, in case that something else than our application answered: beyond
+  `MAX_SPILT_BYTES` the connection ends without a word. (Our application closes such connections itself, see
+  `app.api.edge`.)
 * What is no HTTP is refused in the shape of every other error, with a request id (nothing of the caller's is read:
   what would have been their id is in a head that could not be parsed).
-
-h11, the other parser that the settings allow, bounds a head at 64 KiB by itself.
+* So is a request beyond `limit_concurrency`: 503 with `Retry-After`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import Final
+from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.errors import Problem
 
-MOST_HEAD: Final = 64 * 1024
-MOST_SPILT: Final = 1024 * 1024
+MAX_HEAD_BYTES: Final = 64 * 1024
+MAX_SPILT_BYTES: Final = 1024 * 1024
 _MALFORMED: Final = Problem(400, "GENERAL::BAD_REQUEST", "The request is not well-formed HTTP.")
 _TOO_LARGE: Final = Problem(
-    431, "GENERAL::HEADERS_TOO_LARGE", f"Request line and headers may have at most {MOST_HEAD} bytes."
+    431, "GENERAL::HEADERS_TOO_LARGE", f"Request line and headers may have at most {MAX_HEAD_BYTES} bytes."
+)
+_CROWDED: Final = Problem(
+    503,
+    "GENERAL::TOO_MANY_CONNECTIONS",
+    "The server has too many connections; try again.",
+    headers=[("retry-after", "1")],
 )
 _REASONS: Final = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 
@@ -36,7 +42,7 @@ _REASONS: Final = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 class HttpProtocol(HttpToolsProtocol):
     """One connection."""
 
-    head_within_s = 30.0
+    head_within_seconds = 30.0
     _head: int | None = 0
     """Bytes read of a head that is not complete; None while a body is read."""
     _spilt: int = 0
@@ -44,6 +50,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     _deadline: asyncio.TimerHandle | None = None
     """Until when the present head has to be complete; between requests it is uvicorn's keep-alive that ends it."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """As uvicorn makes it. The limit is taken out of uvicorn's hands, whose refusal is plain text."""
+        super().__init__(*arguments, **named)
+        self._limit, self.limit_concurrency = self.limit_concurrency, None
+        self._served = cast("Any", self).app
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """The first head is awaited."""
@@ -57,7 +69,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _begin_head(self) -> None:
         if self._deadline is None:
-            self._deadline = self.loop.call_later(self.head_within_s, self.transport.close)
+            self._deadline = self.loop.call_later(self.head_within_seconds, self.transport.close)
 
     def _end_head(self) -> None:
         if self._deadline is not None:
@@ -72,21 +84,26 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._head is not None:
-            if self._head > MOST_HEAD:
-                self.logger.warning("A request with more than %s bytes of headers was refused.", MOST_HEAD)
+            if self._head > MAX_HEAD_BYTES:
+                self.logger.warning("A request with more than %s bytes of headers was refused.", MAX_HEAD_BYTES)
                 self._refuse(_TOO_LARGE)
             elif self._head > 0:
                 self._begin_head()
         elif self.cycle.response_complete:
             self._spilt += len(data)
-            if self._spilt > MOST_SPILT:
+            if self._spilt > MAX_SPILT_BYTES:
                 self.transport.close()
 
     def on_headers_complete(self) -> None:
         """The head is over."""
         self._end_head()
         self._head, self._spilt = None, 0
+        self.app: Any = _crowded if self._is_crowded() else self._served
         super().on_headers_complete()
+
+    def _is_crowded(self) -> bool:
+        limit = self._limit
+        return limit is not None and (len(self.connections) > limit or len(self.tasks) >= limit)
 
     def on_message_complete(self) -> None:
         """The next head begins."""
@@ -98,16 +115,24 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(_MALFORMED)
 
     def _refuse(self, problem: Problem) -> None:
-        body = problem.body
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", uuid.uuid4().hex.encode()),
-            (b"connection", b"close"),
-        ]
+        headers = [*self.server_state.default_headers, *_headers(problem)]
         head = b"".join(b"%s: %s\r\n" % header for header in headers)
         self.transport.write(
-            f"HTTP/1.1 {problem.status} {_REASONS[problem.status]}\r\n".encode() + head + b"\r\n" + body
+            f"HTTP/1.1 {problem.status} {_REASONS[problem.status]}\r\n".encode() + head + b"\r\n" + problem.body
         )
         self.transport.close()
+
+
+def _headers(problem: Problem) -> list[tuple[bytes, bytes]]:
+    return [
+        *((name.encode(), value.encode()) for name, value in problem.headers),
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(problem.body)).encode()),
+        (b"x-request-id", uuid.uuid4().hex.encode()),
+        (b"connection", b"close"),
+    ]
+
+
+async def _crowded(_scope: Any, _receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": _CROWDED.status, "headers": _headers(_CROWDED)})
+    await send({"type": "http.response.body", "body": _CROWDED.body, "more_body": False})

@@ -2,68 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final
 from urllib.parse import parse_qsl
 
 from msgspec import Struct
 
-from app.api.call import Call
 from app.api.errors import Issue, Problem, malformed, wrong
 from app.domain.sandbox.state import Phase
 from app.errors import Unsupported
 from app.views.listing import Cursor, Wanted
 
 _PHASES = {phase.value.lower(): phase.value for phase in Phase}
-_MOST_PAGES = 2**53
-_SIZE = (1, 200, 20)
+_MAX_OFFSET = 2**53
+_EITHER: Final = (("cursor", "page"), ("limit", "pageSize"))
 
 
-class ListQuery(Struct, frozen=True):
-    """Which page of which sandboxes."""
+class Page(Struct, frozen=True):
+    """What a list was asked for."""
 
-    wanted: Wanted
-    size: int
+    given: Callable[[str], bool]
+    """Whether a parameter was sent."""
+    state: list[str] | None
+    metadata: str | None
     page: int
-    after: Cursor | None = None
-
-    @property
-    def offset(self) -> int:
-        """Rows before this page; a page beyond every row is empty, never an overflow."""
-        return min((self.page - 1) * self.size, _MOST_PAGES)
+    size: int
+    cursor: str | None
+    include_terminal: bool
 
 
-def list_query(call: Call, tenant: str) -> ListQuery:
-    """Parse.
+def list_page(asked: Page, tenant: str) -> tuple[Wanted, int, Cursor | None, int]:
+    """The filter, the rows before the page, the cursor, and the page's number.
 
     Raises:
         Problem: 422 for a parameter, 400 `INVALID_METADATA_FORMAT` for the metadata filter.
-        Unsupported: `asOf`; passing over it would answer with the present in the past's name.
+        Unsupported: `asOf`. Ignoring it would present the present as the past.
     """
-    if call.many("asOf") is not None:
+    if asked.given("asOf"):
         raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "asOf of lists is not served yet; it is for single sandboxes.")
-    wanted = Wanted(tenant, _phases(call), _metadata(call), call.flag("includeTerminal"))
-    cursor = call.one("cursor")
-    for mine, other in (("cursor", "page"), ("limit", "pageSize")):
-        if call.many(mine) is not None and call.many(other) is not None:
-            raise malformed(Issue(("query", mine), f"may not stand beside {other}", "value_error"))
-    size = call.whole("limit" if call.many("limit") is not None else "pageSize", *_SIZE)
-    if cursor is None:
-        return ListQuery(wanted, size, call.whole("page", 1, _MOST_PAGES, 1))
+    for mine, other in _EITHER:
+        if asked.given(mine) and asked.given(other):
+            raise malformed(Issue(("query", mine), f"must not stand beside {other}", "value_error"))
+    wanted = Wanted(tenant, _phases(asked.state), _metadata(asked.metadata), asked.include_terminal)
+    if asked.cursor is None:
+        # A page beyond every row is empty, never an overflow.
+        return wanted, min((asked.page - 1) * asked.size, _MAX_OFFSET), None, asked.page
     try:
-        after = Cursor.parse(cursor)
+        after = Cursor.parse(asked.cursor)
     except ValueError as error:
         raise wrong("query", "cursor", rule=str(error)) from None
-    return ListQuery(wanted, size, after.page + 1, after)
+    return wanted, 0, after, after.page + 1
 
 
-def _phases(call: Call) -> tuple[str, ...] | None:
-    asked = call.many("state")
+def _phases(asked: list[str] | None) -> tuple[str, ...] | None:
     if asked is None:
         return None
     return tuple({_PHASES[text.lower()]: None for text in asked if text.lower() in _PHASES})
 
 
-def _metadata(call: Call) -> dict[str, str]:
-    text = call.one("metadata")
+def _metadata(text: str | None) -> dict[str, str]:
     if not text:
         return {}
     try:
