@@ -44,3 +44,8 @@ class Answer(Response[T]):
             await send({"type": "http.response.body", "body": body, "more_body": False})
 
         return answer
+
+
+def unchanged(*headers: tuple[str, str]) -> Answer[Any]:
+    """304, which never has a body."""
+    return Answer(None, *headers, status=304)

@@ -39,9 +39,9 @@ _POOL = "poolRef"
 _RENEW = "access.renew.extend.seconds"
 _ISOLATION = "bootstrap.execd.isolation"
 _RENEW_BOUNDS = (300, 86400)
-_LONGEST_STRING = 128 * 1024 - 1
-"""Bytes of one argument or of one `NAME=value` (Linux's MAX_ARG_STRLEN, less the NUL). A container that is given more
-starts, and its first program dies of "argument list too long", which no engine reports."""
+_MAX_STRING_BYTES = 128 * 1024 - 1
+"""Of one argument or of one `NAME=value` (Linux's MAX_ARG_STRLEN, less the NUL). A container that is given more starts,
+and its first program dies of "argument list too long", which no engine reports."""
 
 
 def check_shape(request: CreateSandbox) -> None:
@@ -64,7 +64,7 @@ def _issues(request: CreateSandbox) -> Iterator[Issue]:
     if _given(extensions.get(_POOL)):
         for name, value in (("lifecycle", request.lifecycle), ("snapshotId", request.snapshot_id)):
             if value is not None:
-                yield _issue(name, "may not stand beside extensions.poolRef")
+                yield _issue(name, "must not stand beside extensions.poolRef")
         return
     if request.credential_proxy is not None and request.credential_proxy.enabled and request.network_policy is None:
         yield _issue("credentialProxy", "needs networkPolicy")
@@ -100,7 +100,7 @@ def _template_issues(request: CreateSandbox) -> Iterator[Issue]:
     }
     for name, value in beside.items():
         if value is not None:
-            yield _issue(name, "may not stand beside templateId")
+            yield _issue(name, "must not stand beside templateId")
     if request.timeout is None:
         yield _issue("timeout", "is required with templateId", "missing")
 
@@ -156,7 +156,7 @@ def check_timeout(timeout: int | None, longest: int | None) -> None:
     except OverflowError:
         fits = False
     if not fits:
-        raise Invalid(INVALID_PARAMETER, "timeout may not reach beyond the year 9998; leave it out for no end.")
+        raise Invalid(INVALID_PARAMETER, "timeout must not reach beyond the year 9998; leave it out for no end.")
 
 
 def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], context: ApiContext) -> Platform | None:
@@ -177,10 +177,10 @@ def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], con
 
 
 def _check_strings(entrypoint: list[str], env: dict[str, str | None]) -> None:
-    if any(len(argument.encode()) > _LONGEST_STRING for argument in entrypoint):
-        raise Invalid(INVALID_PARAMETER, f"An element of entrypoint may have at most {_LONGEST_STRING} bytes.")
-    if any(len(f"{name}={value}".encode()) > _LONGEST_STRING for name, value in env.items() if value is not None):
-        raise Invalid(INVALID_PARAMETER, f"An entry of env, NAME=value, may have at most {_LONGEST_STRING} bytes.")
+    if any(len(argument.encode()) > _MAX_STRING_BYTES for argument in entrypoint):
+        raise Invalid(INVALID_PARAMETER, f"An element of entrypoint may have at most {_MAX_STRING_BYTES} bytes.")
+    if any(len(f"{name}={value}".encode()) > _MAX_STRING_BYTES for name, value in env.items() if value is not None):
+        raise Invalid(INVALID_PARAMETER, f"An entry of env, NAME=value, may have at most {_MAX_STRING_BYTES} bytes.")
 
 
 def accept(

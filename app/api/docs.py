@@ -7,6 +7,7 @@ script, so the policy that it is sent with allows this server's own files and no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from typing import Any, Final
 
@@ -60,8 +61,8 @@ class LocalSwagger(OpenAPIRenderPlugin):
     def receive_router(self, router: Router) -> None:
         """Litestar's hook for what a page needs beside itself."""
         for name, kind in _ASSETS.items():
-            router.register(_asset(name, kind, (swagger_ui_bundle.swagger_ui_path / name).read_bytes()))
-        router.register(_asset("start.js", "text/javascript", _START))
+            router.register(_asset(name, kind, (swagger_ui_bundle.swagger_ui_path / name).read_bytes))
+        router.register(_asset("start.js", "text/javascript", lambda: _START))
 
 
 class Document(OpenAPIRenderPlugin):
@@ -76,10 +77,12 @@ class Document(OpenAPIRenderPlugin):
         return encode(described(openapi_schema))
 
 
-def _asset(name: str, kind: str, content: bytes) -> Any:
+def _asset(name: str, kind: str, read: Callable[[], bytes]) -> Any:
+    """A handler that reads the file for each request: the script has 1.5 MB, which would stay in memory otherwise."""
+
     @get(f"/{name}", sync_to_thread=False, include_in_schema=False, opt=OPEN)
     def asset() -> Answer[bytes]:
-        return Answer(content, ("content-type", kind), ("cache-control", "max-age=3600"), *_HEADERS)
+        return Answer(read(), ("content-type", kind), ("cache-control", "max-age=3600"), *_HEADERS)
 
     return asset
 

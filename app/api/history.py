@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from litestar import get
@@ -48,6 +49,13 @@ class EventBody(Struct, frozen=True, rename="camel"):
     request_id: str | UnsetType = UNSET
     cause: int | UnsetType = UNSET
     """Position of the event that led here."""
+
+    @classmethod
+    def example(cls) -> EventBody:
+        """For the document."""
+        actor = ActorBody("api_key", "default", "default")
+        at = datetime(2026, 1, 31, 12, tzinfo=UTC)
+        return cls(41, 4, "sandbox.metadata_patched", at, actor, {"set": {"team": "b"}}, request_id="my-request")
 
 
 class EventList(Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated
 
 from litestar import post
@@ -34,6 +34,11 @@ class RenewExpiration(Struct, frozen=True, rename="camel"):
         | int
         | float
     )
+
+    @classmethod
+    def example(cls) -> RenewExpiration:
+        """For the document."""
+        return cls(datetime(2030, 1, 31, 12, tzinfo=UTC))
 
 
 class RenewedExpiration(Struct, frozen=True, rename="camel"):

@@ -22,6 +22,11 @@ class MetricsEvent(Struct, frozen=True, rename="camel"):
     sandbox_id: str | None = None
     image: str | None = None
 
+    @classmethod
+    def example(cls) -> MetricsEvent:
+        """For the document."""
+        return cls("sandbox.create", 1200, success=True)
+
 
 class Metrics(ApiController):
     """Below `/v1` only, as in the public contract."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
+import msgspec
 from litestar.datastructures import ResponseHeader
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.datastructures import ResponseSpec
@@ -210,16 +211,16 @@ def config(router: Router, *plugins: OpenAPIRenderPlugin) -> OpenAPIConfig:
 def described(document: Mapping[str, Any]) -> dict[str, Any]:
     """The document with three things put right.
 
-    Shapes get the docstrings of their structs. A union is `anyOf`: Litestar writes `oneOf`, and then an integer, which
-    is also a number, fits neither. An alternative that stands alone is no union: Litestar keeps one for a parameter
-    that may be absent, and says that it may be null.
+    Shapes get the docstrings of their structs, and what their `example` gives. A union is `anyOf`: Litestar writes
+    `oneOf`, and then an integer, which is also a number, fits neither. An alternative that stands alone is no union:
+    Litestar keeps one for a parameter that may be absent, and says that it may be null.
     """
     found = _plain(dict(document))
-    documented = {
-        each.__name__: each.__doc__ for each in Struct.__subclasses__() if each.__module__.startswith("app.api")
-    }
+    shapes = {each.__name__: each for each in Struct.__subclasses__() if each.__module__.startswith("app.api")}
     for name, schema in found["components"]["schemas"].items():
-        schema.setdefault("description", documented.get(name))
+        schema.setdefault("description", shapes[name].__doc__)
+        if (example := getattr(shapes[name], "example", None)) is not None:
+            schema.setdefault("examples", [msgspec.to_builtins(example())])
     for methods in found["paths"].values():
         for operation in methods.values():
             for parameter in operation["parameters"]:

@@ -7,7 +7,7 @@ checked. `sandbox_body` and `created_body` are the only places where a state bec
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeAlias
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -17,6 +17,7 @@ from app.domain.text import printable
 
 Instant: TypeAlias = Annotated[datetime, Meta(tz=True, description="RFC 3339, UTC.")]
 Loose: TypeAlias = dict[str, Any]
+_CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
 class RegistryLogin(Struct, frozen=True):
@@ -71,6 +72,18 @@ class CreateSandbox(Struct, frozen=True, rename="camel", omit_defaults=True):
     volumes: list[Loose] | None = None
     extensions: dict[str, str] | None = None
 
+    @classmethod
+    def example(cls) -> CreateSandbox:
+        """For the document."""
+        return cls(
+            image=ImageRequest("python:3.12"),
+            entrypoint=["python", "-m", "http.server", "8000"],
+            timeout=3600,
+            resource_limits={"cpu": "500m", "memory": "512Mi"},
+            env={"LANG": "C.UTF-8"},
+            metadata={"team": "a"},
+        )
+
     def __repr__(self) -> str:
         """Keep env values and credentials out of tracebacks."""
         return "CreateSandbox(...)"
@@ -100,6 +113,11 @@ class StatusBody(Struct, frozen=True, rename="camel"):
     reason: str
     message: str
     last_transition_at: Instant
+
+    @classmethod
+    def example(cls) -> StatusBody:
+        """For the document."""
+        return cls("Running", "CONTAINER_RUNNING", "Sandbox is running.", _CREATED)
 
 
 class ImageBody(Struct, frozen=True):
@@ -133,6 +151,20 @@ class SandboxBody(Struct, frozen=True, rename="camel"):
     metadata: dict[str, str] | UnsetType = UNSET
     extensions: dict[str, str] | UnsetType = UNSET
     platform: PlatformBody | UnsetType = UNSET
+
+    @classmethod
+    def example(cls) -> SandboxBody:
+        """For the document."""
+        asked = CreateSandbox.example()
+        return cls(
+            id="0197a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b",
+            image=ImageBody("python:3.12"),
+            status=StatusBody.example(),
+            entrypoint=tuple(asked.entrypoint or ()),
+            created_at=_CREATED,
+            expires_at=_CREATED + timedelta(hours=1),
+            metadata=asked.metadata or UNSET,
+        )
 
 
 class Pagination(Struct, frozen=True, rename="camel"):

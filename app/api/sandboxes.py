@@ -11,7 +11,7 @@ from litestar.params import JSONBody, QueryParameter
 from msgspec import UNSET
 
 from app.api import sandbox_wire as wire
-from app.api.answers import Answer
+from app.api.answers import Answer, unchanged
 from app.api.commands import execute, sandbox_of
 from app.api.conditions import etag, not_modified, preferences
 from app.api.controller import ApiController
@@ -162,7 +162,7 @@ class Sandboxes(ApiController):
             ),
         ] = None,
         if_none_match: IfNoneMatch = None,
-    ) -> Answer[wire.SandboxBody | None]:
+    ) -> Answer[wire.SandboxBody]:
         """The sandbox as it is now, or as it was."""
         identity, tenant, service = sandbox_of(sandbox_id), request.tenant, self.context.service
         if as_of is None:
@@ -175,7 +175,7 @@ class Sandboxes(ApiController):
         if sandbox is None or not include_terminal:
             sandbox = visible(sandbox, identity)
         if not_modified(if_none_match, sandbox):
-            return Answer(None, etag(sandbox), status=304)
+            return unchanged(etag(sandbox))
         return Answer(wire.sandbox_body(sandbox), etag(sandbox))
 
     @delete(

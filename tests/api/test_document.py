@@ -108,3 +108,45 @@ async def test_shapes_say_what_is_checked(http: httpx.AsyncClient):
     assert "null" not in str(schemas["SandboxBody"])
     assert schemas["ErrorBody"]["required"] == ["code", "message"]
     assert schemas["CreateSandbox"]["properties"]["timeout"]["minimum"] == 60
+
+
+async def test_the_examples_are_true(http: httpx.AsyncClient):
+    document = (await http.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    made = await http.post("/v1/sandboxes", json=schemas["CreateSandbox"]["examples"][0])
+    assert made.status_code == 202, made.text
+    renewal = schemas["RenewExpiration"]["examples"][0]
+    path = f"/v1/sandboxes/{made.json()['id']}"
+    assert (await http.post(f"{path}/renew-expiration", json=renewal)).json() == renewal
+    assert (await http.post("/v1/metrics/events", json=schemas["MetricsEvent"]["examples"][0])).status_code == 204
+    read = (await http.get(path)).json()
+    assert read.keys() == schemas["SandboxBody"]["examples"][0].keys()
+    assert (await http.get(f"{path}/events")).json()["items"][1].keys() == schemas["EventBody"]["examples"][0].keys()
+    assert all(schema["description"] for schema in schemas.values())
+
+
+async def test_every_operation_names_its_codes_and_says_what_it_does(http: httpx.AsyncClient):
+    document = (await http.get("/openapi.json")).json()
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert operation["summary"]
+            assert operation["description"]
+            for status, response in operation["responses"].items():
+                content = response.get("content", {}).get("application/json", {})
+                if int(status) >= 400 and content["schema"] == {"$ref": "#/components/schemas/ErrorBody"}:
+                    codes = [example["value"]["code"] for example in content["examples"].values()]
+                    assert codes == list(content["examples"])
+                    assert codes
+    pause = document["paths"]["/v1/sandboxes/{sandboxId}/pause"]["post"]["responses"]
+    assert "DOCKER::SANDBOX_NOT_RUNNING" in pause["409"]["content"]["application/json"]["examples"]
+    assert "content" not in pause["202"]
+    assert document["paths"]["/health"]["get"]["security"] == []
+    read = document["paths"]["/v1/sandboxes/{sandboxId}"]["get"]
+    assert read["responses"]["200"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/SandboxBody"
+    }
+    assert {each["name"]: each["in"] for each in read["parameters"]} == {
+        "sandboxId": "path", "includeTerminal": "query", "asOf": "query", "If-None-Match": "header",
+        "X-Request-ID": "header",
+    }  # fmt: skip
+    assert "null" not in str(read["parameters"])
