@@ -11,7 +11,9 @@
   `app.api.edge`.)
 * What is no HTTP is refused in the shape of every other error, with a request id (nothing of the caller's is read:
   what would have been their id is in a head that could not be parsed).
-* So is a request beyond `limit_concurrency`: 503 with `Retry-After`.
+* A request beyond `limit_concurrency` first takes the place of a connection that has no request: one whose head is not
+  complete, or an idle one. Otherwise callers without a key could shut everybody out by opening connections and saying
+  nothing. When every other connection has a request, the answer is 503 with `Retry-After`, in the same shape.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class HttpProtocol(HttpToolsProtocol):
     """One connection."""
 
     head_within_seconds = 30.0
+    idle_since: float = 0.0
     _head: int | None = 0
     """Bytes read of a head that is not complete; None while a body is read."""
     _spilt: int = 0
@@ -60,6 +63,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """The first head is awaited."""
         super().connection_made(transport)
+        self.idle_since = asyncio.get_running_loop().time()
         self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -103,7 +107,29 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _is_crowded(self) -> bool:
         limit = self._limit
-        return limit is not None and (len(self.connections) > limit or len(self.tasks) >= limit)
+        if limit is None or (len(self.connections) <= limit and len(self.tasks) < limit):
+            return False
+        return len(self.tasks) >= limit or not self._take_a_place()
+
+    def _take_a_place(self) -> bool:
+        """Close the connection that has waited longest without a request, if there is one."""
+        others = [each for each in cast("set[HttpProtocol]", self.connections) if each is not self]
+        idle = [each for each in others if each.is_idle and not each.transport.is_closing()]
+        if not idle:
+            return False
+        min(idle, key=lambda each: each.idle_since).transport.close()
+        return True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way on this connection."""
+        cycle: Any = self.cycle  # None before the first request
+        return cycle is None or bool(cycle.response_complete)
+
+    def on_response_complete(self) -> None:
+        """Idle again, unless another request waits already."""
+        self.idle_since = asyncio.get_running_loop().time()
+        super().on_response_complete()
 
     def on_message_complete(self) -> None:
         """The next head begins."""

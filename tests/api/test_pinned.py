@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 import pytest
 from litestar import Litestar
 
+from app.api.context import ApiContext
 from app.server.listener import uvicorn_server
 from app.server.protocol import HttpProtocol
 from app.settings import ServerSettings, Settings
-from tests.api.conftest import KEY, body
+from tests.api.conftest import KEY, body, client
 from tests.api.test_review_listener import _parsed, _say, listening
 
 HUGE = b"POST /v1/sandboxes HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n"
@@ -85,16 +86,45 @@ async def test_pinned_connections_do_not_stop_an_honest_client(port: int):
             writer.close()
 
 
-async def test_a_full_server_refuses_like_everything_else(port: int):
-    idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(LIMIT)]
-    status, headers, problem = _parsed(await _say(port, HEALTH + b"\r\n"))
-    assert (status, problem["code"]) == (503, "GENERAL::TOO_MANY_CONNECTIONS")
-    assert headers["content-type"] == "application/json"
-    assert headers["connection"] == "close"
-    assert headers["retry-after"].isdecimal()
-    assert len(headers["x-request-id"]) == 32
-    for _, writer in idle:
-        writer.close()
+async def _wait_for(app: Litestar, port: int, count: int) -> list[asyncio.Task[bytes]]:
+    """Requests that are under way: creates that wait for what nobody does."""
+    sent = json.dumps(body()).encode()
+    head = f"POST /v1/sandboxes HTTP/1.1\r\nHost: a\r\nOPEN-SANDBOX-API-KEY: {KEY}\r\nPrefer: wait=60\r\n"
+    head += f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(sent)}\r\n\r\n"
+    waiting = [asyncio.create_task(_say(port, head.encode() + sent)) for _ in range(count)]
+    async with asyncio.timeout(20), client(app, **{"open-sandbox-api-key": KEY}) as http:
+        while (await http.get("/v1/sandboxes")).json()["pagination"]["totalItems"] < count:
+            await asyncio.sleep(0.02)
+    return waiting
+
+
+async def test_a_full_server_refuses_like_everything_else(app: Litestar, context: ApiContext):
+    async with listening(app, limit_concurrency=3) as port:
+        waiting = await _wait_for(app, port, 3)
+        status, headers, problem = _parsed(await _say(port, HEALTH + b"\r\n"))
+        assert (status, problem["code"]) == (503, "GENERAL::TOO_MANY_CONNECTIONS")
+        assert headers["content-type"] == "application/json"
+        assert headers["connection"] == "close"
+        assert headers["retry-after"].isdecimal()
+        assert len(headers["x-request-id"]) == 32
+        context.stopping.set()
+        assert {_parsed(heard)[0] for heard in await asyncio.gather(*waiting)} == {202}
+
+
+async def test_who_says_nothing_makes_room_for_who_asks(app: Litestar, context: ApiContext):
+    async with listening(app, limit_concurrency=3) as port:
+        waiting = await _wait_for(app, port, 1)
+        silent = await asyncio.open_connection("127.0.0.1", port)
+        half = await asyncio.open_connection("127.0.0.1", port)
+        half[1].write(b"GET /health HT")
+        async with asyncio.timeout(20):
+            for _ in range(3):
+                assert _parsed(await _say(port, HEALTH + b"Connection: close\r\n\r\n"))[0] == 200
+            assert await silent[0].read() == b"", "it waited longest"
+            context.stopping.set()
+            assert _parsed(await waiting[0])[0] == 202, "a request under way is left alone"
+        for _, writer in (silent, half):
+            writer.close()
 
 
 def test_every_parser_setting_means_the_bounded_protocol(app: Litestar):
