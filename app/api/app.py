@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 
 from litestar import Litestar
 from litestar.config.cors import CORSConfig
+from litestar.di import Provide
 from litestar.middleware import AbstractMiddleware
 from litestar.router import Router
 from litestar.routes import HTTPRoute
@@ -25,7 +26,7 @@ from app.api.health import Server
 from app.api.history import History
 from app.api.lifecycle import Lifecycle
 from app.api.metrics import Metrics
-from app.api.request import ApiRequest, check
+from app.api.request import ApiRequest, check, principal
 from app.api.sandboxes import Sandboxes
 from app.api.unserved import refusing
 
@@ -58,6 +59,7 @@ def create_app(context: ApiContext) -> Litestar:
         ],
         request_class=ApiRequest,
         before_request=cast("Any", check),
+        dependencies={"principal": Provide(cast("Any", principal), sync_to_thread=False)},
         dto=StrictBody,
         return_dto=None,
         exception_handlers={Exception: cast("Any", _refuse)},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final, TypeAlias
 from urllib.parse import parse_qsl
 
+from litestar.openapi.spec import Example
+from litestar.params import QueryParameter
 from msgspec import Struct
 
 from app.api.errors import Issue, Problem, malformed, wrong
@@ -13,9 +15,40 @@ from app.domain.sandbox.state import Phase
 from app.errors import Unsupported
 from app.views.listing import Cursor, Wanted
 
+MAX_PAGE_SIZE: Final = 200
+MAX_PAGES: Final = 2**53
+DEFAULT_PAGE_SIZE: Final = 20
 _PHASES = {phase.value.lower(): phase.value for phase in Phase}
 _MAX_OFFSET = 2**53
 _EITHER: Final = (("cursor", "page"), ("limit", "pageSize"))
+
+
+States: TypeAlias = Annotated[
+    list[str] | None,
+    QueryParameter(
+        name="state",
+        description="Any of these states, in any case. May be repeated.",
+        examples=[Example(id="running", value=[Phase.RUNNING.value])],
+    ),
+]
+Metadata: TypeAlias = Annotated[
+    str | None,
+    QueryParameter(
+        description="All of these entries. A query string itself (`key=value&key=value`), so it is encoded twice.",
+        examples=[Example(id="two", value="team=a&purpose=test")],
+    ),
+]
+PageNumber: TypeAlias = Annotated[int, QueryParameter(ge=1, le=MAX_PAGES, description="Which page.")]
+PageSize: TypeAlias = Annotated[
+    int, QueryParameter(name="pageSize", ge=1, le=MAX_PAGE_SIZE, description="How many sandboxes on a page.")
+]
+CursorText: TypeAlias = Annotated[
+    str | None,
+    QueryParameter(name="cursor", description="`nextCursor` of the page before, instead of `page`."),
+]
+Limit: TypeAlias = Annotated[
+    int, QueryParameter(ge=1, le=MAX_PAGE_SIZE, description="How many on a page, beside `cursor`.")
+]
 
 
 class Page(Struct, frozen=True):

@@ -10,11 +10,11 @@ from litestar.params import QueryParameter
 from msgspec import UNSET, Struct, UnsetType
 
 from app.api.answers import Answer
+from app.api.auth import Principal
 from app.api.commands import sandbox_of
 from app.api.controller import ApiController
 from app.api.openapi import Documented, may_refuse
 from app.api.parameters import SandboxId
-from app.api.request import ApiRequest
 from app.api.sandbox_wire import Instant
 from app.domain.sandbox.decide import unknown
 from app.domain.text import printable
@@ -81,7 +81,7 @@ class History(ApiController):
     )
     async def events(
         self,
-        request: ApiRequest,
+        principal: Principal,
         sandbox_id: SandboxId,
         after: Annotated[
             int, QueryParameter(ge=0, le=_MAX_VERSION, description="Only events with a higher version.")
@@ -89,7 +89,7 @@ class History(ApiController):
         limit: Annotated[int, QueryParameter(ge=1, le=_MAX_EVENTS, description="How many events at most.")] = 100,
     ) -> Answer[EventList]:
         """Oldest first, also of a sandbox that has ended. Not in the public contract."""
-        identity, tenant = sandbox_of(sandbox_id), request.tenant
+        identity, tenant = sandbox_of(sandbox_id), principal.tenant
         since = await self.context.listing.since(identity, tenant)
         if since is None:
             raise unknown(identity)

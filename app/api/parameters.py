@@ -5,13 +5,10 @@ Headers and instants are taken as text: their grammars are in `app.api.condition
 
 from __future__ import annotations
 
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, TypeAlias
 
 from litestar.openapi.spec import Example
 from litestar.params import HeaderParameter, PathParameter, QueryParameter
-
-MAX_PAGE_SIZE: Final = 200
-MAX_PAGES: Final = 2**53
 
 SandboxId: TypeAlias = Annotated[
     str,
@@ -23,6 +20,15 @@ SandboxId: TypeAlias = Annotated[
 ]
 IncludeTerminal: TypeAlias = Annotated[
     bool, QueryParameter(name="includeTerminal", description="Also sandboxes that were deleted or have expired.")
+]
+AsOf: TypeAlias = Annotated[
+    str | None,
+    QueryParameter(
+        name="asOf",
+        description="The sandbox as it was at that instant. Not in the public contract.",
+        format="date-time",
+        examples=[Example(id="instant", value="2026-01-31T12:00:00Z")],
+    ),
 ]
 IfMatch: TypeAlias = Annotated[
     str | None,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from litestar import delete, get, patch, post
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.openapi.spec import Example
-from litestar.params import JSONBody, QueryParameter
+from litestar.params import JSONBody
 from msgspec import UNSET
 
 from app.api import sandbox_wire as wire
@@ -16,12 +13,21 @@ from app.api.commands import execute, sandbox_of
 from app.api.conditions import etag, not_modified, preferences
 from app.api.controller import ApiController
 from app.api.creation import begin
-from app.api.filters import Page, list_page
+from app.api.filters import (
+    DEFAULT_PAGE_SIZE,
+    CursorText,
+    Limit,
+    Metadata,
+    Page,
+    PageNumber,
+    PageSize,
+    States,
+    list_page,
+)
 from app.api.instants import parse_instant
 from app.api.openapi import APPLIED, BODY, COMMAND, ETAG, Documented, header, may_refuse
 from app.api.parameters import (
-    MAX_PAGE_SIZE,
-    MAX_PAGES,
+    AsOf,
     IdempotencyKey,
     IfMatch,
     IfNoneMatch,
@@ -93,32 +99,12 @@ class Sandboxes(ApiController):
         self,
         request: ApiRequest,
         *,
-        states: Annotated[
-            list[str] | None,
-            QueryParameter(
-                name="state",
-                description="Any of these states, in any case. May be repeated.",
-                examples=[Example(id="running", value=[Phase.RUNNING.value])],
-            ),
-        ] = None,
-        metadata: Annotated[
-            str | None,
-            QueryParameter(
-                description="All of these entries. It is itself a query string (`key=value&key=value`), so it is "
-                "encoded twice.",
-                examples=[Example(id="two", value="team=a&purpose=test")],
-            ),
-        ] = None,
-        page: Annotated[int, QueryParameter(ge=1, le=MAX_PAGES, description="Which page.")] = 1,
-        page_size: Annotated[
-            int, QueryParameter(name="pageSize", ge=1, le=MAX_PAGE_SIZE, description="How many sandboxes on a page.")
-        ] = 20,
-        cursor: Annotated[
-            str | None, QueryParameter(description="`nextCursor` of the page before, instead of `page`.")
-        ] = None,
-        limit: Annotated[
-            int, QueryParameter(ge=1, le=MAX_PAGE_SIZE, description="How many on a page, beside `cursor`.")
-        ] = 20,
+        states: States = None,
+        metadata: Metadata = None,
+        page: PageNumber = 1,
+        page_size: PageSize = DEFAULT_PAGE_SIZE,
+        cursor: CursorText = None,
+        limit: Limit = DEFAULT_PAGE_SIZE,
         include_terminal: IncludeTerminal = False,
     ) -> Answer[wire.SandboxList]:
         """Sandboxes of the caller's tenant that have not ended."""
@@ -152,15 +138,7 @@ class Sandboxes(ApiController):
         request: ApiRequest,
         sandbox_id: SandboxId,
         include_terminal: IncludeTerminal = False,
-        as_of: Annotated[
-            str | None,
-            QueryParameter(
-                name="asOf",
-                description="The sandbox as it was at that instant. Not in the public contract.",
-                format="date-time",
-                examples=[Example(id="instant", value="2026-01-31T12:00:00Z")],
-            ),
-        ] = None,
+        as_of: AsOf = None,
         if_none_match: IfNoneMatch = None,
     ) -> Answer[wire.SandboxBody]:
         """The sandbox as it is now, or as it was."""

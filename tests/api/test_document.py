@@ -32,7 +32,7 @@ EXAMPLES = 30
 
 @pytest.fixture
 def live(dsn: str) -> Iterator[Live]:
-    with serving(dsn, api_key=KEY, power_wait_seconds=0.1) as server:
+    with serving(dsn, api_key=KEY, power_wait_seconds=0.1, wait_seconds_max=0) as server:
         yield server
 
 
