@@ -27,7 +27,7 @@ import msgspec
 from msgspec import Struct
 from yarl import URL
 
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.errors import RuntimeUnavailable
 from app.runtime.docker.answers import Version
 from app.runtime.docker.options import Times

@@ -22,7 +22,7 @@ from typing import TypeAlias
 import msgspec
 from msgspec import Struct
 
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.errors import RuntimeRejected, RuntimeUnavailable
 from app.runtime.docker.answers import PullLine
 from app.runtime.docker.engine import Engine, Refused, is_plugin, lines, trouble, until_done
