@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from app.api.app import create_app
 from app.api.context import ApiContext
+from app.domain.sandbox.deadlines import Limits
 from app.runtime.docker import DockerOptions, connect
 from app.runtime.driver import Driver
 from app.service.sandboxes import Service
@@ -23,7 +24,8 @@ from app.store.database.pool import Database
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
-from app.store.vault.keyfile import master_key
+from app.store.vault.keyfile import master_keys
+from app.store.vault.keys import open_keys
 from app.store.vault.seal import Sealer
 from app.views.listing import Listing
 from app.work.policy import WorkPolicy
@@ -86,10 +88,21 @@ def work_policy(settings: Settings) -> WorkPolicy:
         poison_attempts=worker.poison_attempts,
         poison_after=worker.poison_seconds,
         missing_grace=worker.missing_grace_seconds,
-        resync_every=worker.resync_seconds,
+        sweep_every=worker.sweep_seconds,
         orphan_grace=worker.orphan_grace_seconds,
         orphan_dry_run=worker.orphan_dry_run,
         expiry_lease=worker.expiry_lease_seconds,
+    )
+
+
+def deadline_limits(settings: Settings) -> Limits:
+    """How long a transition may last."""
+    limits = settings.sandledger.deadlines
+    return Limits(
+        pending_s=limits.pending_seconds,
+        pausing_s=limits.pausing_seconds,
+        resuming_s=limits.resuming_seconds,
+        stopping_s=limits.stopping_seconds,
     )
 
 
@@ -128,13 +141,17 @@ async def opened(settings: Settings, say: Say, make_driver: MakeDriver = docker_
         )
         stack.push_async_callback(database.close)
         ours = settings.sandledger
-        key, _ = await asyncio.to_thread(master_key, ours.master_key, ours.master_key_file, ours.state_dir)
-        sealer = Sealer(key)
-        installation = (await claim_master_key(database, sealer.key_id)).id
+        keys, _ = await asyncio.to_thread(
+            master_keys, ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir
+        )
+        found = await claim_master_key(database, keys.ids)
+        installation, in_use = found.id, found.master_key_id or keys.ids[0]
+        own_keys = await open_keys(database, keys, in_use)
+        sealer = Sealer(keys, own_keys.digest, key_id=in_use)
         driver = make_driver(settings, installation)
         stack.push_async_callback(driver.close)
         news = Signal(database)
-        service = Service(database, news, driver.can)
+        service = Service(database, news, deadline_limits(settings))
         yield Opened(settings, database, store, installation, sealer, driver, news, service)
 
 

@@ -1,50 +1,65 @@
-"""The only write path: load -> decide -> append -> retry.
+"""The only write path of sandboxes: load -> decide -> append -> retry.
 
-`create` needs no load: a guarded insert either makes the stream or meets the one that an earlier try with the same
-`Idempotency-Key` made. `execute` loads the head row with the database's clock, lets the core decide, checks the
-declared transitions, and appends behind the version guard. A conflict means that somebody else's event came first: it
-is loaded and decided again, at most three times with jitter. Two callers want no second chance: a client with
-`If-Match`, and a reconciler whose facts are about the state it looked at (`record`); both get the conflict.
+`create` needs no load. A guarded insert makes the stream; with an `Idempotency-Key` the guard is the key's row, and a
+key that is there already leads to the stream that the first request made.
+
+`execute` loads the head row with the database's clock, lets the core decide, checks the declared transitions, and
+appends behind the version guard. A conflict means that somebody else's event came first. After the first conflict the
+head row is locked in a transaction, decided on again and appended to, so no caller is refused because others are many.
+Two callers want no second chance: a client with `If-Match`, and a reconciler whose observation is about the state that
+it looked at (`record`); both get the conflict.
 """
 
 from __future__ import annotations
 
-import asyncio
-import random
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
 from uuid import UUID
 
-import msgspec
 from msgspec import Struct
 
+from app.domain.engine.decide import NoEngine, place
 from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import deadlines as due
 from app.domain.sandbox import events as ev
 from app.domain.sandbox import transitions
+from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.decide import decide, unknown, visible
-from app.domain.sandbox.observed import Capabilities
+from app.domain.sandbox.observed import Capabilities, Pausing
 from app.domain.sandbox.spec import check_timeout
 from app.domain.sandbox.state import Sandbox, evolve
-from app.errors import Conflict, KeyReused, PreconditionFailed, SandledgerError, Unsupported
+from app.domain.stream import Meta
+from app.errors import KeyReused, PreconditionFailed, Unsupported
+from app.service.streams import UNSET, Draft, StaleVersion, advance, decoded, refuse_newer
 from app.store.database.pool import Database
-from app.store.database.statement import Statement
-from app.store.log.append import append_statement
+from app.store.database.statement import Executor, Statement
+from app.store.deadlines import effects as deadlines
+from app.store.log.append import append, append_statement, create_statement
+from app.store.log.idempotency import IdempotencyKeys
 from app.store.log.signal import Signal
-from app.store.log.store import EventLog, StoredEvent
-from app.store.queue import effects as work
+from app.store.log.store import EventLog
+from app.store.queue import effects as queue
+from app.store.tables import sandboxes
 from app.store.vault import effects as vault
 from app.store.vault.seal import Sealed
-from app.views.current import CurrentView, head_insert, head_update, insert_values, update_values
+from app.views import current
+from app.views.current import CurrentView
+from app.views.engines import EnginesView
 
-_RETRIES = 3
-_CREATE = append_statement(head_insert, [work.touch, work.schedule_expiry, vault.seal])
-_ASKS_FOR_WORK = (cmd.Pause, cmd.Resume, cmd.Terminate, cmd.Expire)
+KIND = ev.REGISTRY.kind
+_ASKS_FOR_WORK = (
+    cmd.Pause,
+    cmd.Resume,
+    cmd.Terminate,
+    cmd.Expire,
+    cmd.EndTransition,
+    cmd.RecordPlaced,
+    cmd.RecordFetched,
+)
+"""Commands after which a reconciler has something to do. What it records about its own claim is not among them."""
 
-
-class StaleVersion(SandledgerError):
-    """The stream moved on since `at_version`; look again before saying anything about it."""
+__all__ = ["Outcome", "Service", "StaleVersion"]
 
 
 class Outcome(Struct, frozen=True):
@@ -59,178 +74,206 @@ class Outcome(Struct, frozen=True):
 
 
 @lru_cache
-def _update(*, touch: bool, schedule: bool, end: bool, erase: bool) -> Statement:
+def _create(*, keyed: bool, sets: bool) -> Statement:
+    effects = [queue.touch, vault.seal, *([deadlines.set_deadlines] if sets else [])]
+    return create_statement(KIND, current.begin, effects, keyed=keyed)
+
+
+@lru_cache
+def _move(changed: frozenset[str], *, touch: bool, sets: bool, clears: bool, erase: bool) -> Statement:
     effects = [
-        *([work.touch] if touch else []),
-        *([work.schedule_expiry] if schedule else []),
-        *([work.cancel_expiry] if end else []),
+        *([queue.touch] if touch else []),
+        *([deadlines.set_deadlines] if sets else []),
+        *([deadlines.clear_deadlines] if clears else []),
         *([vault.erase] if erase else []),
     ]
-    return append_statement(head_update, effects)
+    return append_statement(KIND, sandboxes, current.move(changed), effects)
 
 
 class Service:
     """Commands in, events out."""
 
-    def __init__(self, database: Database, signal: Signal, can: Capabilities | None = None) -> None:
-        """On an open database, for a driver that can do this much (None = everything)."""
-        self._can = can or Capabilities()
+    def __init__(self, database: Database, signal: Signal, limits: Limits | None = None) -> None:
+        """On an open database, with the operator's limits of transitional phases."""
         self._database = database
         self._signal = signal
+        self._limits = limits or Limits()
+        self._keys = IdempotencyKeys(database)
         self.log = EventLog(database)
         self.view = CurrentView(database)
+        self.engines = EnginesView(database)
 
-    async def create(self, sandbox_id: UUID, event: ev.Requested, sealed: Sealed | None, meta: ev.Meta) -> Outcome:
-        """Begin a stream, or answer as the first time when the same request began it already.
+    async def create(
+        self,
+        sandbox_id: UUID,
+        tenant: str,
+        event: ev.Requested,
+        sealed: Sealed | None,
+        meta: Meta,
+        *,
+        key: str | None = None,
+    ) -> Outcome:
+        """Begin a stream, or answer as the first time when the same request began one already.
+
+        `key` is the digest of the client's Idempotency-Key.
 
         Raises:
-            KeyReused: the id was derived from a key that came with another body.
-            Invalid: the deadline would lie beyond the calendar.
+            KeyReused: the key came with another body before.
+            Invalid: the expiry would lie beyond the calendar.
         """
-        check_timeout(event.spec.timeout_s)
-        first = _provisional(sandbox_id, 1, event, meta)
-        row = await self._database.fetch_one(
-            _CREATE,
-            facts=_facts([event], 0),
-            meta=msgspec.json.encode(meta).decode(),
-            key_id=sealed and sealed.key_id,
+        check_timeout(event.timeout_s)
+        draft = Draft(sandbox_id, tenant, 0, (event, *await self._placed(sandbox_id)), meta)
+        after = advance(evolve, None, draft.recorded())
+        changes = due.changes(None, after, draft.events, UNSET, self._limits)
+        timeout = None if event.timeout_s is None else float(event.timeout_s)
+        written = await append(
+            self._database,
+            _create(keyed=key is not None, sets=bool(changes)),
+            sandbox_id,
+            [ev.REGISTRY.encode(one) for one in draft.events],
+            after=0,
+            meta=meta,
+            digest=key,
+            engine_queue=after.engine or "",
+            key_id_sealing=sealed and sealed.key_id,
             wrapped_key=sealed and sealed.wrapped_key,
             sealed=sealed and sealed.sealed,
-            **insert_values(evolve(None, first)),
+            **deadlines.parameters(changes),
+            **current.begin_values(after, timeout),
         )
-        if row is None:
-            return await self._replay(sandbox_id, event)
-        self._signal.poke(sandbox_id)
-        fact = msgspec.structs.replace(first, position=row["position"], at=row["recorded_at"])
-        return Outcome(evolve(None, fact), (event,), row["position"])
+        if written is None:
+            assert key is not None, "only a key can be there before its stream"
+            return await self._replay(tenant, key, event)
+        self._signal.poke(sandbox_id, work=True)
+        return Outcome(advance(evolve, None, draft.recorded(written)), draft.events, written.position)
 
-    async def _replay(self, sandbox_id: UUID, event: ev.Requested) -> Outcome:
-        begun = [recorded(stored) for stored in await self.log.history(sandbox_id, event.tenant, limit=1)]
-        original = evolve(None, begun[0]) if begun else None
-        if original is None or original.fingerprint != event.fingerprint:
+    async def _placed(self, sandbox_id: UUID) -> Sequence[ev.Event]:
+        chosen = place(await self.engines.known())
+        if isinstance(chosen, NoEngine):
+            return ()
+        return (ev.Placed(chosen.engine, chosen.epoch, sandbox_id, reason=chosen.reason, candidates=chosen.candidates),)
+
+    async def _replay(self, tenant: str, key: str, event: ev.Requested) -> Outcome:
+        first = await self._keys.find(tenant, key)
+        assert first is not None, "keys are never deleted before their stream"
+        if first.fingerprint != event.fingerprint:
             raise KeyReused(
                 "SANDLEDGER::IDEMPOTENCY_KEY_REUSED",
                 "This Idempotency-Key was used before with a different body; use a new key for a new request.",
             )
+        since = await self.view.since(first.stream_id, tenant)
+        begun = await self.log.history(first.stream_id, tenant, since=since or 0, limit=2)
+        recorded = [decoded(ev.REGISTRY, stored) for stored in begun]
+        # What the first answer said: all that stands in the first append.
+        original = advance(evolve, None, [one for one in recorded if one.at == recorded[0].at])
         return Outcome(original, replayed=True)
 
     async def execute(
         self,
         sandbox_id: UUID,
         command: cmd.Command,
-        meta: ev.Meta,
+        meta: Meta,
         *,
         tenant: str | None = None,
         if_match: int | None = None,
-        at_version: int | None = None,
     ) -> Outcome:
         """Decide and append.
 
         Raises:
-            Rejected: the core or the runtime's abilities refuse, or `if_match` names another version.
-            StaleVersion: the stream is not at `at_version` any more.
+            Rejected: the core or the engine's abilities refuse, or `if_match` names another version.
+            UnknownEvent: a newer version wrote to the stream.
         """
-        if isinstance(command, cmd.Pause | cmd.Resume) and not self._can.pause:
-            raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "This runtime cannot pause sandboxes.")
-        for attempt in range(_RETRIES + 1):
-            loaded = await self.view.load(sandbox_id, tenant)
-            if loaded is None:
-                raise unknown(sandbox_id)
-            box, now = loaded
-            if at_version is not None and box.version != at_version:
-                raise StaleVersion(f"sandbox {sandbox_id} is at version {box.version}, not {at_version}")
-            if if_match is not None and box.version != if_match:
-                visible(box, sandbox_id)  # that it has ended, and why, says more than that it has changed
-                raise PreconditionFailed(
-                    "SANDLEDGER::VERSION_MISMATCH",
-                    f"If-Match names version {if_match}, the sandbox is at version {box.version}; read its ETag again.",
-                )
-            events = decide(box, command, now)
-            if not events:
-                return Outcome(box)
-            outcome = await self._append(box, events, meta, now, touch=isinstance(command, _ASKS_FOR_WORK))
-            if outcome is not None:
-                return outcome
-            await asyncio.sleep(random.uniform(0, 0.005 * 2**attempt))  # noqa: S311 - jitter, not a secret
-        raise Conflict(
-            "SANDLEDGER::CONCURRENT_CHANGE", "The sandbox is being changed by too many callers at once; try again."
-        )
+        loaded = await self.view.load(sandbox_id, tenant)
+        if loaded is None:
+            raise unknown(sandbox_id)
+        outcome = await self._decided(self._database, loaded, command, meta, if_match)
+        if outcome is not None:
+            return outcome
+        async with self._database.transaction() as connection:
+            locked = await current.load_locked(connection.fetch, sandbox_id, tenant)
+            assert locked is not None, "a head row is never deleted"
+            outcome = await self._decided(connection, locked, command, meta, if_match)
+            assert outcome is not None, "nobody else can append while the head row is locked"
+        if outcome.position is not None:
+            self._signal.poke(sandbox_id, work=isinstance(command, _ASKS_FOR_WORK))
+        return outcome
 
-    async def record(self, box: Sandbox, fact: cmd.Fact, meta: ev.Meta) -> Outcome:
-        """Append a fact that was found out about exactly this state. No load: the guard is the comparison.
+    async def _decided(
+        self, on: Executor, loaded: tuple[Sandbox, datetime], command: cmd.Command, meta: Meta, if_match: int | None
+    ) -> Outcome | None:
+        """The outcome; None = somebody else's event came first."""
+        sandbox, now = loaded
+        if if_match is not None and sandbox.version != if_match:
+            visible(sandbox, sandbox.id)  # that it has ended, and why, says more than that it has changed
+            raise PreconditionFailed(
+                "SANDLEDGER::VERSION_MISMATCH",
+                f"If-Match names version {if_match}, the sandbox is at version {sandbox.version}; read its ETag again.",
+            )
+        events = decide(sandbox, command, now)
+        if not events:
+            return Outcome(sandbox)
+        await self._check_abilities(sandbox, command)
+        touch = isinstance(command, _ASKS_FOR_WORK)
+        return await self._append(on, sandbox, events, meta, now, touch=touch)
+
+    async def _check_abilities(self, sandbox: Sandbox, command: cmd.Command) -> None:
+        if not isinstance(command, cmd.Pause | cmd.Resume):
+            return
+        engine = await self.engines.by_name(sandbox.engine)
+        can = Capabilities() if engine is None else engine.capabilities
+        if can.pause == Pausing.NONE:
+            raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "The engine of this sandbox cannot pause sandboxes.")
+
+    async def record(self, sandbox: Sandbox, observation: cmd.Observation, meta: Meta) -> Outcome:
+        """Append what was observed about exactly this state. No load: the guard is the comparison.
 
         Raises:
-            StaleVersion: the stream is not at the version of `box` any more.
+            StaleVersion: the stream is not at the version of `sandbox` any more.
         """
-        events = decide(box, fact, _UNSET)
+        events = decide(sandbox, observation, UNSET)
         if not events:
-            return Outcome(box)
-        outcome = await self._append(box, events, meta, _UNSET, touch=False)
+            return Outcome(sandbox)
+        touch = isinstance(observation, _ASKS_FOR_WORK)
+        outcome = await self._append(self._database, sandbox, events, meta, UNSET, touch=touch)
         if outcome is None:
-            raise StaleVersion(f"sandbox {box.id} is not at version {box.version} any more")
+            raise StaleVersion(f"sandbox {sandbox.id} is not at version {sandbox.version} any more")
         return outcome
 
     async def _append(
-        self, before: Sandbox, events: Sequence[ev.Event], meta: ev.Meta, now: datetime, *, touch: bool
+        self, on: Executor, before: Sandbox, events: tuple[ev.Event, ...], meta: Meta, now: datetime, *, touch: bool
     ) -> Outcome | None:
-        facts = [_provisional(before.id, before.version + n, event, meta, now) for n, event in enumerate(events, 1)]
-        after = _advance(before, facts, checked=True)
-        ends = after.ending is not None and before.ending is None
-        statement = _update(
+        refuse_newer(KIND, before.id, before.schema, ev.REGISTRY)
+        draft = Draft(before.id, before.tenant, before.version, events, meta, now)
+        after = advance(evolve, before, draft.recorded(), transitions.check)
+        changes = due.changes(before, after, events, now, self._limits)
+        statement = _move(
+            current.changed_json(before, after),
             touch=touch,
-            schedule=not ends and after.expires_at != before.expires_at,
-            end=ends,
-            erase=ends or (after.failure is not None and before.failure is None),
+            sets=any(change is not None for change in changes.values()),
+            clears=any(change is None for change in changes.values()),
+            erase=before.may_run and not after.may_run,
         )
-        row = await self._database.fetch_one(
+        written = await append(
+            on,
             statement,
-            facts=_facts(events, before.version),
-            meta=msgspec.json.encode(meta).decode(),
-            **update_values(before, after),
+            before.id,
+            [ev.REGISTRY.encode(event) for event in events],
+            after=before.version,
+            meta=meta,
+            engine_queue=after.engine or "",
+            **deadlines.parameters(changes),
+            **current.move_values(before, after),
         )
-        if row is None:
+        if written is None:
             return None
-        self._signal.poke(before.id)
-        last, at = row["position"], row["recorded_at"]
-        settled = [msgspec.structs.replace(fact, at=at) for fact in facts]
-        return Outcome(_advance(before, settled), tuple(events), last)
+        if on is self._database:
+            self._signal.poke(before.id, work=touch)
+        return Outcome(advance(evolve, before, draft.recorded(written)), events, written.position)
 
     async def history(self, sandbox_id: UUID, tenant: str) -> list[ev.Recorded]:
         """Every event of a sandbox, live or gone. Empty when this tenant never had it."""
-        return [recorded(stored) async for stored in self.log.whole_history(sandbox_id, tenant)]
-
-
-def recorded(stored: StoredEvent) -> ev.Recorded:
-    """Decode a row of the log.
-
-    Raises:
-        UnknownEvent: written by a newer version.
-    """
-    event = ev.from_payload(stored.type, stored.schema, stored.data)
-    meta = ev.read_meta(stored.meta)
-    return ev.Recorded(stored.position, stored.stream_id, stored.version, stored.recorded_at, event, meta)
-
-
-def _advance(before: Sandbox, facts: Sequence[ev.Recorded], *, checked: bool = False) -> Sandbox:
-    box = before
-    for fact in facts:
-        if checked:
-            transitions.check(box, fact.event)
-        box = evolve(box, fact)
-    return box
-
-
-_UNSET = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
-
-
-def _provisional(sandbox_id: UUID, version: int, event: ev.Event, meta: ev.Meta, at: datetime = _UNSET) -> ev.Recorded:
-    """An event before the database has given it a position and its final time."""
-    return ev.Recorded(0, sandbox_id, version, at, event, meta)
-
-
-def _facts(events: Sequence[ev.Event], after: int) -> str:
-    rows: list[dict[str, Any]] = []
-    for version, event in enumerate(events, after + 1):
-        name = ev.wire_name(event)
-        rows.append({"v": version, "t": name, "s": ev.SCHEMA[name], "d": ev.to_payload(event)})
-    return msgspec.json.encode(rows).decode()
+        since = await self.view.since(sandbox_id, tenant)
+        if since is None:
+            return []
+        stored = self.log.whole_history(sandbox_id, tenant, since=since)
+        return [decoded(ev.REGISTRY, one) async for one in stored]

@@ -52,6 +52,15 @@ MasterKey = Annotated[
         extra={"secret": True, "env_only": "SANDLEDGER_MASTER_KEY"},
     ),
 ]
+PreviousMasterKey = Annotated[
+    bytes,
+    Meta(
+        min_length=32,
+        max_length=32,
+        description="the master key that was in use before, in base64",
+        extra={"secret": True, "env_only": "SANDLEDGER_PREVIOUS_MASTER_KEY"},
+    ),
+]
 Insecure = Annotated[bool, Meta(extra={"env_only": "OPENSANDBOX_INSECURE_SERVER=YES"})]
 EngineAddress = Annotated[
     str,
@@ -251,8 +260,8 @@ class WorkerSettings(Table, frozen=True):
     """Sandboxes one process works on at once."""
     lease_seconds: Seconds = 10
     """Seconds until work claimed by a silent worker is free again; renewed at a third of it."""
-    resync_seconds: Seconds = 300
-    """Seconds between two full comparisons with the engine."""
+    sweep_seconds: Seconds = 300
+    """Seconds between two full comparisons with the engine, by any one of its workers."""
     backoff_base_seconds: Seconds = 1
     """Longest wait, in seconds, before the first retry; doubles with each failure."""
     backoff_max_seconds: Seconds = 300
@@ -279,6 +288,19 @@ class WorkerSettings(Table, frozen=True):
             )
 
 
+class DeadlineSettings(Table, frozen=True):
+    """`[sandledger.deadlines]`: how long a sandbox may stay in a phase that is a transition."""
+
+    pending_seconds: Seconds = 900
+    """Seconds until a sandbox that does not run yet has failed."""
+    pausing_seconds: Seconds = 60
+    """Seconds until a pause that does not happen is given up; the sandbox stays Running."""
+    resuming_seconds: Seconds = 60
+    """Seconds until a resume that does not happen is given up; the sandbox stays Paused."""
+    stopping_seconds: Seconds = 60
+    """Seconds until a removal that does not end is reported; each next report waits twice as long."""
+
+
 class ApiSettings(Table, frozen=True):
     """`[sandledger.api]`: bounds of requests."""
 
@@ -299,7 +321,10 @@ class SandledgerSettings(Table, frozen=True):
     """File of the key that seals secrets; None = one in `state_dir`. Not opened here."""
     master_key: MasterKey | None = None
     """That key itself; wins over `master_key_file`."""
+    previous_master_key: PreviousMasterKey | None = None
+    """The key that was in use before a rotation; it only opens what it sealed."""
     worker: WorkerSettings = WorkerSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
     api: ApiSettings = ApiSettings()
 
 

@@ -1,6 +1,7 @@
 """Every table that statements name, as the migration makes it.
 
-Partitions, triggers, functions and grants are hand-written SQL in the migration; a test compares the two.
+Partitions, triggers, functions and grants are hand-written SQL in the migration; a test compares the two. A column
+whose comment begins with "Not folded:" is not the fold of events, and no law says that it equals one.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ events = Table(
         server_default=text("nextval('events_position')"),
         comment="Place in the one total order. Gaps are normal.",
     ),
-    Column("stream_id", Uuid, nullable=False, comment="The sandbox."),
-    Column("tenant", Text, nullable=False, comment="Whose sandbox."),
+    Column("stream_id", Uuid, nullable=False, comment="The aggregate: a sandbox, an engine, or the installation."),
+    Column("kind", Text, nullable=False, comment="Which aggregate: sandbox, engine, operations."),
+    Column("tenant", Text, nullable=False, comment="Whose stream."),
     Column("version", Integer, nullable=False, comment="1..n within the stream."),
     Column("type", Text, nullable=False, comment="Stable wire name, e.g. sandbox.requested."),
     Column("schema", SmallInteger, nullable=False, comment="Schema number of data."),
@@ -54,30 +56,51 @@ events = Table(
     postgresql_partition_by="RANGE (position)",
 )
 
+
+def _head_part() -> tuple[Column[int], Column[int], Column[int]]:
+    return (
+        Column("version", Integer, nullable=False, comment="Version of the last event; the append's guard."),
+        Column("position", BigInteger, nullable=False, comment="Position of the last event."),
+        Column("schema", SmallInteger, nullable=False, comment="Highest schema number in the stream."),
+    )
+
+
 sandboxes = Table(
     "sandboxes",
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("tenant", Text, nullable=False),
-    Column("version", Integer, nullable=False, comment="Version of the last event; the append's guard."),
+    *_head_part(),
     Column("phase", Text, nullable=False, comment="Public state, derived."),
-    Column("driver", Text, nullable=False),
     Column("desired", Text, nullable=False, comment="What its owner wants: running, paused, terminated."),
     Column(
         "observed",
         Text,
         nullable=False,
-        comment="What the log knows of the runtime: none, created, running, paused, exited, lost, removed.",
+        comment="What the log knows of the object: none, created, running, paused, exited, lost, removed.",
     ),
     Column("spec", JSONB, nullable=False, comment="As accepted; env is names with keyed digests."),
     Column("metadata", JSONB, nullable=False),
-    Column("runtime", JSONB, comment="The engine's object: id, name, image_digest, started_at, exit."),
-    Column("failure_reason", Text, comment="Why it could not be provided."),
-    Column("failure_message", Text),
+    Column("engine", Text, comment="Name of the engine; none = no engine had room yet."),
+    Column("epoch", Integer, nullable=False, comment="Of the engine when it was placed."),
+    Column("place", Text, nullable=False, comment="Namespace on the engine; empty on Docker."),
+    Column("object_id", Uuid, comment="The engine's object belongs to this id; names derive from it."),
+    Column("generation", Integer, nullable=False, comment="Objects made for it so far."),
+    Column("run", Integer, nullable=False, comment="Starts so far."),
+    Column("runtime", JSONB, comment="The engine's object: parts, image, start, exit."),
+    Column("address", JSONB, comment="Network, address and published ports."),
+    Column("waiting", JSONB, comment="Step and reason that a Pending sandbox waits for."),
+    Column("failure", JSONB, comment="Step, reason and message when it could not be provided."),
+    Column("cpu_nanos", BigInteger, comment="CPU limit in billionths of a CPU."),
+    Column("memory_bytes", BigInteger, comment="Memory limit in bytes."),
+    Column("gpus", Integer, comment="Number of GPUs."),
+    Column("key_id", Text, nullable=False, comment="Id of the key that asked for it."),
+    Column("key_name", Text, nullable=False, comment="Name of the key that asked for it."),
     Column("fingerprint", Text, nullable=False, comment="Keyed digest of the request."),
     Column("created_at", DateTime(timezone=True), nullable=False, comment="When it was accepted."),
     Column("changed_at", DateTime(timezone=True), nullable=False, comment="When the phase last changed."),
-    Column("expires_at", DateTime(timezone=True), comment="Its deadline; none = no end by itself."),
+    Column("ready_at", DateTime(timezone=True), comment="Since when its present run can be used."),
+    Column("expires_at", DateTime(timezone=True), comment="When it expires; none = never by itself."),
     Column("ended_at", DateTime(timezone=True), comment="Since when clients get 404."),
     Column("end_cause", Text, comment="user_delete, expired, expired_while_pending."),
     Column("ended_by", Text, comment="Kind and name of the actor."),
@@ -90,44 +113,99 @@ sandboxes = Table(
     ),
 )
 
+engines = Table(
+    "engines",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant", Text, nullable=False, comment="Always _platform."),
+    *_head_part(),
+    Column("name", Text, nullable=False, unique=True, comment="As settings name it."),
+    Column("kind", Text, nullable=False, comment="docker, fake."),
+    Column("engine_id", Text, nullable=False, comment="What the engine calls itself."),
+    Column("mark", Text, nullable=False, comment="Random word that we left on the engine."),
+    Column("epoch", Integer, nullable=False, comment="Rises when the engine is replaced."),
+    Column("state", Text, nullable=False, comment="up, dark, mismatch."),
+    Column("state_since", DateTime(timezone=True), nullable=False),
+    Column("trouble", Text, nullable=False, comment="Why it is dark or mismatched."),
+    Column(
+        "trusted_position",
+        BigInteger,
+        nullable=False,
+        comment="Objects up to this position are no sign that the log went back.",
+    ),
+    Column("labels", JSONB, nullable=False),
+    Column("capabilities", JSONB, nullable=False),
+    Column("capacity", JSONB, nullable=False),
+    Column("server_version", Text, nullable=False),
+    Column("api_version", Text, nullable=False),
+    Column("last_seen_at", DateTime(timezone=True), comment="Not folded: when a worker last reached it."),
+    Column("swept_at", DateTime(timezone=True), comment="Not folded: when a worker last compared all of it."),
+)
+
+operations = Table(
+    "operations",
+    metadata,
+    Column("id", Uuid, primary_key=True, comment="The installation's id."),
+    Column("tenant", Text, nullable=False, comment="Always _platform."),
+    *_head_part(),
+)
+
 reconcile_queue = Table(
     "reconcile_queue",
     metadata,
-    Column("sandbox_id", Uuid, primary_key=True),
+    Column("stream_id", Uuid, primary_key=True),
+    Column("kind", Text, nullable=False),
     Column("tenant", Text, nullable=False),
-    Column("driver", Text, nullable=False),
-    Column("generation", BigInteger, nullable=False, comment="Rises with every touch."),
+    Column("engine", Text, nullable=False, comment="Whose workers take it; empty = not placed, any worker."),
+    Column("revision", BigInteger, nullable=False, comment="Rises with every touch and every hint."),
     Column("due_at", DateTime(timezone=True), nullable=False, comment="Also the visibility timeout of a claim."),
     Column("priority", SmallInteger, nullable=False, comment="0 user, 1 background."),
     Column("attempts", Integer, nullable=False, comment="Counted failures in a row."),
     Column("first_failed_at", DateTime(timezone=True)),
-    Column("lease_owner", Uuid, comment="One value a claim."),
+    Column("lease_owner", Uuid, comment="A new value for each claim."),
     Column("lease_until", DateTime(timezone=True)),
+    Column("last_reason", Text),
     Column("last_error", Text),
-    Column("last_code", Text),
+    Column("progress", Text, comment="How far the attempt under way is, for people."),
     Column("cause", BigInteger, comment="Position of the event that asked for attention."),
     Column("missing_since", DateTime(timezone=True), comment="Since when the engine says there is none."),
+    Column("trace", Text, comment="Reserved: trace of the request."),
 )
 
-expiry_jobs = Table(
-    "expiry_jobs",
+deadlines = Table(
+    "deadlines",
     metadata,
-    Column("sandbox_id", Uuid, primary_key=True),
-    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("stream_id", Uuid, primary_key=True),
+    Column("name", Text, primary_key=True, comment="expiry, transition."),
+    Column("kind", Text, nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("fires_at", DateTime(timezone=True), nullable=False),
     Column(
-        "next_run_time", DateTime(timezone=True), nullable=False, comment="Deadline, or the end of a claim's lease."
+        "next_run_time", DateTime(timezone=True), nullable=False, comment="fires_at, or the end of a claim's lease."
     ),
     Column("attempts", Integer, nullable=False),
-    Column("cause", BigInteger, comment="Position of the event that set the deadline."),
+    Column("cause", BigInteger, comment="Position of the event that set it."),
 )
 
-sandbox_secrets = Table(
-    "sandbox_secrets",
+idempotency_keys = Table(
+    "idempotency_keys",
     metadata,
-    Column("sandbox_id", Uuid, primary_key=True),
+    Column("tenant", Text, primary_key=True),
+    Column("digest", Text, primary_key=True, comment="SHA-256 of the Idempotency-Key."),
+    Column("kind", Text, nullable=False),
+    Column("stream_id", Uuid, nullable=False, comment="What the first request with this key made."),
+    Column("fingerprint", Text, nullable=False, comment="Keyed digest of that request."),
+    Column("made_at", DateTime(timezone=True), nullable=False),
+)
+
+sealed_values = Table(
+    "sealed_values",
+    metadata,
+    Column("stream_id", Uuid, primary_key=True),
+    Column("kind", Text, nullable=False),
     Column("tenant", Text, nullable=False),
     Column("key_id", Text, nullable=False, comment="Which master key wraps the data key."),
-    Column("wrapped_key", LargeBinary, nullable=False, comment="The sandbox's own data key, wrapped."),
+    Column("wrapped_key", LargeBinary, nullable=False, comment="The stream's own data key, wrapped."),
     Column("sealed", LargeBinary, nullable=False, comment="AES-256-GCM of the values, under the data key."),
     Column("sealed_at", DateTime(timezone=True), nullable=False),
 )
@@ -138,7 +216,8 @@ refusals = Table(
     Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("refused_at", DateTime(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
     Column("tenant", Text, nullable=False),
-    Column("sandbox_id", Uuid, comment="None: the id was not known, or there was none yet."),
+    Column("kind", Text, comment="Of the stream; none when there was none."),
+    Column("stream_id", Uuid, comment="None: the id was not known, or there was none yet."),
     Column("command", Text, nullable=False, comment="Method and route, e.g. POST /sandboxes/{id}/pause."),
     Column("status", SmallInteger, nullable=False, comment="HTTP status of the answer."),
     Column("code", Text, nullable=False),
@@ -153,4 +232,13 @@ installation = Table(
     Column("id", Uuid, nullable=False, comment="Label of every object of ours on an engine."),
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("master_key_id", Text, comment="Digest of the master key that seals here."),
+    Column("epoch", Integer, nullable=False, comment="Of the log; rises when an operator restores it."),
+)
+
+installation_keys = Table(
+    "installation_keys",
+    metadata,
+    Column("name", Text, primary_key=True, comment="digest, token, link, audit."),
+    Column("key_id", Text, nullable=False, comment="Which master key wraps it."),
+    Column("wrapped", LargeBinary, nullable=False, comment="A random key, wrapped by the master key."),
 )

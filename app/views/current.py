@@ -1,160 +1,191 @@
 """The `sandboxes` row as head of the stream: how a state becomes the row, and the row a state.
 
-`head_insert` and `head_update` are the guards of the append (see `app.store.log.append`): the insert does nothing when
-the id exists, the update does nothing when the version is another. They are two statements and not one clever upsert,
-so that "expected 5 on a missing stream" cannot insert.
+A JSON column is written only by an append that changed it, so a server that does not know a newer field of it cannot
+erase that field. A row whose `schema` is above this version's revision is read, if its words are known, and never
+appended to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
 import asyncpg
 import msgspec
 from sqlalchemy import (
-    CTE,
-    BigInteger,
     Boolean,
     ColumnElement,
-    DateTime,
     Double,
-    Integer,
     Interval,
     Text,
     Uuid,
     and_,
     bindparam,
     case,
-    cast,
     func,
     literal_column,
     select,
-    update,
 )
-from sqlalchemy.dialects.postgresql import JSONB, insert
 
-from app.domain.sandbox.events import EndCause
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Address, Waiting
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.sandbox.state import Desired, Ending, Failure, Runtime, RuntimeState, Sandbox
+from app.domain.sandbox.status import Attempt
 from app.errors import UnknownEvent
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
-from app.store.tables import sandboxes
+from app.store.log.append import Effect, Parts, head_columns, insert_head, update_head
+from app.store.tables import reconcile_queue, sandboxes
 
-_INTERVAL_SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
-_LAST_POSITION = literal_column("(SELECT last_value FROM events_position)", BigInteger)
+_SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
+_S = sandboxes.c
+_ALWAYS = (
+    _S.version,
+    _S.schema,
+    _S.phase,
+    _S.desired,
+    _S.observed,
+    _S.engine,
+    _S.epoch,
+    _S.place,
+    _S.object_id,
+    _S.generation,
+    _S.run,
+    _S.gpus,
+    _S.expires_at,
+    _S.end_cause,
+    _S.ended_by,
+)
+"""Columns that every append writes."""
+_JSON = ("metadata", "runtime", "address", "waiting", "failure")
+"""Columns that an append writes when it changed them."""
+_ONCE = (_S.spec, _S.cpu_nanos, _S.memory_bytes, _S.key_id, _S.key_name, _S.fingerprint)
+"""Columns that only the first append writes."""
+_encode = msgspec.json.Encoder().encode
 
 
-def _json(name: str) -> Any:
-    return cast(bindparam(name, type_=Text), JSONB)
-
-
-def head_insert(clock: CTE) -> CTE:
-    """Version 1 of a stream. Parameters: id, tenant, version, driver, spec, metadata, fingerprint, timeout_s."""
-    ttl = bindparam("timeout_s", type_=Double)
-    row: dict[str, Any] = {
-        "id": bindparam("id", type_=Uuid),
-        "tenant": bindparam("tenant", type_=Text),
-        "version": bindparam("version", type_=Integer),
-        "phase": bindparam("phase", type_=Text),
-        "driver": bindparam("driver", type_=Text),
-        "desired": bindparam("desired", type_=Text),
-        "observed": bindparam("observed", type_=Text),
-        "spec": _json("spec"),
-        "metadata": _json("metadata"),
-        "fingerprint": bindparam("fingerprint", type_=Text),
-        "created_at": clock.c.now,
-        "changed_at": clock.c.now,
-        "expires_at": clock.c.now + ttl * _INTERVAL_SECOND,
-        "since_position": _LAST_POSITION - 1,
+def _begin(parts: Parts) -> dict[str, Any]:
+    row = head_columns([column for column in (*_ALWAYS, *_ONCE) if column is not _S.expires_at])
+    row |= head_columns([sandboxes.c[name] for name in _JSON])
+    return row | {
+        "created_at": parts.clock.c.now,
+        "changed_at": parts.clock.c.now,
+        "expires_at": parts.clock.c.now + bindparam("timeout_s", type_=Double) * _SECOND,
+        "since_position": parts.first - 1,
     }
-    source = select(*[value.label(name) for name, value in row.items()]).select_from(clock)
-    statement = insert(sandboxes).from_select(list(row), source).on_conflict_do_nothing(index_elements=["id"])
-    return statement.returning(sandboxes.c.id, sandboxes.c.tenant, sandboxes.c.driver, sandboxes.c.expires_at).cte(
-        "head"
-    )
 
 
-def head_update(clock: CTE) -> CTE:
-    """The next version. Parameters: id, expected, and the mutable columns as `head_values` gives them."""
-    now = select(clock.c.now).scalar_subquery()
-    moved = bindparam("phase_moved", type_=Boolean)
-    statement = (
-        update(sandboxes)
-        .where(
-            sandboxes.c.id == bindparam("id", type_=Uuid), sandboxes.c.version == bindparam("expected", type_=Integer)
-        )
-        .values(
-            version=bindparam("version", type_=Integer),
-            phase=bindparam("phase", type_=Text),
-            desired=bindparam("desired", type_=Text),
-            observed=bindparam("observed", type_=Text),
-            metadata=_json("metadata"),
-            runtime=_json("runtime"),
-            failure_reason=bindparam("failure_reason", type_=Text),
-            failure_message=bindparam("failure_message", type_=Text),
-            changed_at=case((moved, now), else_=sandboxes.c.changed_at),
-            expires_at=bindparam("expires_at", type_=DateTime(timezone=True)),
-            ended_at=_first_time("ends", sandboxes.c.ended_at, now),
-            end_cause=bindparam("end_cause", type_=Text),
-            ended_by=bindparam("ended_by", type_=Text),
-            closed_at=_first_time("closes", sandboxes.c.closed_at, now),
-        )
-    )
-    return statement.returning(sandboxes.c.id, sandboxes.c.tenant, sandboxes.c.driver, sandboxes.c.expires_at).cte(
-        "head"
-    )
+begin: Effect = insert_head(sandboxes, _begin)
+"""The first head row. Parameters: those of `begin_values`."""
+
+
+@lru_cache
+def move(changed: frozenset[str]) -> Effect:
+    """The next head row, with these JSON columns. Parameters: those of `move_values`."""
+
+    def values(parts: Parts) -> dict[str, Any]:
+        now = parts.now
+        return {
+            **head_columns([*_ALWAYS, *(sandboxes.c[name] for name in sorted(changed))]),
+            "changed_at": case((bindparam("phase_moved", type_=Boolean), now), else_=_S.changed_at),
+            "ready_at": case(
+                (bindparam("ready", type_=Text) == "now", now),
+                (bindparam("ready", type_=Text) == "cleared", None),
+                else_=_S.ready_at,
+            ),
+            "ended_at": _first_time("ends", _S.ended_at, now),
+            "closed_at": _first_time("closes", _S.closed_at, now),
+        }
+
+    return update_head(sandboxes, values)
 
 
 def _first_time(flag: str, present: Any, now: Any) -> Any:
     return case((and_(bindparam(flag, type_=Boolean), present.is_(None)), now), else_=present)
 
 
-def insert_values(box: Sandbox) -> dict[str, Any]:
-    """Parameters of `head_insert`."""
+def _json(sandbox: Sandbox, name: str) -> str | None:
+    value = getattr(sandbox, name)
+    return None if value is None else _encode(value).decode()
+
+
+def _always(sandbox: Sandbox) -> dict[str, Any]:
     return {
-        "id": box.id,
-        "tenant": box.tenant,
-        "version": box.version,
-        "phase": box.phase.value,
-        "driver": box.driver,
-        "desired": box.desired.value,
-        "observed": box.observed.value,
-        "spec": msgspec.json.encode(box.spec).decode(),
-        "metadata": msgspec.json.encode(box.metadata).decode(),
-        "fingerprint": box.fingerprint,
-        "timeout_s": None if box.spec.timeout_s is None else float(box.spec.timeout_s),
+        "version": sandbox.version,
+        "schema": sandbox.schema,
+        "phase": sandbox.phase.value,
+        "desired": sandbox.desired.value,
+        "observed": sandbox.observed.value,
+        "engine": sandbox.engine,
+        "epoch": sandbox.epoch,
+        "place": sandbox.place,
+        "object_id": sandbox.object_id,
+        "generation": sandbox.generation,
+        "run": sandbox.run,
+        "gpus": sandbox.gpus,
+        "end_cause": sandbox.ending and sandbox.ending.cause,
+        "ended_by": sandbox.ending and sandbox.ending.by,
     }
 
 
-def update_values(before: Sandbox, after: Sandbox) -> dict[str, Any]:
-    """Parameters of `head_update`. Times other than the deadline come from the statement's clock."""
+def begin_values(sandbox: Sandbox, timeout_s: float | None) -> dict[str, Any]:
+    """Parameters of `begin`."""
     return {
-        "id": after.id,
+        **_always(sandbox),
+        **{name: _json(sandbox, name) for name in ("spec", *_JSON)},
+        "tenant": sandbox.tenant,
+        "cpu_nanos": sandbox.cpu_nanos,
+        "memory_bytes": sandbox.memory_bytes,
+        "key_id": sandbox.key_id,
+        "key_name": sandbox.key_name,
+        "fingerprint": sandbox.fingerprint,
+        "timeout_s": timeout_s,
+    }
+
+
+def changed_json(before: Sandbox, after: Sandbox) -> frozenset[str]:
+    """The JSON columns that an append changes."""
+    return frozenset(name for name in _JSON if getattr(before, name) != getattr(after, name))
+
+
+def move_values(before: Sandbox, after: Sandbox) -> dict[str, Any]:
+    """Parameters of `move`. Times other than the expiry come from the statement's clock."""
+    ready = "kept" if after.ready_at == before.ready_at else "cleared" if after.ready_at is None else "now"
+    return {
+        **_always(after),
+        **{name: _json(after, name) for name in changed_json(before, after)},
         "expected": before.version,
-        "version": after.version,
-        "phase": after.phase.value,
-        "desired": after.desired.value,
-        "observed": after.observed.value,
-        "metadata": msgspec.json.encode(after.metadata).decode(),
-        "runtime": None if after.runtime is None else msgspec.json.encode(after.runtime).decode(),
-        "failure_reason": after.failure and after.failure.reason,
-        "failure_message": after.failure and after.failure.message,
-        "phase_moved": after.changed_at != before.changed_at,
         "expires_at": after.expires_at,
+        "phase_moved": after.changed_at != before.changed_at,
+        "ready": ready,
         "ends": after.ending is not None,
-        "end_cause": after.ending and after.ending.cause.value,
-        "ended_by": after.ending and after.ending.by,
         "closes": after.closed_at is not None,
     }
 
 
 COLUMNS = tuple(sandboxes.c)
-_LOAD = Statement(
-    select(*COLUMNS, func.clock_timestamp().label("now")).where(sandboxes.c.id == bindparam("id", type_=Uuid))
+_BY_ID = sandboxes.c.id == bindparam("id", type_=Uuid)
+_LOAD = Statement(select(*COLUMNS, func.clock_timestamp().label("now")).where(_BY_ID))
+_LOCK = Statement(select(*COLUMNS, func.clock_timestamp().label("now")).where(_BY_ID).with_for_update())
+_Q = reconcile_queue.c
+_NOW = func.clock_timestamp()
+_ATTEMPT = Statement(
+    select(
+        (_Q.lease_until > _NOW).label("claimed"),
+        ((_Q.due_at <= _NOW) & _Q.lease_owner.is_(None)).label("waits_for_slot"),
+        _Q.attempts,
+        _Q.last_reason,
+        _Q.last_error,
+        _Q.progress,
+    ).where(_Q.stream_id == bindparam("id", type_=Uuid))
 )
+
+
+_SINCE = Statement(select(_S.since_position).where(_BY_ID, _S.tenant == bindparam("tenant", type_=Text)))
 
 
 class CurrentView:
@@ -167,14 +198,49 @@ class CurrentView:
     async def load(self, sandbox_id: UUID, tenant: str | None = None) -> tuple[Sandbox, datetime] | None:
         """The sandbox and the database's clock. None when absent, or another tenant's (None = any tenant's)."""
         row = await self._database.fetch_one(_LOAD, id=sandbox_id)
-        if row is None or (tenant is not None and row["tenant"] != tenant):
+        return _loaded(row, tenant)
+
+    async def since(self, sandbox_id: UUID, tenant: str) -> int | None:
+        """A position below all events of a sandbox, also of one that has ended. None = this tenant never had it."""
+        row = await self._database.fetch_one(_SINCE, id=sandbox_id, tenant=tenant)
+        return None if row is None else row["since_position"]
+
+    async def attempt(self, sandbox_id: UUID) -> Attempt | None:
+        """How the queue stands about a Pending sandbox. None = it is not in the queue."""
+        row = await self._database.fetch_one(_ATTEMPT, id=sandbox_id)
+        if row is None:
             return None
-        return from_row(row), row["now"]
+        return Attempt(
+            bool(row["claimed"]),
+            bool(row["waits_for_slot"]),
+            row["attempts"],
+            row["last_reason"],
+            row["last_error"],
+            row["progress"],
+        )
+
+
+Fetch = Callable[..., Any]
+
+
+async def load_locked(fetch: Fetch, sandbox_id: UUID, tenant: str | None) -> tuple[Sandbox, datetime] | None:
+    """As `load`, and hold the row for the rest of the transaction that `fetch` belongs to."""
+    rows = await fetch(_LOCK, id=sandbox_id)
+    return _loaded(rows[0] if rows else None, tenant)
+
+
+def _loaded(row: asyncpg.Record | None, tenant: str | None) -> tuple[Sandbox, datetime] | None:
+    if row is None or (tenant is not None and row["tenant"] != tenant):
+        return None
+    return from_row(row), row["now"]
 
 
 _decode_spec = msgspec.json.Decoder(SandboxSpec).decode
 _decode_metadata = msgspec.json.Decoder(dict[str, str]).decode
 _decode_runtime = msgspec.json.Decoder(Runtime).decode
+_decode_address = msgspec.json.Decoder(Address).decode
+_decode_waiting = msgspec.json.Decoder(Waiting).decode
+_decode_failure = msgspec.json.Decoder(Failure).decode
 
 
 def from_row(row: asyncpg.Record) -> Sandbox:
@@ -189,23 +255,44 @@ def from_row(row: asyncpg.Record) -> Sandbox:
         raise UnknownEvent(f"sandbox {row['id']} was written by a newer version: {error}") from error
 
 
+def is_newer(sandbox: Sandbox) -> bool:
+    """Whether a newer version appended to it; this one must leave it alone."""
+    return sandbox.schema > ev.REGISTRY.revision
+
+
 def _from_row(row: asyncpg.Record) -> Sandbox:
-    runtime, reason, ended_at = row["runtime"], row["failure_reason"], row["ended_at"]
+    runtime, address, waiting, failure = row["runtime"], row["address"], row["waiting"], row["failure"]
+    ended_at, object_id = row["ended_at"], row["object_id"]
     return Sandbox(
         id=UUID(int=row["id"].int),
         tenant=row["tenant"],
         version=row["version"],
-        driver=row["driver"],
+        position=row["position"],
+        schema=row["schema"],
         spec=_decode_spec(row["spec"]),
         fingerprint=row["fingerprint"],
         metadata=_decode_metadata(row["metadata"]),
         created_at=row["created_at"],
         changed_at=row["changed_at"],
+        key_id=row["key_id"],
+        key_name=row["key_name"],
+        cpu_nanos=row["cpu_nanos"],
+        memory_bytes=row["memory_bytes"],
+        gpus=row["gpus"],
         expires_at=row["expires_at"],
+        engine=row["engine"],
+        epoch=row["epoch"],
+        place=row["place"],
+        object_id=None if object_id is None else UUID(int=object_id.int),
         desired=Desired(row["desired"]),
         observed=RuntimeState(row["observed"]),
+        generation=row["generation"],
+        run=row["run"],
+        ready_at=row["ready_at"],
         runtime=None if runtime is None else _decode_runtime(runtime),
-        failure=None if reason is None else Failure(reason, row["failure_message"]),
-        ending=None if ended_at is None else Ending(ended_at, EndCause(row["end_cause"]), row["ended_by"]),
+        address=None if address is None else _decode_address(address),
+        waiting=None if waiting is None else _decode_waiting(waiting),
+        failure=None if failure is None else _decode_failure(failure),
+        ending=None if ended_at is None else Ending(ended_at, row["end_cause"], row["ended_by"]),
         closed_at=row["closed_at"],
     )

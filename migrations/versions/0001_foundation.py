@@ -1,4 +1,4 @@
-"""The log, the current view, the reconcile queue, expiry jobs, the vault and refusals.
+"""The log, the head rows, the reconcile queue, deadlines, idempotency keys, the vault and refusals.
 
 Hand-written SQL: partitions, triggers and grants are what makes the log trustworthy, and no generator knows them.
 """
@@ -41,7 +41,8 @@ CREATE TABLE installation (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
     id uuid NOT NULL DEFAULT gen_random_uuid(),
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    master_key_id text
+    master_key_id text,
+    epoch integer NOT NULL DEFAULT 1
 );
 COMMENT ON TABLE installation IS 'Who we are: the id that labels our objects on engines, and which master key seals.';
 INSERT INTO installation DEFAULT VALUES;
@@ -56,6 +57,7 @@ SELECT nextval('events_position');
 CREATE TABLE events (
     position bigint NOT NULL DEFAULT nextval('events_position'),
     stream_id uuid NOT NULL,
+    kind text NOT NULL CHECK (kind <> ''),
     tenant text NOT NULL CHECK (tenant <> ''),
     version integer NOT NULL CHECK (version > 0),
     type text NOT NULL,
@@ -90,6 +92,11 @@ DECLARE
     handed_out bigint;
     announced bigint;
 BEGIN
+    -- A standby shows neither the announcements nor the sequence as they are: its WAL runs 32 positions ahead.
+    IF pg_is_in_recovery() THEN
+        RAISE EXCEPTION 'the horizon of the log exists on the primary server only; this one is a standby'
+            USING ERRCODE = 'read_only_sql_transaction';
+    END IF;
     -- First the sequence, then the announcements, each with a look of its own; never one statement for both.
     SELECT last_value INTO handed_out FROM events_position;
     SELECT min(((classid::bigint & 65535) << 32) | objid::bigint) INTO announced
@@ -98,6 +105,19 @@ BEGIN
        AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
     RETURN least(handed_out, announced);
 END $$;
+"""
+
+IDENTITY = """
+-- The owner asks for the servers, which need no right of their own. The name of the present WAL file begins with the
+-- timeline; the control file would name that of the last checkpoint.
+CREATE FUNCTION log_identity(OUT system_identifier bigint, OUT timeline_id integer, OUT last_position bigint)
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+    SELECT s.system_identifier, ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::integer,
+           p.last_value
+      FROM pg_control_system() s, events_position p
+$$;
+REVOKE ALL ON FUNCTION log_identity FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION log_identity TO sandledger_app;
 """
 
 APPEND_ONLY = """
@@ -147,15 +167,46 @@ BEGIN
     END LOOP;
     RETURN made;
 END $$;
+CREATE FUNCTION log_partitions_ahead() RETURNS integer LANGUAGE sql STABLE AS $$
+    SELECT count(*)::integer - 1 - (SELECT last_value / 25000000 FROM events_position)::integer
+      FROM pg_inherits WHERE inhparent = 'events'::regclass
+$$;
 REVOKE ALL ON FUNCTION log_ensure_partitions FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION log_ensure_partitions TO sandledger_app;
 SELECT log_ensure_partitions();
 -- Not the position: a row below the horizon would never be seen.
-GRANT SELECT, INSERT (stream_id, tenant, version, type, schema, data, meta, recorded_at) ON events TO sandledger_app;
+GRANT SELECT, INSERT (stream_id, kind, tenant, version, type, schema, data, meta, recorded_at) ON events
+    TO sandledger_app;
 GRANT SELECT, USAGE ON SEQUENCE events_position TO sandledger_app;
 """
 
+# After a restore, when objects on an engine bear positions of events that are gone (`sandledger engines trust`).
+SKIP = """
+CREATE FUNCTION log_skip_to(target bigint) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    handed_out bigint;
+BEGIN
+    IF target IS NULL OR target >= 140737488355328 THEN
+        RAISE EXCEPTION 'position % is beyond what the log can hold', target USING ERRCODE = 'check_violation';
+    END IF;
+    -- Nobody may draw a position between the comparison and the skip, or the log would go backwards.
+    LOCK TABLE events IN SHARE ROW EXCLUSIVE MODE;
+    SELECT last_value INTO handed_out FROM events_position;
+    IF target > handed_out THEN
+        PERFORM setval('events_position', target);
+        PERFORM log_ensure_partitions();
+        handed_out := target;
+    END IF;
+    RETURN handed_out;
+END $$;
+REVOKE ALL ON FUNCTION log_skip_to FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION log_skip_to TO sandledger_app;
+"""
+
 SANDBOXES = """
+-- A trusted extension: no superuser is needed.
+CREATE EXTENSION IF NOT EXISTS btree_gin;
 CREATE TABLE phase_transitions (
     from_phase text NOT NULL,
     to_phase text NOT NULL,
@@ -167,10 +218,12 @@ INSERT INTO phase_transitions VALUES
     ('Pending', 'Stopping'),
     ('Running', 'Pausing'), ('Running', 'Resuming'), ('Running', 'Terminated'), ('Running', 'Failed'),
     ('Running', 'Stopping'),
-    ('Pausing', 'Paused'), ('Pausing', 'Terminated'), ('Pausing', 'Failed'), ('Pausing', 'Stopping'),
+    ('Pausing', 'Running'), ('Pausing', 'Paused'), ('Pausing', 'Terminated'), ('Pausing', 'Failed'),
+    ('Pausing', 'Stopping'),
     ('Paused', 'Resuming'), ('Paused', 'Pausing'), ('Paused', 'Terminated'), ('Paused', 'Failed'),
     ('Paused', 'Stopping'),
-    ('Resuming', 'Running'), ('Resuming', 'Terminated'), ('Resuming', 'Failed'), ('Resuming', 'Stopping'),
+    ('Resuming', 'Running'), ('Resuming', 'Paused'), ('Resuming', 'Terminated'), ('Resuming', 'Failed'),
+    ('Resuming', 'Stopping'),
     ('Terminated', 'Stopping'), ('Failed', 'Stopping'), ('Failed', 'Terminated'), ('Stopping', 'Terminated');
 GRANT SELECT ON phase_transitions TO sandledger_app;
 
@@ -178,30 +231,47 @@ CREATE TABLE sandboxes (
     id uuid PRIMARY KEY,
     tenant text NOT NULL,
     version integer NOT NULL,
+    position bigint NOT NULL,
+    schema smallint NOT NULL,
     phase text NOT NULL,
-    driver text NOT NULL,
     desired text NOT NULL,
     observed text NOT NULL,
     spec jsonb NOT NULL,
     metadata jsonb NOT NULL,
+    engine text,
+    epoch integer NOT NULL,
+    place text NOT NULL,
+    object_id uuid,
+    generation integer NOT NULL,
+    run integer NOT NULL,
     runtime jsonb,
-    failure_reason text,
-    failure_message text,
+    address jsonb,
+    waiting jsonb,
+    failure jsonb,
+    cpu_nanos bigint,
+    memory_bytes bigint,
+    gpus integer,
+    key_id text NOT NULL,
+    key_name text NOT NULL,
     fingerprint text NOT NULL,
     created_at timestamptz NOT NULL,
     changed_at timestamptz NOT NULL,
+    ready_at timestamptz,
     expires_at timestamptz,
     ended_at timestamptz,
     end_cause text,
     ended_by text,
     closed_at timestamptz,
     since_position bigint NOT NULL
-) WITH (fillfactor = 80);
+) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02);
+-- One object of an engine has one owner.
+CREATE UNIQUE INDEX sandboxes_object ON sandboxes (object_id) WHERE closed_at IS NULL;
 CREATE INDEX sandboxes_listing ON sandboxes (tenant, created_at DESC, id DESC) WHERE ended_at IS NULL;
 CREATE INDEX sandboxes_all ON sandboxes (tenant, created_at DESC, id DESC);
 CREATE INDEX sandboxes_by_phase ON sandboxes (tenant, phase, created_at DESC, id DESC) WHERE ended_at IS NULL;
-CREATE INDEX sandboxes_open ON sandboxes (driver, id) WHERE closed_at IS NULL;
-CREATE INDEX sandboxes_metadata ON sandboxes USING gin (metadata jsonb_path_ops) WHERE ended_at IS NULL;
+CREATE INDEX sandboxes_all_by_phase ON sandboxes (tenant, phase, created_at DESC, id DESC);
+CREATE INDEX sandboxes_open ON sandboxes (engine, id) WHERE closed_at IS NULL;
+CREATE INDEX sandboxes_metadata ON sandboxes USING gin (tenant, metadata jsonb_path_ops);
 
 CREATE FUNCTION check_phase() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -215,51 +285,115 @@ BEGIN
     RETURN NEW;
 END $$;
 CREATE TRIGGER check_phase BEFORE UPDATE ON sandboxes FOR EACH ROW EXECUTE FUNCTION check_phase();
-ALTER TABLE sandboxes ADD CONSTRAINT born_pending CHECK (version > 1 OR phase = 'Pending');
+-- The first append brings one event, or two when an engine takes it at once.
+ALTER TABLE sandboxes ADD CONSTRAINT born_pending
+    CHECK (phase = 'Pending' OR version > CASE WHEN engine IS NULL THEN 1 ELSE 2 END);
 GRANT SELECT, INSERT, UPDATE ON sandboxes TO sandledger_app;
 """
 
 WORK = """
 CREATE TABLE reconcile_queue (
-    sandbox_id uuid PRIMARY KEY,
+    stream_id uuid PRIMARY KEY,
+    kind text NOT NULL,
     tenant text NOT NULL,
-    driver text NOT NULL,
-    generation bigint NOT NULL,
+    engine text NOT NULL,
+    revision bigint NOT NULL,
     due_at timestamptz NOT NULL,
     priority smallint NOT NULL DEFAULT 0,
     attempts integer NOT NULL DEFAULT 0,
     first_failed_at timestamptz,
     lease_owner uuid,
     lease_until timestamptz,
+    last_reason text,
     last_error text,
-    last_code text,
+    progress text,
     cause bigint,
-    missing_since timestamptz
+    missing_since timestamptz,
+    trace text
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
-CREATE INDEX reconcile_queue_due ON reconcile_queue (driver, priority, due_at);
+CREATE INDEX reconcile_queue_due ON reconcile_queue (engine, priority, tenant, due_at);
 
-CREATE TABLE expiry_jobs (
-    sandbox_id uuid PRIMARY KEY,
-    expires_at timestamptz NOT NULL,
+CREATE TABLE deadlines (
+    stream_id uuid NOT NULL,
+    name text NOT NULL,
+    kind text NOT NULL,
+    tenant text NOT NULL,
+    fires_at timestamptz NOT NULL,
     next_run_time timestamptz NOT NULL,
     attempts integer NOT NULL DEFAULT 0,
-    cause bigint
+    cause bigint,
+    PRIMARY KEY (stream_id, name)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
-CREATE INDEX expiry_jobs_due ON expiry_jobs (next_run_time);
-GRANT SELECT, INSERT, UPDATE, DELETE ON reconcile_queue, expiry_jobs TO sandledger_app;
+CREATE INDEX deadlines_due ON deadlines (next_run_time);
+
+CREATE TABLE idempotency_keys (
+    tenant text NOT NULL,
+    digest text NOT NULL,
+    kind text NOT NULL,
+    stream_id uuid NOT NULL,
+    fingerprint text NOT NULL,
+    made_at timestamptz NOT NULL,
+    PRIMARY KEY (tenant, digest)
+);
+GRANT SELECT, INSERT, UPDATE, DELETE ON reconcile_queue, deadlines TO sandledger_app;
+GRANT SELECT, INSERT ON idempotency_keys TO sandledger_app;
+"""
+
+ENGINES = """
+CREATE TABLE engines (
+    id uuid PRIMARY KEY,
+    tenant text NOT NULL,
+    version integer NOT NULL,
+    position bigint NOT NULL,
+    schema smallint NOT NULL,
+    name text NOT NULL UNIQUE,
+    kind text NOT NULL,
+    engine_id text NOT NULL,
+    mark text NOT NULL,
+    epoch integer NOT NULL,
+    state text NOT NULL,
+    state_since timestamptz NOT NULL,
+    trouble text NOT NULL,
+    trusted_position bigint NOT NULL,
+    labels jsonb NOT NULL,
+    capabilities jsonb NOT NULL,
+    capacity jsonb NOT NULL,
+    server_version text NOT NULL,
+    api_version text NOT NULL,
+    last_seen_at timestamptz,
+    swept_at timestamptz
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
+
+CREATE TABLE operations (
+    id uuid PRIMARY KEY,
+    tenant text NOT NULL,
+    version integer NOT NULL,
+    position bigint NOT NULL,
+    schema smallint NOT NULL
+);
+GRANT SELECT, INSERT, UPDATE ON engines, operations TO sandledger_app;
 """
 
 VAULT = """
-CREATE TABLE sandbox_secrets (
-    sandbox_id uuid PRIMARY KEY,
+CREATE TABLE sealed_values (
+    stream_id uuid PRIMARY KEY,
+    kind text NOT NULL,
     tenant text NOT NULL,
     key_id text NOT NULL,
     wrapped_key bytea NOT NULL,
     sealed bytea NOT NULL,
     sealed_at timestamptz NOT NULL
 );
-COMMENT ON TABLE sandbox_secrets IS 'Sealed values; a row is deleted when its sandbox ends.';
-GRANT SELECT, INSERT, DELETE ON sandbox_secrets TO sandledger_app;
+COMMENT ON TABLE sealed_values IS 'Sealed values; a row is deleted when its sandbox can never run again.';
+
+CREATE TABLE installation_keys (
+    name text PRIMARY KEY,
+    key_id text NOT NULL,
+    wrapped bytea NOT NULL
+);
+COMMENT ON TABLE installation_keys IS 'Random keys of this installation, wrapped by the master key.';
+GRANT SELECT, INSERT, DELETE, UPDATE (key_id, wrapped_key) ON sealed_values TO sandledger_app;
+GRANT SELECT, INSERT, UPDATE ON installation_keys TO sandledger_app;
 """
 
 REFUSALS = """
@@ -267,7 +401,8 @@ CREATE TABLE refusals (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     refused_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     tenant text NOT NULL CHECK (tenant <> ''),
-    sandbox_id uuid,
+    kind text,
+    stream_id uuid,
     command text NOT NULL,
     status smallint NOT NULL,
     code text NOT NULL,
@@ -277,7 +412,7 @@ CREATE TABLE refusals (
         AND ((meta #>> '{actor,name}') <> '') IS TRUE AND ((meta ->> 'app_version') <> '') IS TRUE)
 );
 COMMENT ON TABLE refusals IS 'Commands that were refused: who asked for what, when, and why not. Append-only.';
-CREATE INDEX refusals_by_sandbox ON refusals (sandbox_id, id) WHERE sandbox_id IS NOT NULL;
+CREATE INDEX refusals_by_stream ON refusals (stream_id, id) WHERE stream_id IS NOT NULL;
 CREATE INDEX refusals_by_tenant ON refusals (tenant, id);
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON refusals
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
@@ -289,52 +424,104 @@ GRANT SELECT, INSERT ON refusals TO sandledger_app;
 COMMENTS = """
 COMMENT ON TABLE sandboxes IS
     'Each sandbox as it is now, the fold of its events; rows stay when they have ended (ended_at, closed_at).';
-COMMENT ON TABLE reconcile_queue IS 'Sandboxes that want attention; a row goes when its sandbox is as wanted.';
-COMMENT ON TABLE expiry_jobs IS 'One row for every sandbox that has a deadline and has not ended.';
+COMMENT ON TABLE engines IS 'Each engine as it is now, the fold of its events.';
+COMMENT ON TABLE operations IS 'Head of the one stream of administrators'' acts.';
+COMMENT ON TABLE reconcile_queue IS 'Streams that want attention; a row goes when its stream is as wanted.';
+COMMENT ON TABLE deadlines IS 'One row for each deadline of a stream.';
+COMMENT ON TABLE idempotency_keys IS 'Which stream the first request with an Idempotency-Key made.';
+COMMENT ON COLUMN deadlines.name IS 'expiry, transition.';
+COMMENT ON COLUMN deadlines.next_run_time IS 'fires_at, or the end of a claim''s lease.';
+COMMENT ON COLUMN deadlines.cause IS 'Position of the event that set it.';
+COMMENT ON COLUMN engines.tenant IS 'Always _platform.';
+COMMENT ON COLUMN engines.version IS 'Version of the last event; the append''s guard.';
+COMMENT ON COLUMN engines.position IS 'Position of the last event.';
+COMMENT ON COLUMN engines.schema IS 'Highest schema number in the stream.';
+COMMENT ON COLUMN engines.name IS 'As settings name it.';
+COMMENT ON COLUMN engines.kind IS 'docker, fake.';
+COMMENT ON COLUMN engines.engine_id IS 'What the engine calls itself.';
+COMMENT ON COLUMN engines.mark IS 'Random word that we left on the engine.';
+COMMENT ON COLUMN engines.epoch IS 'Rises when the engine is replaced.';
+COMMENT ON COLUMN engines.state IS 'up, dark, mismatch.';
+COMMENT ON COLUMN engines.trouble IS 'Why it is dark or mismatched.';
+COMMENT ON COLUMN engines.trusted_position IS
+    'Objects up to this position are no sign that the log went back.';
+COMMENT ON COLUMN engines.last_seen_at IS 'Not folded: when a worker last reached it.';
+COMMENT ON COLUMN engines.swept_at IS 'Not folded: when a worker last compared all of it.';
 COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';
-COMMENT ON COLUMN events.stream_id IS 'The sandbox.';
-COMMENT ON COLUMN events.tenant IS 'Whose sandbox.';
-COMMENT ON COLUMN events.recorded_at IS 'The database''s clock at the append.';
+COMMENT ON COLUMN events.stream_id IS 'The aggregate: a sandbox, an engine, or the installation.';
+COMMENT ON COLUMN events.kind IS 'Which aggregate: sandbox, engine, operations.';
+COMMENT ON COLUMN events.tenant IS 'Whose stream.';
 COMMENT ON COLUMN events.version IS '1..n within the stream.';
 COMMENT ON COLUMN events.type IS 'Stable wire name, e.g. sandbox.requested.';
 COMMENT ON COLUMN events.schema IS 'Schema number of data.';
 COMMENT ON COLUMN events.data IS 'What happened. Never a secret.';
 COMMENT ON COLUMN events.meta IS 'actor, request_id, cause, client, app_version.';
-COMMENT ON COLUMN refusals.sandbox_id IS 'None: the id was not known, or there was none yet.';
-COMMENT ON COLUMN refusals.status IS 'HTTP status of the answer.';
-COMMENT ON COLUMN refusals.command IS 'Method and route, e.g. POST /sandboxes/{id}/pause.';
-COMMENT ON COLUMN refusals.meta IS 'As on events.';
-COMMENT ON COLUMN sandboxes.desired IS 'What its owner wants: running, paused, terminated.';
-COMMENT ON COLUMN sandboxes.observed IS
-    'What the log knows of the runtime: none, created, running, paused, exited, lost, removed.';
-COMMENT ON COLUMN sandboxes.fingerprint IS 'Keyed digest of the request.';
-COMMENT ON COLUMN sandboxes.failure_reason IS 'Why it could not be provided.';
-COMMENT ON COLUMN sandboxes.created_at IS 'When it was accepted.';
-COMMENT ON COLUMN sandboxes.expires_at IS 'Its deadline; none = no end by itself.';
-COMMENT ON COLUMN sandboxes.end_cause IS 'user_delete, expired, expired_while_pending.';
-COMMENT ON COLUMN sandboxes.ended_by IS 'Kind and name of the actor.';
-COMMENT ON COLUMN sandboxes.version IS 'Version of the last event; the append''s guard.';
-COMMENT ON COLUMN sandboxes.phase IS 'Public state, derived.';
-COMMENT ON COLUMN sandboxes.spec IS 'As accepted; env is names with keyed digests.';
-COMMENT ON COLUMN sandboxes.runtime IS 'The engine''s object: id, name, image_digest, started_at, exit.';
-COMMENT ON COLUMN sandboxes.changed_at IS 'When the phase last changed.';
-COMMENT ON COLUMN sandboxes.ended_at IS 'Since when clients get 404.';
-COMMENT ON COLUMN sandboxes.closed_at IS 'When nothing of it was left on the engine.';
-COMMENT ON COLUMN sandboxes.since_position IS 'No event of it lies below; lets history prune partitions.';
-COMMENT ON COLUMN expiry_jobs.next_run_time IS 'Deadline, or the end of a claim''s lease.';
-COMMENT ON COLUMN expiry_jobs.cause IS 'Position of the event that set the deadline.';
-COMMENT ON COLUMN reconcile_queue.generation IS 'Rises with every touch.';
+COMMENT ON COLUMN events.recorded_at IS 'The database''s clock at the append.';
+COMMENT ON COLUMN idempotency_keys.digest IS 'SHA-256 of the Idempotency-Key.';
+COMMENT ON COLUMN idempotency_keys.stream_id IS 'What the first request with this key made.';
+COMMENT ON COLUMN idempotency_keys.fingerprint IS 'Keyed digest of that request.';
+COMMENT ON COLUMN installation.id IS 'Label of every object of ours on an engine.';
+COMMENT ON COLUMN installation.master_key_id IS 'Digest of the master key that seals here.';
+COMMENT ON COLUMN installation.epoch IS 'Of the log; rises when an operator restores it.';
+COMMENT ON COLUMN installation_keys.name IS 'digest, token, link, audit.';
+COMMENT ON COLUMN installation_keys.key_id IS 'Which master key wraps it.';
+COMMENT ON COLUMN installation_keys.wrapped IS 'A random key, wrapped by the master key.';
+COMMENT ON COLUMN operations.id IS 'The installation''s id.';
+COMMENT ON COLUMN operations.tenant IS 'Always _platform.';
+COMMENT ON COLUMN operations.version IS 'Version of the last event; the append''s guard.';
+COMMENT ON COLUMN operations.position IS 'Position of the last event.';
+COMMENT ON COLUMN operations.schema IS 'Highest schema number in the stream.';
+COMMENT ON COLUMN reconcile_queue.engine IS 'Whose workers take it; empty = not placed, any worker.';
+COMMENT ON COLUMN reconcile_queue.revision IS 'Rises with every touch and every hint.';
 COMMENT ON COLUMN reconcile_queue.due_at IS 'Also the visibility timeout of a claim.';
 COMMENT ON COLUMN reconcile_queue.priority IS '0 user, 1 background.';
 COMMENT ON COLUMN reconcile_queue.attempts IS 'Counted failures in a row.';
-COMMENT ON COLUMN reconcile_queue.lease_owner IS 'One value a claim.';
+COMMENT ON COLUMN reconcile_queue.lease_owner IS 'A new value for each claim.';
+COMMENT ON COLUMN reconcile_queue.progress IS 'How far the attempt under way is, for people.';
 COMMENT ON COLUMN reconcile_queue.cause IS 'Position of the event that asked for attention.';
 COMMENT ON COLUMN reconcile_queue.missing_since IS 'Since when the engine says there is none.';
-COMMENT ON COLUMN sandbox_secrets.key_id IS 'Which master key wraps the data key.';
-COMMENT ON COLUMN sandbox_secrets.wrapped_key IS 'The sandbox''s own data key, wrapped.';
-COMMENT ON COLUMN sandbox_secrets.sealed IS 'AES-256-GCM of the values, under the data key.';
-COMMENT ON COLUMN installation.id IS 'Label of every object of ours on an engine.';
-COMMENT ON COLUMN installation.master_key_id IS 'Digest of the master key that seals here.';
+COMMENT ON COLUMN reconcile_queue.trace IS 'Reserved: trace of the request.';
+COMMENT ON COLUMN refusals.kind IS 'Of the stream; none when there was none.';
+COMMENT ON COLUMN refusals.stream_id IS 'None: the id was not known, or there was none yet.';
+COMMENT ON COLUMN refusals.command IS 'Method and route, e.g. POST /sandboxes/{id}/pause.';
+COMMENT ON COLUMN refusals.status IS 'HTTP status of the answer.';
+COMMENT ON COLUMN refusals.meta IS 'As on events.';
+COMMENT ON COLUMN sandboxes.version IS 'Version of the last event; the append''s guard.';
+COMMENT ON COLUMN sandboxes.position IS 'Position of the last event.';
+COMMENT ON COLUMN sandboxes.schema IS 'Highest schema number in the stream.';
+COMMENT ON COLUMN sandboxes.phase IS 'Public state, derived.';
+COMMENT ON COLUMN sandboxes.desired IS 'What its owner wants: running, paused, terminated.';
+COMMENT ON COLUMN sandboxes.observed IS
+    'What the log knows of the object: none, created, running, paused, exited, lost, removed.';
+COMMENT ON COLUMN sandboxes.spec IS 'As accepted; env is names with keyed digests.';
+COMMENT ON COLUMN sandboxes.engine IS 'Name of the engine; none = no engine had room yet.';
+COMMENT ON COLUMN sandboxes.epoch IS 'Of the engine when it was placed.';
+COMMENT ON COLUMN sandboxes.place IS 'Namespace on the engine; empty on Docker.';
+COMMENT ON COLUMN sandboxes.object_id IS 'The engine''s object belongs to this id; names derive from it.';
+COMMENT ON COLUMN sandboxes.generation IS 'Objects made for it so far.';
+COMMENT ON COLUMN sandboxes.run IS 'Starts so far.';
+COMMENT ON COLUMN sandboxes.runtime IS 'The engine''s object: parts, image, start, exit.';
+COMMENT ON COLUMN sandboxes.address IS 'Network, address and published ports.';
+COMMENT ON COLUMN sandboxes.waiting IS 'Step and reason that a Pending sandbox waits for.';
+COMMENT ON COLUMN sandboxes.failure IS 'Step, reason and message when it could not be provided.';
+COMMENT ON COLUMN sandboxes.cpu_nanos IS 'CPU limit in billionths of a CPU.';
+COMMENT ON COLUMN sandboxes.memory_bytes IS 'Memory limit in bytes.';
+COMMENT ON COLUMN sandboxes.gpus IS 'Number of GPUs.';
+COMMENT ON COLUMN sandboxes.key_id IS 'Id of the key that asked for it.';
+COMMENT ON COLUMN sandboxes.key_name IS 'Name of the key that asked for it.';
+COMMENT ON COLUMN sandboxes.fingerprint IS 'Keyed digest of the request.';
+COMMENT ON COLUMN sandboxes.created_at IS 'When it was accepted.';
+COMMENT ON COLUMN sandboxes.changed_at IS 'When the phase last changed.';
+COMMENT ON COLUMN sandboxes.ready_at IS 'Since when its present run can be used.';
+COMMENT ON COLUMN sandboxes.expires_at IS 'When it expires; none = never by itself.';
+COMMENT ON COLUMN sandboxes.ended_at IS 'Since when clients get 404.';
+COMMENT ON COLUMN sandboxes.end_cause IS 'user_delete, expired, expired_while_pending.';
+COMMENT ON COLUMN sandboxes.ended_by IS 'Kind and name of the actor.';
+COMMENT ON COLUMN sandboxes.closed_at IS 'When nothing of it was left on the engine.';
+COMMENT ON COLUMN sandboxes.since_position IS 'No event of it lies below; lets history prune partitions.';
+COMMENT ON COLUMN sealed_values.key_id IS 'Which master key wraps the data key.';
+COMMENT ON COLUMN sealed_values.wrapped_key IS 'The stream''s own data key, wrapped.';
+COMMENT ON COLUMN sealed_values.sealed IS 'AES-256-GCM of the values, under the data key.';
 """
 
 
@@ -345,10 +532,13 @@ def upgrade() -> None:
         INSTALLATION,
         EVENTS,
         HORIZON,
+        IDENTITY,
         APPEND_ONLY,
         PARTITIONS,
+        SKIP,
         SANDBOXES,
         WORK,
+        ENGINES,
         VAULT,
         REFUSALS,
         COMMENTS,

@@ -83,6 +83,8 @@ class EngineProxy:
         """What calls are answered with by the proxy itself; a number stands for a status with plain words."""
         self.canned: dict[str, list[dict[str, object]]] = {}
         """Answers that are given instead of the engine's, one after the other, as long as there are any."""
+        self.answers: dict[str, bytes] = {}
+        """JSON that is answered in the engine's place, each time."""
         self.versions: list[str] = []
         """API versions that the calls named, in their order."""
         self.streams: dict[int, web.Request] = {}
@@ -134,6 +136,8 @@ class EngineProxy:
             self.versions.append(named[1])
         if refusal := self.refusals.get(call):
             return (Refusal(refusal) if isinstance(refusal, int) else refusal).answer()
+        if answer := self.answers.get(call):
+            return web.Response(body=answer, content_type="application/json")
         if canned := self.canned.get(call):
             return web.json_response(canned.pop(0))
         return await self._forward(call, request)

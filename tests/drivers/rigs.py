@@ -297,6 +297,6 @@ class DockerRig:
             # By id too: an image whose tag moved has no name any more.
             known = (row["RepoTags"] or []) + (row["RepoDigests"] or [])
             if row["Id"] in self._registry.image_ids or any(
-                name.startswith(f"127.0.0.1:{self._registry.port}/") for name in known
+                name.startswith(self._registry.prefix) for name in known
             ):
                 await self.direct.images.delete(row["Id"], force=True)

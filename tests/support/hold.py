@@ -42,8 +42,8 @@ class Hold:
             "UPDATE sandboxes SET version = version + 1 WHERE id = $1 RETURNING version", self._sandbox_id
         )
         await self._connection.execute(
-            "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta) "
-            "VALUES ($1, 'default', $2, 'sandbox.metadata_patched', 1, '{}', $3)",
+            "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
+            "VALUES ($1, 'sandbox', 'default', $2, 'sandbox.metadata_patched', 1, '{}', $3)",
             self._sandbox_id,
             version,
             msgspec.json.encode(META).decode(),

@@ -13,8 +13,8 @@ from app.store.database.pool import APP_ROLE
 
 META = '{"actor": {"kind": "operator", "id": "t", "name": "test"}, "app_version": "test"}'
 INSERT_EVENT = (
-    "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta) "
-    f"VALUES ($1, 'default', $2, 'sandbox.metadata_patched', 1, '{{}}', '{META}') RETURNING position"
+    "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
+    f"VALUES ($1, 'sandbox', 'default', $2, 'sandbox.metadata_patched', 1, '{{}}', '{META}') RETURNING position"
 )
 
 

@@ -208,7 +208,7 @@ class TestKeys:
         ]
         same = {path for path in served_paths() if attrgetter(path)(loaded.settings) == attrgetter(path)(Settings())}
         # The first can only be docker, the others come from the environment.
-        assert same == {"runtime.type", "server.insecure", "sandledger.master_key"}
+        assert same == {"runtime.type", "server.insecure", "sandledger.master_key", "sandledger.previous_master_key"}
 
     @pytest.mark.parametrize("path", sorted(unserved.KEYS))
     def test_each_key_that_is_not_served_is_one_warning(self, toml, path):
@@ -388,7 +388,7 @@ state_dir = "/s"
 master_key_file = "/k"
 worker.concurrency = 1
 worker.lease_seconds = 1
-worker.resync_seconds = 1
+worker.sweep_seconds = 1
 worker.backoff_base_seconds = 0.1
 worker.backoff_max_seconds = 1
 worker.poison_attempts = 1
@@ -397,5 +397,6 @@ worker.orphan_grace_seconds = 0
 worker.missing_grace_seconds = 0
 worker.expiry_lease_seconds = 1
 worker.orphan_dry_run = true
+deadlines = { pending_seconds = 1, pausing_seconds = 1, resuming_seconds = 1, stopping_seconds = 1 }
 api = { wait_seconds_max = 0, body_limit_bytes = 1024, metadata_max_entries = 0 }
 """

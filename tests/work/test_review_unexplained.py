@@ -20,14 +20,14 @@ async def refused(stage: Stage, call: str, times: int) -> list[ev.ReconcileFaile
     for _ in range(times):
         await stage.turn(worker)
         await stage.make_due(sandbox_id)
-    assert not worker.breaker.open
+    assert not worker.station.open
     assert (await stage.row(sandbox_id))["attempts"] == 0, "refusals give nobody up"
     return [fact.event for fact in await stage.history(sandbox_id) if isinstance(fact.event, ev.ReconcileFailed)]
 
 
 async def test_a_create_that_the_engine_refuses_again_and_again_is_told_thinly(stage: Stage) -> None:
     told = await refused(stage, "create", 25)
-    assert [(event.step, event.code, event.attempt) for event in told] == [
+    assert [(event.step, event.reason, event.attempt) for event in told] == [
         ("ensure", "RUNTIME_UNAVAILABLE", 3),
         ("ensure", "RUNTIME_UNAVAILABLE", 10),
     ]
@@ -51,7 +51,7 @@ async def test_a_head_that_cannot_be_read_waits_longer_each_time_and_the_queue_s
         await stage.make_due(sandbox_id)
         await stage.turn(worker)
         row = await stage.row(sandbox_id)
-        assert (row["attempts"], row["last_code"], row["lease_owner"]) == (attempt, "INTERNAL_ERROR", None)
+        assert (row["attempts"], row["last_reason"], row["lease_owner"]) == (attempt, "INTERNAL_ERROR", None)
     await stage.sql(f"GRANT SELECT ON sandboxes TO {APP_ROLE}")
     await stage.make_due(sandbox_id)
     await stage.settle(worker)

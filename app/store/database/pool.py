@@ -100,6 +100,11 @@ class Connection:
         """All rows."""
         return await self._driver.fetch(statement.sql, *statement.arguments(values))
 
+    async def fetch_one(self, statement: Statement, **values: Any) -> asyncpg.Record | None:
+        """The first row, or None."""
+        rows = await self.fetch(statement, **values)
+        return rows[0] if rows else None
+
     async def invalidate(self) -> None:
         """Never give this one back to the pool."""
         await _drop(self._pooled)

@@ -10,7 +10,7 @@ Values pass as asyncpg takes them: uuid.UUID, aware datetimes, and JSON as text.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from sqlalchemy import ClauseElement
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
@@ -35,3 +35,19 @@ class Statement:
         """Values in the order of the text. KeyError when one is missing."""
         constants = self._constants
         return [values[name] if name in values else constants[name] for name in self._names]
+
+
+class Executor(Protocol):
+    """What runs a statement: the pool, or a connection within a transaction."""
+
+    async def fetch_one(self, statement: Statement, **values: Any) -> Any:
+        """The first row, or None."""
+        ...
+
+
+class Connections(Executor, Protocol):
+    """A pool of connections: the one for everybody, or the one that is reserved for leases and wake-ups."""
+
+    async def fetch(self, statement: Statement, **values: Any) -> Any:
+        """All rows of one autocommitted statement."""
+        ...

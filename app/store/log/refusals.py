@@ -17,7 +17,8 @@ from app.store.tables import refusals
 _RECORD = Statement(
     insert(refusals).values(
         tenant=bindparam("tenant", type_=Text),
-        sandbox_id=bindparam("sandbox_id", type_=Uuid),
+        kind=bindparam("kind", type_=Text),
+        stream_id=bindparam("stream_id", type_=Uuid),
         command=bindparam("command", type_=Text),
         status=bindparam("status", type_=Integer),
         code=bindparam("code", type_=Text),
@@ -37,17 +38,20 @@ class Refusals:
     async def record(
         self,
         tenant: str,
-        sandbox_id: UUID | None,
+        stream_id: UUID | None,
         command: str,
         refusal: tuple[int, str, str],
         meta: Mapping[str, Any],
+        *,
+        kind: str = "sandbox",
     ) -> None:
         """`refusal` is (HTTP status, code, message)."""
         status, code, message = refusal
         await self._database.fetch(
             _RECORD,
             tenant=tenant,
-            sandbox_id=sandbox_id,
+            kind=None if stream_id is None else kind,
+            stream_id=stream_id,
             command=command,
             status=status,
             code=code,

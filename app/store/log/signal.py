@@ -11,6 +11,10 @@ the listener asks something every `check` seconds, and a connection that does no
 
 A signal carries no truth. Every waiter also has a timeout and then looks for itself, so a lost notification, a pooler
 in between or a broken LISTEN costs latency (at most a second), never correctness.
+
+**Two channels.** Readers wait for a stream on `CHANNEL`. Workers wait for work on `WORK_CHANNEL`, which only carries
+who spoke, so that each process ignores its own words: it has woken its own worker already. At the end the last words
+are sent before the connection goes.
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 from sqlalchemy import Text, bindparam, func, literal, select
@@ -30,10 +34,18 @@ from app.store.database.pool import Database
 from app.store.database.statement import Statement
 
 CHANNEL = "sandledger_log"
+WORK_CHANNEL = "sandledger_work"
+_LAST_WORDS_S = 2.0
 _WINDOW_S = 0.02
 _MOST_IDS = 200  # 200 * 33 bytes stay below NOTIFY's 8000
 _RECONNECT_S = 1.0
 _NOTIFY = Statement(select(func.pg_notify(CHANNEL, bindparam("payload", type_=Text))))
+_NOTIFY_WORK = Statement(
+    select(
+        func.pg_notify(CHANNEL, bindparam("payload", type_=Text)),
+        func.pg_notify(WORK_CHANNEL, bindparam("speaker", type_=Text)),
+    )
+)
 _PING = Statement(select(literal(1)))
 _FAILURES = (StoreUnavailable, asyncpg.PostgresError)
 """A standby after a failover, or a full queue, refuses to notify: PostgreSQL's word, and no reason to stop either."""
@@ -71,13 +83,19 @@ class Signal:
         self._check = check
         self._everything: set[Subscription] = set()
         self._by_id: dict[UUID, set[Subscription]] = {}
+        self._workers: set[Subscription] = set()
+        self._speaker = uuid4().hex
         self._outbox: set[UUID] = set()
+        self._outbox_work = False
         self._outgoing = asyncio.Event()
 
-    def poke(self, sandbox_id: UUID) -> None:
-        """Something was committed for this sandbox."""
+    def poke(self, sandbox_id: UUID, *, work: bool = True) -> None:
+        """Something was committed for this stream; `work`: there is something for a reconciler to do."""
         self._wake(sandbox_id)
         self._outbox.add(sandbox_id)
+        if work:
+            self._wake_workers()
+            self._outbox_work = True
         self._outgoing.set()
 
     @contextmanager
@@ -98,23 +116,50 @@ class Signal:
                 if not waiting:
                     del self._by_id[sandbox_id]
 
+    @contextmanager
+    def subscribe_work(self) -> Generator[Subscription]:
+        """News of work, in this process or another."""
+        subscription = Subscription()
+        self._workers.add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._workers.discard(subscription)
+
     async def run(self) -> None:
-        """Notify and listen until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._notify_forever(), name="signal-notify")
-            tasks.create_task(self._listen_forever(), name="signal-listen")
+        """Notify and listen until cancelled; then send the last words."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._notify_forever(), name="signal-notify")
+                tasks.create_task(self._listen_forever(), name="signal-listen")
+        finally:
+            if self._outbox:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LAST_WORDS_S):
+                        await self._notify()
 
     async def _notify_forever(self) -> None:
         while True:
             await self._outgoing.wait()
             self._outgoing.clear()
-            ids, self._outbox = self._outbox, set()
-            payload = "*" if len(ids) > _MOST_IDS else ",".join(sandbox_id.hex for sandbox_id in ids)
-            try:
-                await self._database.fetch(_NOTIFY, payload=payload)
-            except _FAILURES as error:
-                _LOG.warning("notification lost, readers fall back to polling: %s", error)
+            await self._notify()
             await asyncio.sleep(_WINDOW_S)
+
+    async def _notify(self) -> None:
+        ids, self._outbox = self._outbox, set()
+        work, self._outbox_work = self._outbox_work, False
+        payload = "*" if len(ids) > _MOST_IDS else ",".join(sandbox_id.hex for sandbox_id in ids)
+        try:
+            if work:
+                await self._database.fetch(_NOTIFY_WORK, payload=payload, speaker=self._speaker)
+            else:
+                await self._database.fetch(_NOTIFY, payload=payload)
+        except _FAILURES as error:
+            _LOG.warning("notification lost, readers fall back to polling: %s", error)
+        except asyncio.CancelledError:
+            self._outbox |= ids  # the last words; said twice at worst
+            self._outbox_work |= work
+            raise
 
     async def _listen_forever(self) -> None:
         while True:
@@ -131,6 +176,7 @@ class Signal:
             driver.add_termination_listener(lambda *_: ended.set())
             try:
                 await driver.add_listener(CHANNEL, self._heard)
+                await driver.add_listener(WORK_CHANNEL, self._heard_work)
                 self._wake_all()  # whatever was said while nobody listened
                 while not ended.is_set():
                     try:
@@ -150,6 +196,14 @@ class Signal:
         for sandbox_id in ids:
             self._wake(sandbox_id)
 
+    def _heard_work(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
+        if payload != self._speaker:
+            self._wake_workers()
+
+    def _wake_workers(self) -> None:
+        for subscription in self._workers:
+            subscription.wake()
+
     def _wake(self, sandbox_id: UUID) -> None:
         for subscription in self._everything:
             subscription.wake()
@@ -157,6 +211,7 @@ class Signal:
             subscription.wake()
 
     def _wake_all(self) -> None:
+        self._wake_workers()
         for subscription in self._everything:
             subscription.wake()
         for waiting in self._by_id.values():
