@@ -101,7 +101,7 @@ class Engine:
         versioned: bool = True,
     ) -> T:
         """GET something. `limit` in seconds, else that of an inspect call."""
-        timeout = self._within(limit or self.times.look)
+        timeout = self._within(limit or self.times.inspect)
         async with self.open("GET", path, params=params, versioned=versioned, timeout=timeout) as response:
             return self._decode(await response.read(), answer)
 
