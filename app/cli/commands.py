@@ -14,8 +14,9 @@ import click
 import uvloop
 
 from app import __version__
-from app.cli import doctor, logs, timeline
-from app.cli.demo import play
+from app.cli import doctor, logs, status, timeline
+from app.cli import keys as key_commands
+from app.cli.demonstration.play import play
 from app.errors import SandledgerError
 from app.server.assembly import open_database
 from app.server.process import Role, run
@@ -120,6 +121,29 @@ def events(config: Path | None, sandbox: UUID, *, as_json: bool) -> None:
     """Print the event history of SANDBOX, live or gone."""
     settings = settings_of(config)
     go(lambda: timeline.print_history(settings, sandbox, say, as_json=as_json))
+
+
+@cli.command(name="status")
+@_CONFIG
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def show_status(config: Path | None, *, as_json: bool) -> None:
+    """Show engines, queue, deadlines, stuck sandboxes and the log; exit 1 when something is wrong."""
+    settings = settings_of(config)
+    sys.exit(0 if go(lambda: status.show(settings, say, as_json=as_json)) else 1)
+
+
+@cli.group()
+def keys() -> None:
+    """The master key that seals secrets."""
+
+
+@keys.command(name="rotate-master")
+@_CONFIG
+@click.option("--generate", is_flag=True, help="First put a new key before the others in the key file.")
+def rotate_master(config: Path | None, *, generate: bool) -> None:
+    """Wrap every data key by the first configured master key. Online; run it again after an interruption."""
+    settings = settings_of(config)
+    go(lambda: key_commands.rotate_master(settings, say, generate=generate))
 
 
 @cli.command(name="demo")

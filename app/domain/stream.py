@@ -91,6 +91,8 @@ class Recorded(Struct, Generic[E], frozen=True):
     """`recorded_at`, the database's clock."""
     event: E
     meta: Meta
+    schema: int | None = None
+    """The number that it was stored with, which an upcast may have left behind. None: it is not stored yet."""
 
 
 class Encoded(Struct, frozen=True):
@@ -102,7 +104,7 @@ class Encoded(Struct, frozen=True):
 
 
 _decode_meta = msgspec.json.Decoder(Meta).decode
-_encode = msgspec.json.Encoder().encode
+_encode = msgspec.json.Encoder(order="deterministic").encode
 
 
 class Registry(Generic[E]):
@@ -130,6 +132,10 @@ class Registry(Generic[E]):
     def name_of(self, event: E | type[E]) -> str:
         """The stable type name, e.g. `sandbox.requested`."""
         return self._names[event if isinstance(event, type) else type(event)]
+
+    def schema_of(self, recorded: Recorded[E]) -> int:
+        """The number that it was stored with, or will be."""
+        return recorded.schema or self.schemas[self.name_of(recorded.event)]
 
     def encode(self, event: E) -> Encoded:
         """Name, schema number and payload. The same event is always the same bytes.

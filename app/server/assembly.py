@@ -24,7 +24,8 @@ from app.store.database.pool import Database
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
-from app.store.vault.keyfile import master_key
+from app.store.vault.keyfile import master_keys
+from app.store.vault.keys import open_keys
 from app.store.vault.seal import Sealer
 from app.views.listing import Listing
 from app.work.policy import WorkPolicy
@@ -140,9 +141,13 @@ async def opened(settings: Settings, say: Say, make_driver: MakeDriver = docker_
         )
         stack.push_async_callback(database.close)
         ours = settings.sandledger
-        key, _ = await asyncio.to_thread(master_key, ours.master_key, ours.master_key_file, ours.state_dir)
-        sealer = Sealer(key)
-        installation = (await claim_master_key(database, sealer.key_id)).id
+        keys, _ = await asyncio.to_thread(
+            master_keys, ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir
+        )
+        found = await claim_master_key(database, keys.ids)
+        installation, in_use = found.id, found.master_key_id or keys.ids[0]
+        own_keys = await open_keys(database, keys, in_use)
+        sealer = Sealer(keys, own_keys.digest, key_id=in_use)
         driver = make_driver(settings, installation)
         stack.push_async_callback(driver.close)
         news = Signal(database)

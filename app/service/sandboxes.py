@@ -161,7 +161,8 @@ class Service:
                 "SANDLEDGER::IDEMPOTENCY_KEY_REUSED",
                 "This Idempotency-Key was used before with a different body; use a new key for a new request.",
             )
-        begun = await self.log.history(first.stream_id, tenant, limit=2)
+        since = await self.view.since(first.stream_id, tenant)
+        begun = await self.log.history(first.stream_id, tenant, since=since or 0, limit=2)
         recorded = [decoded(ev.REGISTRY, stored) for stored in begun]
         # What the first answer said: all that stands in the first append.
         original = advance(evolve, None, [one for one in recorded if one.at == recorded[0].at])
@@ -220,7 +221,7 @@ class Service:
             return
         engine = await self.engines.by_name(sandbox.engine)
         can = Capabilities() if engine is None else engine.capabilities
-        if can.pause is Pausing.NONE:
+        if can.pause == Pausing.NONE:
             raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "The engine of this sandbox cannot pause sandboxes.")
 
     async def record(self, sandbox: Sandbox, observation: cmd.Observation, meta: Meta) -> Outcome:
@@ -271,4 +272,8 @@ class Service:
 
     async def history(self, sandbox_id: UUID, tenant: str) -> list[ev.Recorded]:
         """Every event of a sandbox, live or gone. Empty when this tenant never had it."""
-        return [decoded(ev.REGISTRY, stored) async for stored in self.log.whole_history(sandbox_id, tenant)]
+        since = await self.view.since(sandbox_id, tenant)
+        if since is None:
+            return []
+        stored = self.log.whole_history(sandbox_id, tenant, since=since)
+        return [decoded(ev.REGISTRY, one) async for one in stored]

@@ -24,6 +24,7 @@ _OVERRIDES = {
     "DOCKER_HOST": "docker.host",
     MASTER_KEY: "sandledger.master_key",
     MASTER_KEY_FILE: "sandledger.master_key_file",
+    "SANDLEDGER_PREVIOUS_MASTER_KEY": "sandledger.previous_master_key",
     "SANDLEDGER_STATE_DIR": "sandledger.state_dir",
 }
 _BLANK_IS_UNSET = ("server.api_key", "store.postgresql.dsn")

@@ -52,6 +52,15 @@ MasterKey = Annotated[
         extra={"secret": True, "env_only": "SANDLEDGER_MASTER_KEY"},
     ),
 ]
+PreviousMasterKey = Annotated[
+    bytes,
+    Meta(
+        min_length=32,
+        max_length=32,
+        description="the master key that was in use before, in base64",
+        extra={"secret": True, "env_only": "SANDLEDGER_PREVIOUS_MASTER_KEY"},
+    ),
+]
 Insecure = Annotated[bool, Meta(extra={"env_only": "OPENSANDBOX_INSECURE_SERVER=YES"})]
 EngineAddress = Annotated[
     str,
@@ -312,6 +321,8 @@ class SandledgerSettings(Table, frozen=True):
     """File of the key that seals secrets; None = one in `state_dir`. Not opened here."""
     master_key: MasterKey | None = None
     """That key itself; wins over `master_key_file`."""
+    previous_master_key: PreviousMasterKey | None = None
+    """The key that was in use before a rotation; it only opens what it sealed."""
     worker: WorkerSettings = WorkerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
     api: ApiSettings = ApiSettings()

@@ -31,7 +31,6 @@ from sqlalchemy import (
 )
 
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.events import EndCause
 from app.domain.sandbox.observed import Address, Waiting
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.sandbox.state import Desired, Ending, Failure, Runtime, RuntimeState, Sandbox
@@ -128,7 +127,7 @@ def _always(sandbox: Sandbox) -> dict[str, Any]:
         "generation": sandbox.generation,
         "run": sandbox.run,
         "gpus": sandbox.gpus,
-        "end_cause": sandbox.ending and sandbox.ending.cause.value,
+        "end_cause": sandbox.ending and sandbox.ending.cause,
         "ended_by": sandbox.ending and sandbox.ending.by,
     }
 
@@ -186,6 +185,9 @@ _ATTEMPT = Statement(
 )
 
 
+_SINCE = Statement(select(_S.since_position).where(_BY_ID, _S.tenant == bindparam("tenant", type_=Text)))
+
+
 class CurrentView:
     """Reads of single sandboxes; lists are in `app.views.listing`."""
 
@@ -197,6 +199,11 @@ class CurrentView:
         """The sandbox and the database's clock. None when absent, or another tenant's (None = any tenant's)."""
         row = await self._database.fetch_one(_LOAD, id=sandbox_id)
         return _loaded(row, tenant)
+
+    async def since(self, sandbox_id: UUID, tenant: str) -> int | None:
+        """A position below all events of a sandbox, also of one that has ended. None = this tenant never had it."""
+        row = await self._database.fetch_one(_SINCE, id=sandbox_id, tenant=tenant)
+        return None if row is None else row["since_position"]
 
     async def attempt(self, sandbox_id: UUID) -> Attempt | None:
         """How the queue stands about a Pending sandbox. None = it is not in the queue."""
@@ -286,6 +293,6 @@ def _from_row(row: asyncpg.Record) -> Sandbox:
         address=None if address is None else _decode_address(address),
         waiting=None if waiting is None else _decode_waiting(waiting),
         failure=None if failure is None else _decode_failure(failure),
-        ending=None if ended_at is None else Ending(ended_at, EndCause(row["end_cause"]), row["ended_by"]),
+        ending=None if ended_at is None else Ending(ended_at, row["end_cause"], row["ended_by"]),
         closed_at=row["closed_at"],
     )

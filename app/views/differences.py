@@ -19,6 +19,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     func,
+    literal,
     literal_column,
     or_,
     select,
@@ -80,13 +81,15 @@ _STRANDED = Statement(
     .limit(_MAX_STRANDED)
 )
 _OVERDUE = Statement(
-    select(func.count().label("overdue")).select_from(deadlines).where(deadlines.c.fires_at < _ago(_OVERDUE_S))
+    select(func.count().label("overdue"))
+    .select_from(deadlines)
+    .where(deadlines.c.fires_at < _ago(literal(_OVERDUE_S, Double)))
 )
 _UNSERVED = Statement(
     select(_S.engine, func.count().label("sandboxes"))
     .select_from(sandboxes.outerjoin(engines, _E.name == _S.engine))
     .where(
-        _S.engine.is_not(None),
+        _S.engine != bindparam("engine", type_=Text),
         _S.closed_at.is_(None),
         or_(
             _E.id.is_(None),
@@ -148,9 +151,9 @@ async def overdue_deadlines(connections: Connections) -> int:
     return (await connections.fetch(_OVERDUE))[0]["overdue"]
 
 
-async def unserved(connections: Connections, age_s: float) -> dict[str, int]:
-    """Open sandboxes by engine, for engines that no worker has reached for so long."""
-    rows = await connections.fetch(_UNSERVED, age=age_s)
+async def unserved(connections: Connections, engine: str, age_s: float) -> dict[str, int]:
+    """Open sandboxes by engine, for engines other than this one that no worker has reached for so long."""
+    rows = await connections.fetch(_UNSERVED, engine=engine, age=age_s)
     return {row["engine"]: row["sandboxes"] for row in rows}
 
 

@@ -1,12 +1,12 @@
 """Lists of sandboxes: one indexed statement a page, newest first.
 
-Order is (created_at, id) descending, which three indexes have (visible, all, by phase), so a page is an index scan
-that stops after `size` rows, whatever the table's size; the metadata filter uses the GIN index. `offset` pages as the
-public API does; `after` is a keyset, for which rows that come and go between pages shift nothing.
+Order is (created_at, id) descending, which the indexes have (visible, all, by phase), so a page is an index scan that
+stops after `size` rows, whatever the table's size; the metadata filter uses the GIN index. `offset` pages as the public
+API does, up to `MAX_OFFSET`; `after` is a keyset, for which rows that come and go between pages shift nothing.
 
-The total comes with the page, from the same snapshot: for unfiltered lists by `app.views.totals`, else by counting
-the matching rows. Rows are ordered again here, few as they are, because the join that puts the total beside them
-promises no order.
+The total comes with the page, from the same snapshot: for unfiltered lists by `app.views.totals`, else by counting the
+matching rows up to `MAX_COUNTED`; beyond that it is a lower bound. Rows are ordered again here, few as they are,
+because the join that puts the total beside them promises no order.
 """
 
 from __future__ import annotations
@@ -23,21 +23,26 @@ from uuid import UUID
 import asyncpg
 import msgspec
 from msgspec import Struct
-from sqlalchemy import BigInteger, DateTime, Text, Uuid, bindparam, cast, func, literal_column, select, tuple_
+from sqlalchemy import BigInteger, DateTime, Integer, Text, Uuid, bindparam, cast, func, literal_column, select, tuple_
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from app.domain.sandbox.state import Sandbox
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
+from app.store.log.store import EventLog
 from app.store.tables import sandboxes
 from app.views.current import COLUMNS, from_row
-from app.views.totals import ENOUGH, MOST, Totals, delta
+from app.views.totals import MAX_EVENTS, MOVE_AFTER_EVENTS, Totals, delta
 
-MOST_ROWS = 201
+MAX_ROWS = 201
 """The longest page, and the row that tells whether there is another."""
+MAX_COUNTED = 10_000
+"""Filtered lists are counted exactly up to here (decision 34)."""
+MAX_OFFSET = 100_000
+"""Page numbers reach this many rows; a cursor has no such bound."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CURSOR = struct.Struct(">qI16s")
-_MOST_PAGES = 2**32 - 1
+_MAX_PAGES = 2**32 - 1
 
 
 class Cursor(Struct, frozen=True):
@@ -51,7 +56,7 @@ class Cursor(Struct, frozen=True):
         """Opaque to clients."""
         micros = (self.created_at - _EPOCH) // timedelta(microseconds=1)
         return (
-            base64.urlsafe_b64encode(_CURSOR.pack(micros, min(self.page, _MOST_PAGES), self.id.bytes))
+            base64.urlsafe_b64encode(_CURSOR.pack(micros, min(self.page, _MAX_PAGES), self.id.bytes))
             .decode()
             .rstrip("=")
         )
@@ -87,10 +92,16 @@ class Wanted(Struct, frozen=True):
 class Page(Struct, frozen=True):
     """Rows in order, and how many there are in all."""
 
-    boxes: tuple[Sandbox, ...]
+    sandboxes: tuple[Sandbox, ...]
     total: int
-    next: Cursor | None
+    next: Cursor | None = None
     """Where to go on; None on the last page."""
+    is_lower_bound: bool = False
+    """There are more than `total`; nobody counted how many."""
+
+
+class TooFar(ValueError):
+    """A page number that lies too far from the first page."""
 
 
 class _Shape(Struct, frozen=True):
@@ -136,70 +147,76 @@ def page_statement(shape: _Shape) -> Statement:
     else:
         # For a limit it does not know, the planner of a reusable plan reckons with a tenth of the table, finds that
         # too dear and plans anew each time, which costs more than such a page. The inner limit tells it.
-        page = select(page.limit(literal_column(str(MOST_ROWS), BigInteger)).subquery("most")).limit(size)
+        page = select(page.limit(literal_column(str(MAX_ROWS), BigInteger)).subquery("most")).limit(size)
         page = page.subquery("page")
     if shape.summed:
         total = delta()
         numbers = [total.c.visible.label("d_visible"), total.c.ever.label("d_ever"), total.c.scanned.label("d_scanned")]
     else:
-        total = select(func.count().label("total")).select_from(sandboxes).where(*conditions).subquery("total")
+        some = select(literal_column("1", Integer)).select_from(sandboxes).where(*conditions)
+        counted = some.limit(literal_column(str(MAX_COUNTED + 1), BigInteger)).subquery("counted")
+        total = select(func.count().label("total")).select_from(counted).subquery("total")
         numbers = [total.c.total.label("d_total")]
     return Statement(select(*numbers, *page.c).select_from(total.outerjoin(page, literal_column("true"))))
-
-
-_SINCE = Statement(
-    select(sandboxes.c.since_position).where(
-        sandboxes.c.id == bindparam("id", type_=Uuid), sandboxes.c.tenant == bindparam("tenant", type_=Text)
-    )
-)
 
 
 class Listing:
     """Reads of many; `app.views.current` reads one."""
 
-    def __init__(self, database: Database) -> None:
-        """On an open database."""
+    def __init__(self, database: Database, log: EventLog | None = None) -> None:
+        """On an open database; `log` is the process's own reader."""
         self._database = database
-        self.totals = Totals(database)
+        self.totals = Totals(database, log or EventLog(database))
 
     async def page(self, wanted: Wanted, *, size: int, offset: int = 0, after: Cursor | None = None) -> Page:
-        """`size` rows (at most 200) from `offset`, or those that follow the cursor."""
+        """`size` rows (at most 200) from `offset`, or those that follow the cursor.
+
+        Raises:
+            TooFar: `offset` is above `MAX_OFFSET`, and there are rows there.
+        """
         if wanted.phases == ():
-            return Page((), 0, None)
+            return Page((), 0)
         offset = 0 if after is not None else offset
-        shape, values = _shape(wanted, offset, after), _values(wanted, size, offset, after)
+        near = min(offset, MAX_OFFSET)
+        shape, values = _shape(wanted, near, after), _values(wanted, size, near, after)
         rows, total = await (self._summed(shape, values) if shape.summed else self._counted(shape, values))
+        is_lower_bound = not shape.summed and total > MAX_COUNTED
+        if offset > MAX_OFFSET:
+            if is_lower_bound or total > offset:
+                raise TooFar(f"reaches at most {MAX_OFFSET} rows; go on with nextCursor")
+            return Page((), total)
         found = sorted(
             (from_row(row) for row in rows if row["id"] is not None),
-            key=lambda box: (box.created_at, box.id),
+            key=lambda sandbox: (sandbox.created_at, sandbox.id),
             reverse=True,
         )
-        boxes = tuple(found[:size])
-        last = boxes[-1] if len(found) > size else None
+        shown = tuple(found[:size])
+        last = shown[-1] if len(found) > size else None
         page = 1 + (after.page if after is not None else offset // size)
-        return Page(boxes, total, None if last is None else Cursor(last.created_at, last.id, page))
+        cursor = None if last is None else Cursor(last.created_at, last.id, page)
+        return Page(shown, min(total, MAX_COUNTED) if is_lower_bound else total, cursor, is_lower_bound)
 
     async def _summed(self, shape: _Shape, values: dict[str, Any]) -> tuple[Sequence[asyncpg.Record], int]:
-        tenant = values["tenant"]
         for read_base in (self.totals.base, self.totals.advance):
-            base = await read_base(tenant)
+            base = await read_base()
             rows = await self._database.fetch(page_statement(shape), base=base.position, **values)
             first = rows[0]
-            if first["d_scanned"] <= MOST:
-                if first["d_scanned"] > ENOUGH:
-                    await self.totals.advance(tenant)
-                known, change = ("ever", "d_ever") if shape.include_terminal else ("visible", "d_visible")
-                return rows, getattr(base, known) + int(first[change])
-        return await self._counted(msgspec.structs.replace(shape, summed=False), values)
+            if first["d_scanned"] <= MAX_EVENTS:
+                if first["d_scanned"] > MOVE_AFTER_EVENTS:
+                    self.totals.advance_later()
+                known = base.of(values["tenant"])
+                if shape.include_terminal:
+                    return rows, known.ever + int(first["d_ever"])
+                return rows, known.visible + int(first["d_visible"])
+        return await self._counted_whole(shape, values)
 
     async def _counted(self, shape: _Shape, values: dict[str, Any]) -> tuple[Sequence[asyncpg.Record], int]:
         rows = await self._database.fetch(page_statement(shape), **values)
         return rows, rows[0]["d_total"]
 
-    async def since(self, sandbox_id: UUID, tenant: str) -> int | None:
-        """A position below all events of a sandbox, also of one that has ended. None = this tenant never had it."""
-        row = await self._database.fetch_one(_SINCE, id=sandbox_id, tenant=tenant)
-        return None if row is None else row["since_position"]
+    async def _counted_whole(self, shape: _Shape, values: dict[str, Any]) -> tuple[Sequence[asyncpg.Record], int]:
+        """No base is near enough: count up to the bound, as filtered lists do."""
+        return await self._counted(msgspec.structs.replace(shape, summed=False), values)
 
 
 def _shape(wanted: Wanted, offset: int, after: Cursor | None) -> _Shape:

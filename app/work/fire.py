@@ -77,7 +77,9 @@ class Deadlines:
             _LOG.warning("%s has no stream, which is a bug; the deadline is deleted", what)
             await self.rows.remove(deadline.stream_id, deadline.name)
         except Exception as error:  # noqa: BLE001 - it fires again whatever it was
-            _LOG.warning("%s could not be fired, again in a second: %s: %s", what, type(error).__name__, error)
+            # Its first line: PostgreSQL's details repeat the row.
+            said = str(error).partition("\n")[0]
+            _LOG.warning("%s could not be fired, again in a second: %s: %s", what, type(error).__name__, said)
             with suppress(StoreUnavailable):
                 await self.rows.hand_back(deadline, _AGAIN_S)
 

@@ -31,18 +31,6 @@ class WorkPolicy(Struct, frozen=True):
     """Longest wait between two questions to an engine that is not there."""
     missing_grace: float = 10
     """How long an engine has to say "none" before it is believed."""
-    place_again: float = 5
-    """How long a sandbox rests for which no engine had room, when no engine comes."""
-    newer_wait: float = 30
-    """How long a stream that a newer version has written to is left alone."""
-    pulls: int = 8
-    """Images that one worker has pulled at once."""
-    tenant_pulls: int = 6
-    """Pulls of them that one tenant may have."""
-    progress_every: float = 1
-    """How often the progress of a pull is written, and its sandboxes are kept waiting."""
-    stall_after: float = 60
-    """A loop that has not gone round for this long stands still, and the worker is not alive."""
     engine_check: float = 5
     """Longest wait for an engine that is asked who it is; one that hangs is noticed by this."""
     engine_beat: float = 5
@@ -61,6 +49,18 @@ class WorkPolicy(Struct, frozen=True):
     """Sandboxes that a sweep reads in one statement."""
     sweep_confirm: float = 60
     """A worker that saw orphans or leftovers compares once more after this."""
+    place_again: float = 5
+    """How long a sandbox rests for which no engine had room, when no engine comes."""
+    newer_wait: float = 30
+    """How long a stream that a newer version has written to is left alone."""
+    pulls: int = 8
+    """Images that one worker has pulled at once."""
+    tenant_pulls: int = 6
+    """Pulls of them that one tenant may have."""
+    progress_every: float = 1
+    """How often the progress of a pull is written, and its sandboxes are kept waiting."""
+    stall_after: float = 60
+    """A loop that has not gone round for this long stands still, and the worker is not alive."""
     stranded_after: float = 30
     """Age at which a sandbox that wants work and has no queue row is called a bug."""
     orphan_grace: float = 120

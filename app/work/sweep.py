@@ -70,7 +70,7 @@ class Swept(Struct, frozen=True):
     stranded: int = 0
     overdue: int = 0
     unserved: int = 0
-    """Open sandboxes of engines that no worker reaches."""
+    """Open sandboxes of other engines, which no worker reaches."""
 
 
 def contradicts(sandbox: Known, observed: Observed | None) -> bool:
@@ -258,7 +258,7 @@ class Sweeper:
         return overdue
 
     async def _count_unserved(self) -> int:
-        found = await differences.unserved(self._connections, self._policy.dark_after)
+        found = await differences.unserved(self._connections, self._driver.name, self._policy.dark_after)
         for engine, sandboxes in found.items():
             _LOG.error(
                 "%d open sandboxes are on engine %s, which no worker reaches. Start a worker for it, or name the "
@@ -303,7 +303,7 @@ class Sweeper:
             ids = sorted(changed)
             changed.clear()
             try:
-                await self._queue.enqueue(ids, USER)
+                due = await self._queue.enqueue_objects(ids, USER)
             except StoreUnavailable:
                 changed.update(ids)
                 news.set()
@@ -311,7 +311,7 @@ class Sweeper:
             except Exception:  # noqa: BLE001
                 _LOG.exception("hints could not be queued")
             else:
-                for stream_id in ids:
+                for stream_id in due:
                     self._signal.poke(stream_id)
 
 

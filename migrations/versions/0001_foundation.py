@@ -92,6 +92,11 @@ DECLARE
     handed_out bigint;
     announced bigint;
 BEGIN
+    -- A standby shows neither the announcements nor the sequence as they are: its WAL runs 32 positions ahead.
+    IF pg_is_in_recovery() THEN
+        RAISE EXCEPTION 'the horizon of the log exists on the primary server only; this one is a standby'
+            USING ERRCODE = 'read_only_sql_transaction';
+    END IF;
     -- First the sequence, then the announcements, each with a look of its own; never one statement for both.
     SELECT last_value INTO handed_out FROM events_position;
     SELECT min(((classid::bigint & 65535) << 32) | objid::bigint) INTO announced
@@ -100,6 +105,19 @@ BEGIN
        AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
     RETURN least(handed_out, announced);
 END $$;
+"""
+
+IDENTITY = """
+-- The owner asks for the servers, which need no right of their own. The name of the present WAL file begins with the
+-- timeline; the control file would name that of the last checkpoint.
+CREATE FUNCTION log_identity(OUT system_identifier bigint, OUT timeline_id integer, OUT last_position bigint)
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+    SELECT s.system_identifier, ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::integer,
+           p.last_value
+      FROM pg_control_system() s, events_position p
+$$;
+REVOKE ALL ON FUNCTION log_identity FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION log_identity TO sandledger_app;
 """
 
 APPEND_ONLY = """
@@ -149,6 +167,10 @@ BEGIN
     END LOOP;
     RETURN made;
 END $$;
+CREATE FUNCTION log_partitions_ahead() RETURNS integer LANGUAGE sql STABLE AS $$
+    SELECT count(*)::integer - 1 - (SELECT last_value / 25000000 FROM events_position)::integer
+      FROM pg_inherits WHERE inhparent = 'events'::regclass
+$$;
 REVOKE ALL ON FUNCTION log_ensure_partitions FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION log_ensure_partitions TO sandledger_app;
 SELECT log_ensure_partitions();
@@ -183,6 +205,8 @@ GRANT EXECUTE ON FUNCTION log_skip_to TO sandledger_app;
 """
 
 SANDBOXES = """
+-- A trusted extension: no superuser is needed.
+CREATE EXTENSION IF NOT EXISTS btree_gin;
 CREATE TABLE phase_transitions (
     from_phase text NOT NULL,
     to_phase text NOT NULL,
@@ -245,8 +269,9 @@ CREATE UNIQUE INDEX sandboxes_object ON sandboxes (object_id) WHERE closed_at IS
 CREATE INDEX sandboxes_listing ON sandboxes (tenant, created_at DESC, id DESC) WHERE ended_at IS NULL;
 CREATE INDEX sandboxes_all ON sandboxes (tenant, created_at DESC, id DESC);
 CREATE INDEX sandboxes_by_phase ON sandboxes (tenant, phase, created_at DESC, id DESC) WHERE ended_at IS NULL;
+CREATE INDEX sandboxes_all_by_phase ON sandboxes (tenant, phase, created_at DESC, id DESC);
 CREATE INDEX sandboxes_open ON sandboxes (engine, id) WHERE closed_at IS NULL;
-CREATE INDEX sandboxes_metadata ON sandboxes USING gin (metadata jsonb_path_ops) WHERE ended_at IS NULL;
+CREATE INDEX sandboxes_metadata ON sandboxes USING gin (tenant, metadata jsonb_path_ops);
 
 CREATE FUNCTION check_phase() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -260,7 +285,9 @@ BEGIN
     RETURN NEW;
 END $$;
 CREATE TRIGGER check_phase BEFORE UPDATE ON sandboxes FOR EACH ROW EXECUTE FUNCTION check_phase();
-ALTER TABLE sandboxes ADD CONSTRAINT born_pending CHECK (version > 2 OR phase = 'Pending');
+-- The first append brings one event, or two when an engine takes it at once.
+ALTER TABLE sandboxes ADD CONSTRAINT born_pending
+    CHECK (phase = 'Pending' OR version > CASE WHEN engine IS NULL THEN 1 ELSE 2 END);
 GRANT SELECT, INSERT, UPDATE ON sandboxes TO sandledger_app;
 """
 
@@ -416,7 +443,8 @@ COMMENT ON COLUMN engines.mark IS 'Random word that we left on the engine.';
 COMMENT ON COLUMN engines.epoch IS 'Rises when the engine is replaced.';
 COMMENT ON COLUMN engines.state IS 'up, dark, mismatch.';
 COMMENT ON COLUMN engines.trouble IS 'Why it is dark or mismatched.';
-COMMENT ON COLUMN engines.trusted_position IS 'Objects up to this position are no sign that the log went back.';
+COMMENT ON COLUMN engines.trusted_position IS
+    'Objects up to this position are no sign that the log went back.';
 COMMENT ON COLUMN engines.last_seen_at IS 'Not folded: when a worker last reached it.';
 COMMENT ON COLUMN engines.swept_at IS 'Not folded: when a worker last compared all of it.';
 COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';
@@ -504,6 +532,7 @@ def upgrade() -> None:
         INSTALLATION,
         EVENTS,
         HORIZON,
+        IDENTITY,
         APPEND_ONLY,
         PARTITIONS,
         SKIP,

@@ -15,7 +15,8 @@ import pytest
 from app.cli.local_image import ensure_busybox_image
 from app.errors import RuntimeUnavailable
 from tests.drivers.registry import Registry
-from tests.drivers.rigs import BUSYBOX, DockerRig, FakeRig, Rig
+from tests.drivers.rig import BUSYBOX, Rig
+from tests.drivers.rigs import DockerRig, FakeRig
 
 PATIENCE = 30.0
 

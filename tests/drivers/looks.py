@@ -10,7 +10,7 @@ from uuid import UUID
 
 from app.runtime.driver import Driver, FetchedImage, Image, Leftover, Observed, Power, Ref, Workload
 from app.runtime.faults import ImageMissing
-from tests.drivers.rigs import Rig
+from tests.drivers.rig import Rig
 
 Eventually = Callable[[Callable[[], Any]], Awaitable[Any]]
 

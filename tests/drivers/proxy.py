@@ -76,7 +76,10 @@ class EngineProxy:
         self.calls: Counter[str] = Counter()
         self.gates: dict[str, Gate] = {}
         self.lost: Counter[str] = Counter()
-        self.refusals: dict[str, Refusal] = {}
+        self.refusals: dict[str, Refusal | int] = {}
+        """What calls are answered with by the proxy itself; a number stands for a status with plain words."""
+        self.canned: dict[str, list[dict[str, object]]] = {}
+        """Answers that are given instead of the engine's, one after the other, as long as there are any."""
         self.versions: list[str] = []
         """API versions that the calls named, in their order."""
         self.streams: dict[int, web.Request] = {}
@@ -127,7 +130,9 @@ class EngineProxy:
         if (named := re.match(r"/(v[\d.]+)/", request.path)) is not None:
             self.versions.append(named[1])
         if refusal := self.refusals.get(call):
-            return refusal.answer()
+            return (Refusal(refusal) if isinstance(refusal, int) else refusal).answer()
+        if canned := self.canned.get(call):
+            return web.json_response(canned.pop(0))
         return await self._forward(call, request)
 
     async def _forward(self, call: str, request: web.Request) -> web.StreamResponse:

@@ -1,129 +1,24 @@
-"""What a conformance case needs of an engine, for the fake and for Docker: workloads, trouble, and a look behind."""
+"""The engines of the conformance cases: the fake, and a real Docker engine behind a proxy."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID, uuid4
 
 import aiodocker
 import msgspec
 
 from app.errors import RuntimeUnavailable
-from app.runtime.docker import DockerDriver, DockerOptions, connect
-from app.runtime.docker import names
-from app.runtime.driver import Driver, Exit, Image, Leftover, Limits, Ref, Workload
+from app.runtime.docker import DockerDriver, DockerOptions, connect, names
+from app.runtime.driver import Driver, Exit, Leftover, Limits, Workload
 from app.runtime.fake import FakeDriver, FakeEngine, Pull
 from app.runtime.faults import AttemptFailed
 from tests.drivers.proxy import EngineProxy, Gate, Refusal
 from tests.drivers.registry import Registry, serve
-
-BUSYBOX = "sandledger-demo:1"
-
-
-class Rig(Protocol):
-    driver: Driver
-    calls: Counter[str]
-
-    def another(self) -> Driver:
-        """A second server of the same installation."""
-        ...
-
-    def elsewhere(self) -> Driver:
-        """A server of another installation on the same engine."""
-        ...
-
-    def work(self, **changes: Any) -> Workload:
-        """A workload that runs until it is removed."""
-        ...
-
-    def ending(self, code: int) -> Workload:
-        """A workload that ends by itself."""
-        ...
-
-    def greedy(self) -> Workload:
-        """A workload that `starve` lets run into its memory limit."""
-        ...
-
-    async def starve(self, object_id: UUID) -> None:
-        """Not from its start on: the engine begins to watch only then, and may miss it."""
-        ...
-
-    def missing_image(self) -> str:
-        """A reference that no registry knows."""
-        ...
-
-    async def image_to_pull(self) -> str:
-        """An image that is not on the engine, and that a registry has."""
-        ...
-
-    async def slow_image(self) -> SlowImage:
-        """The same, and its pull stops half way."""
-        ...
-
-    async def stranger(self, name: str) -> None:
-        """A container that is not ours."""
-        ...
-
-    async def exists(self, name: str) -> bool: ...
-    async def kill(self, object_id: UUID) -> None:
-        """End the workload from outside."""
-        ...
-
-    def hold(self, call: str) -> Gate: ...
-    def lose_reply(self, call: str) -> None:
-        """Once: the engine acts, nobody hears of it."""
-        ...
-
-    def refuse(self, call: str) -> None:
-        """From now on the engine answers this call with its own trouble."""
-        ...
-
-    def decline(self, call: str) -> None:
-        """From now on a healthy engine answers that it did not do it."""
-        ...
-
-    def relent(self) -> None:
-        """It does what it is asked for again."""
-        ...
-
-    async def leftover(self, installation: UUID | None = None) -> UUID:
-        """A part of an object without its `main`, ours unless `installation` says otherwise; its object id."""
-        ...
-
-    async def forget_mark(self) -> None:
-        """Somebody removes our mark, or it is another engine."""
-        ...
-
-    async def restart(self, object_id: UUID) -> None:
-        """Stop and start the same object from outside."""
-        ...
-
-    async def down(self) -> None: ...
-    async def up(self) -> None: ...
-    def listening(self) -> bool:
-        """An event stream is open."""
-        ...
-
-    def drop_streams(self) -> None: ...
-    async def close(self) -> None: ...
-
-
-def workload(*, image: str = BUSYBOX, platform: str | None = None, auth: Any = None, **changes: Any) -> Workload:
-    plain = Workload(Ref(uuid4()), "default", Image(image, platform, auth), ("sleep", "3600"), {})
-    return msgspec.structs.replace(plain, **changes)
-
-
-class SlowImage:
-    """An image whose pull stops half way until `open`."""
-
-    def __init__(self, reference: str, reached: Callable[[], Awaitable[object]], gate: asyncio.Event) -> None:
-        self.reference = reference
-        self.reached = reached
-        self.gate = gate
+from tests.drivers.rig import BUSYBOX, SlowImage, workload
 
 
 class FakeRig:
@@ -156,7 +51,7 @@ class FakeRig:
     async def starve(self, object_id: UUID) -> None:
         self.engine.exit(object_id, oom=True)
 
-    def missing_image(self) -> str:
+    async def missing_image(self) -> str:
         return "missing/image:1"
 
     async def image_to_pull(self) -> str:
@@ -293,8 +188,8 @@ class DockerRig:
         go = await container.exec(["sh", "-c", "echo go > /tmp/go"])
         await go.start(detach=True)
 
-    def missing_image(self) -> str:
-        return "sha256:" + "0" * 64
+    async def missing_image(self) -> str:
+        return (await self.registry()).reference(f"nobody-{uuid4().hex}/has-this")
 
     async def registry(self) -> Registry:
         """A registry of this rig, begun at the first question."""

@@ -12,13 +12,15 @@ from app.errors import RuntimeRejected, RuntimeUnavailable
 from app.runtime.driver import Limits, Part, Power, Ref
 from app.runtime.faults import AttemptFailed, ImageMissing
 from tests.drivers.looks import Eventually, exited, id_of, inventory, power_of
-from tests.drivers.rigs import Rig
+from tests.drivers.rig import Rig
 
 # ensure
 
 
 async def test_ensure_runs_what_was_asked(rig: Rig):
-    work = rig.work(generation=3, position=41, env={"A": "1"}, limits=Limits(memory_bytes=64 << 20, cpu_nanos=500_000_000))
+    work = rig.work(
+        generation=3, position=41, env={"A": "1"}, limits=Limits(memory_bytes=64 << 20, cpu_nanos=500_000_000)
+    )
     seen = await rig.driver.ensure(work)
     assert (seen.object_id, seen.power) == (work.ref.object_id, Power.RUNNING)
     assert (seen.generation, seen.position) == (3, 41)

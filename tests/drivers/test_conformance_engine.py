@@ -11,7 +11,7 @@ import pytest
 from app.errors import RuntimeUnavailable
 from app.runtime.driver import Driver, Power, Workload
 from tests.drivers.looks import Eventually, exited, heard, id_of, inventory, leftovers
-from tests.drivers.rigs import Rig
+from tests.drivers.rig import Rig
 
 # inventory
 
@@ -84,7 +84,7 @@ async def test_a_leftover_can_be_removed_and_nothing_else_goes(rig: Rig):
 # hints
 
 
-async def test_hints_tell_exit_pause_and_removal(rig: Rig, eventually: Eventually):
+async def test_hints_tell_exit_pause_restart_and_removal(rig: Rig, eventually: Eventually):
     work = rig.work()
     async with heard(rig, eventually) as ids:
 
@@ -96,6 +96,7 @@ async def test_hints_tell_exit_pause_and_removal(rig: Rig, eventually: Eventuall
         await rig.driver.ensure(work)
         await after(rig.driver.set_power(work.ref, Power.PAUSED))
         await after(rig.driver.set_power(work.ref, Power.RUNNING))
+        await after(rig.restart(work.ref.object_id))
         await after(rig.kill(work.ref.object_id))
         await after(rig.driver.remove(work.ref))
 
@@ -184,5 +185,3 @@ async def test_an_engine_in_trouble_gives_no_verdict(rig: Rig, call: str):
     rig.refuse(call)
     with pytest.raises(RuntimeUnavailable):
         await rig.driver.ensure(rig.work())
-
-

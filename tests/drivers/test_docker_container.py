@@ -16,7 +16,8 @@ from app.errors import RuntimeRejected, RuntimeUnavailable, SettingsError
 from app.runtime.docker import CAPABILITIES, DockerOptions, Ulimit, connect, names
 from app.runtime.driver import Limits, Power, Workload
 from app.runtime.faults import AttemptFailed
-from tests.drivers.rigs import BUSYBOX, DockerRig
+from tests.drivers.rig import BUSYBOX
+from tests.drivers.rigs import DockerRig
 
 pytestmark = pytest.mark.engine
 Eventually = Callable[[Callable[[], Any]], Awaitable[Any]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 
@@ -61,7 +61,7 @@ async def test_what_the_public_server_made_is_not_ours(docker_rig: DockerRig, ev
 async def test_nothing_of_ours_looks_like_the_public_servers(docker_rig: DockerRig):
     await docker_rig.driver.ensure(docker_rig.work())
     await docker_rig.driver.prepare()
-    containers = await docker_rig.direct.containers.list(all="1", filters='{"label":["%s"]}' % PUBLIC_ID)
+    containers = await docker_rig.direct.containers.list(all="1", filters=f'{{"label":["{PUBLIC_ID}"]}}')
     volumes = await docker_rig.direct.volumes.list(filters={"label": [PUBLIC_ID]})
     installation = str(docker_rig.options.installation)
     assert [one for one in containers if one["Labels"].get(names.INSTALLATION) == installation] == []
@@ -126,8 +126,14 @@ def test_numbers_that_somebody_tampered_with(text: str, generation: int, positio
     assert (names.generation_in(given), names.position_in(given)) == (generation, position)
 
 
-def test_installations_of_one_moment_have_marks_of_different_names():
-    """Ids may begin with their time, so the name does not use their first digits."""
-    first, second = UUID("019f0000-0000-7000-8000-000000000001"), UUID("019f0000-0000-7000-8000-000000000002")
-    assert names.mark_name(first) != names.mark_name(second)
-    assert names.mark_name(first).startswith("sandledger-mark-")
+@pytest.mark.engine
+async def test_a_mark_can_be_put_back_by_hand(docker_rig: DockerRig):
+    """The way out where somebody pruned the volumes of an engine: the log knows the mark, and the volume is made anew."""
+    installation, known = docker_rig.options.installation, (await docker_rig.driver.prepare()).mark
+    assert known is not None
+    await docker_rig.forget_mark()
+    assert (await docker_rig.driver.check()).mark is None
+    labels = names.mark_labels(installation, known)
+    await docker_rig.direct.volumes.create({"Name": names.mark_name(installation), "Labels": labels})
+    assert (await docker_rig.driver.check()).mark == known
+    assert (await docker_rig.driver.prepare()).mark == known

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from msgspec.structs import replace
 
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.observed import Look, Observed, Power, Waiting
+from app.domain.sandbox.observed import Answer, Observed, Power, Waiting
 from app.domain.sandbox.plan import (
     Absence,
     ConfirmMissing,
@@ -86,11 +86,11 @@ class Run:
     def __init__(self, stream: Stream, engine: EngineModel) -> None:
         self.stream = stream
         self.engine = engine
-        self.look: Look | None = None
+        self.answer: Answer | None = None
         self.missing_since: datetime | None = None
 
     def next_step(self) -> Step:
-        return plan(self.stream.sandbox, self.look, Absence(self.stream.now, self.missing_since, GRACE))
+        return plan(self.stream.sandbox, self.answer, Absence(self.stream.now, self.missing_since, GRACE))
 
     def act(self, step: Step) -> list[cmd.Command]:
         """Do it at the engine. Says what is to be recorded."""
@@ -110,15 +110,15 @@ class Run:
                     return [cmd.RecordPowerRefused("REFUSED", "the engine will not")]
             case Remove():
                 self.engine.holds = None
-                self.look = Look(None)
+                self.answer = Answer(None)
                 return [cmd.RecordRemoved()]
             case Wait(until=until):
-                self.stream.now, self.look = until, None
+                self.stream.now, self.answer = until, None
                 self.engine.time_passes()
                 return self._saw(self.engine.holds, "observe")
             case ConfirmMissing(until=until):
                 self.missing_since = self.missing_since or self.stream.now
-                self.stream.now, self.look = until, None
+                self.stream.now, self.answer = until, None
                 return []
             case Lose(missing_since=since):
                 return [cmd.RecordLost(since)]
@@ -131,7 +131,7 @@ class Run:
         return self._saw(made, "ensure")
 
     def _saw(self, shown: Observed | None, found_by: str) -> list[cmd.Command]:
-        self.look = Look(shown)
+        self.answer = Answer(shown)
         return [] if shown is None else [cmd.RecordSeen(shown, found_by)]
 
 

@@ -107,6 +107,13 @@ class Stream:
             self._set_deadlines(before, events)
         return events
 
+    def apply(self, event: ev.Event) -> Stream:
+        """An event that a newer version decided."""
+        before = self.sandbox
+        self.sandbox = evolve(before, self._record(event))
+        self._set_deadlines(before, (event,))
+        return self
+
     def after(self, *commands: cmd.Command) -> Stream:
         """Do all of it; handy for arranging."""
         for command in commands:

@@ -13,7 +13,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.deadlines import EXPIRY, TRANSITION
 from app.domain.sandbox.decide import LATEST, Events, decide
-from app.domain.sandbox.observed import Exit, Look, Observed, Part, Power, Verdict, Waiting
+from app.domain.sandbox.observed import Answer, Exit, Observed, Part, Power, Verdict, Waiting
 from app.domain.sandbox.plan import Absence, plan
 from app.domain.sandbox.state import Phase, evolve, fold
 from app.domain.sandbox.status import Attempt, status_of
@@ -22,7 +22,7 @@ from app.errors import Conflict, NotFound, Rejected
 from tests.support.model import GRACE, EngineModel, Killed, assert_goal, settle
 from tests.support.payload import instants, texts, values
 from tests.support.reachable import COMMANDS, walk
-from tests.support.stream import BEGIN, ID, LIMITS, META, Stream, requested, seen
+from tests.support.stream import BEGIN, ID, LIMITS, META, PLACED, Stream, requested, seen
 
 MAX_STEPS_TO_GOAL = 4
 TRANSITIONAL = (Phase.PENDING, Phase.PAUSING, Phase.RESUMING, Phase.STOPPING)
@@ -305,9 +305,18 @@ def test_the_fold_is_total_on_events_in_any_order(events: list[ev.Event], power:
         sandbox = evolve(sandbox, Recorded(number, ID, "default", number, at, event, META))
         assert status_of(sandbox, Attempt(attempts=1)).message
         assert sandbox.phase in Phase
-        look = None if power is None else Look(seen(power))
-        assert plan(sandbox, look, Absence(at, None, GRACE)) is not None
+        answer = None if power is None else Answer(seen(power))
+        assert plan(sandbox, answer, Absence(at, None, GRACE)) is not None
     assert sandbox.version == len(events) + 1
+
+
+def test_the_state_keeps_the_highest_schema_number_that_was_stored_whatever_this_version_would_write():
+    sandbox = None
+    for number, (event, schema) in enumerate(
+        [(requested(), 2), (PLACED, 1), (ev.RuntimeLost(), 3), (ev.Paused(), 1)], 1
+    ):
+        sandbox = evolve(sandbox, Recorded(number, ID, "default", number, BEGIN, event, META, schema))
+        assert sandbox.schema == (2 if number < 3 else 3)
 
 
 def test_a_stream_that_does_not_begin_with_requested_cannot_be_read():

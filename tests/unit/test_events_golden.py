@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import msgspec
 import pytest
 from msgspec import Struct
-from msgspec.structs import fields
+from msgspec.structs import fields, replace
 
+from app.domain import operations
 from app.domain.engine import events as engine
 from app.domain.sandbox import events as sandbox
-from app.domain.stream import Actor, ActorKind, Meta, Registry, Upcast, read_meta
+from app.domain.stream import Actor, ActorKind, Meta, Recorded, Registry, Upcast, read_meta
 from app.errors import UnknownEvent
 from tests.support.payload import kinds
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("*.json"))
-REGISTRIES: dict[str, Registry[Any]] = {registry.kind: registry for registry in (sandbox.REGISTRY, engine.REGISTRY)}
+ALL = (sandbox, engine, operations)
+REGISTRIES: dict[str, Registry[Any]] = {events.REGISTRY.kind: events.REGISTRY for events in ALL}
 STORED = sorted(
     (type_, schema)
     for registry in REGISTRIES.values()
@@ -41,7 +45,7 @@ def test_every_type_and_schema_has_its_file():
     assert sorted(map(_key, FILES)) == STORED
 
 
-@pytest.mark.parametrize("events", [sandbox, engine])
+@pytest.mark.parametrize("events", ALL)
 def test_every_event_has_a_name_below_its_streams_kind(events: Any):
     assert set(events.REGISTRY.types.values()) == set(events.EVENT_CLASSES)
     assert {name.partition(".")[0] for name in events.REGISTRY.types} == {events.REGISTRY.kind}
@@ -173,6 +177,13 @@ FAILED = sandbox.Failed("fetch", "NO_PLATFORM", "no such platform")
 def test_upcasts_are_chained_from_where_the_payload_stands(schema: int, stored: str):
     assert CHANGED.decode("sandbox.failed", schema, stored) == FAILED
     assert CHANGED.encode(FAILED).schema == 3
+
+
+def test_the_number_of_an_event_is_the_stored_one_and_before_that_the_one_that_will_be_written():
+    meta = Meta(Actor(ActorKind.TIMER, "1", "n"), "9")
+    draft: sandbox.Recorded = Recorded(0, UUID(int=1), "default", 1, datetime.now(UTC), FAILED, meta)
+    assert CHANGED.schema_of(draft) == 3
+    assert CHANGED.schema_of(replace(draft, schema=1)) == 1
 
 
 def test_a_schema_number_in_which_a_type_did_not_change_needs_no_upcast():

@@ -14,14 +14,27 @@ from hypothesis import strategies as st
 from msgspec import Struct
 from msgspec.structs import fields
 
+from app.domain import operations
+from app.domain.canonical import canonical
 from app.domain.engine import events as engine
 from app.domain.sandbox import events as sandbox
-from app.domain.stream import MESSAGE_CHARS, Actor, ActorKind, Meta, Registry, read_meta, storable
+from app.domain.stream import (
+    MESSAGE_CHARS,
+    PLATFORM_TENANT,
+    Actor,
+    ActorKind,
+    Meta,
+    Recorded,
+    Registry,
+    read_meta,
+    storable,
+)
 from tests.support.payload import values
+from tests.support.stream import BEGIN, ID, META
 
 EVENTS = [
     pytest.param(registry, cls, id=name)
-    for registry in (sandbox.REGISTRY, engine.REGISTRY)
+    for registry in (sandbox.REGISTRY, engine.REGISTRY, operations.REGISTRY)
     for name, cls in registry.types.items()
 ]
 
@@ -88,10 +101,40 @@ def _example(kind: Any) -> Any:
     return simple.get(kind, "0198f000-0000-7000-8000-000000000001" if "UUID" in str(kind) else [])
 
 
+class _Pieces(Struct, frozen=True, omit_defaults=True):
+    pieces: tuple[engine.Dark, ...] = ()
+    capacity: engine.Capacity | None = None
+
+
+def test_what_stands_inside_of_a_payload_is_put_in_order_too():
+    at = datetime.fromisoformat("2026-03-01T13:00:00+01:00")
+    value = _Pieces((engine.Dark(at, "a"), engine.Dark(at, "b")), engine.Capacity())
+    assert json.loads(msgspec.json.encode(canonical(value))) == {
+        "pieces": [{"since": "2026-03-01T12:00:00.000000Z", "reason": reason} for reason in ("a", "b")],
+        "capacity": {},
+    }
+    assert msgspec.json.encode(canonical(_Pieces())) == b"{}"
+
+
 def test_msgspec_alone_would_write_a_default_that_was_read():
     read = sandbox.REGISTRY.decode("sandbox.ready", 1, '{"via": "runtime"}')
     assert msgspec.json.encode(read) == b'{"via":"runtime"}'
     assert bytes(sandbox.REGISTRY.encode(read).data) == b"{}"
+
+
+def test_the_order_in_which_a_client_sent_its_metadata_does_not_matter():
+    orders = [{"a": "1", "b": "2"}, {"b": "2", "a": "1"}]
+    texts = {bytes(sandbox.REGISTRY.encode(sandbox.MetadataPatched(order)).data) for order in orders}
+    assert texts == {b'{"set":{"a":"1","b":"2"}}'}
+
+
+def test_the_operations_stream_is_folded_to_how_far_it_is():
+    event = operations.MasterKeyRotated("old", "new", 3)
+    history = [Recorded(p, ID, PLATFORM_TENANT, v, BEGIN, event, META, s) for v, p, s in ((1, 7, 2), (2, 9, 1))]
+    state = None
+    for recorded in history:
+        state = operations.evolve(state, recorded)
+    assert state == operations.Operations(ID, PLATFORM_TENANT, 2, 9, 2)
 
 
 # Instants and integers

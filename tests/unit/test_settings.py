@@ -208,7 +208,7 @@ class TestKeys:
         ]
         same = {path for path in served_paths() if attrgetter(path)(loaded.settings) == attrgetter(path)(Settings())}
         # The first can only be docker, the others come from the environment.
-        assert same == {"runtime.type", "server.insecure", "sandledger.master_key"}
+        assert same == {"runtime.type", "server.insecure", "sandledger.master_key", "sandledger.previous_master_key"}
 
     @pytest.mark.parametrize("path", sorted(unserved.KEYS))
     def test_each_key_that_is_not_served_is_one_warning(self, toml, path):

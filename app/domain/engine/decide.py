@@ -165,5 +165,5 @@ def place(engines: Sequence[Engine]) -> Chosen | NoEngine:
         return Chosen(up[0].name, up[0].epoch, reason, len(up))
     if not engines:
         return NoEngine("ENGINE_UNAVAILABLE", "No engine is registered yet; a worker registers one when it reaches it.")
-    away = "; ".join(f"{engine.name} is {engine.state}: {engine.trouble}" for engine in engines)
+    away = "; ".join(f"{engine.name} is {engine.state} ({engine.trouble.rstrip('.')})" for engine in engines)
     return NoEngine("ENGINE_UNAVAILABLE", f"No engine can take it: {away}.")

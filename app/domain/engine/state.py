@@ -77,12 +77,11 @@ def evolve(engine: Engine | None, recorded: ev.Recorded) -> Engine:
             msg = f"stream {recorded.stream_id} does not begin with engine.registered"
             raise TypeError(msg)
         return _begin(recorded, recorded.event)
-    schema = ev.REGISTRY.schemas[ev.REGISTRY.name_of(recorded.event)]
     after = replace(
         _apply(engine, recorded.event),
         version=recorded.version,
         position=recorded.position,
-        schema=max(engine.schema, schema),
+        schema=max(engine.schema, ev.REGISTRY.schema_of(recorded)),
     )
     return after if after.state is engine.state else replace(after, state_since=recorded.at)
 
@@ -101,7 +100,7 @@ def _begin(recorded: ev.Recorded, event: ev.Registered) -> Engine:
         tenant=recorded.tenant,
         version=recorded.version,
         position=recorded.position,
-        schema=ev.REGISTRY.schemas["engine.registered"],
+        schema=ev.REGISTRY.schema_of(recorded),
         name=event.name,
         kind=event.kind,
         engine_id=event.engine_id,

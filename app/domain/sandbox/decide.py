@@ -202,6 +202,8 @@ def _waiting(sandbox: Sandbox, step: str, reason: str, message: str) -> Events:
     known = sandbox.waiting
     if sandbox.phase is not Phase.PENDING or (known is not None and (known.step, known.reason) == (step, reason)):
         return ()
+    if step == "place" and sandbox.object_id is not None:
+        return ()  # reported late: another worker has placed it meanwhile
     return (ev.Waited(step, reason, storable(message)),)
 
 
@@ -238,6 +240,7 @@ def _end_transition(sandbox: Sandbox, command: cmd.EndTransition, now: datetime)
         case Phase.RESUMING:
             return (ev.ResumeFailed("RESUME_TIMEOUT", storable(f"The resume took longer than {limit:.0f} s{last}")),)
         case _:
+            # The state does not count reports, so the deadline that fires twice is reported twice; that loses nothing.
             times, _ = command.limits.report(elapsed)
             return (ev.Overdue(sandbox.phase.value, sandbox.changed_at, times),)
 

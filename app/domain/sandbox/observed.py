@@ -117,7 +117,7 @@ class Observed(Struct, frozen=True):
         return next((part for part in self.parts if part.role == "main"), None)
 
 
-class Look(Struct, frozen=True):
+class Answer(Struct, frozen=True):
     """The engine answered. `observed` None = it says that there is no such object of ours."""
 
     observed: Observed | None

@@ -13,17 +13,27 @@ this run has not started, or is not ready   Pending
 otherwise by what is observed and desired   Running, Pausing, Paused, Resuming, Terminated, Failed
 ========================================== ===========
 
-Four different things are called an end. They come in this order, and the first two may be missing:
+Five different things could be called an end:
 
-================ ========================== =============================== =======================
-what             recorded by                what it means                   what clients read
-================ ========================== =============================== =======================
-exit, loss       `runtime_exited`, `_lost`  the workload ended by itself    Terminated or Failed
-failure          `failed`                   it cannot be provided           Failed
-ending           `termination_requested`,   somebody or its time ended it   404; Stopping in history
-                 `expired`
-closing          `terminated`               nothing of it is left           404; Terminated in history
-================ ========================== =============================== =======================
+========== ====================== ============================= ============================= =======================
+what       in the state           recorded by                   what it means                 what clients read
+========== ====================== ============================= ============================= =======================
+exit, loss `observed` is exited   `runtime_exited`,             it does not run any more      Terminated (exit code 0),
+           or lost                `runtime_lost`                                              else Failed
+failure    `failure`              `failed`                      it cannot be provided         Failed
+removal    `observed` is removed  `runtime_removed`             nothing is left on the engine the same as before
+ending     `ending`               `termination_requested`,      somebody, or its time, ended  404; Stopping in history
+                                  `expired`                     it
+closing    `closed_at`            `terminated`                  the stream has ended          404; Terminated in history
+========== ====================== ============================= ============================= =======================
+
+* An exit or loss and a failure exclude each other. Each may be missing, and none of them is an ending: the sandbox
+  stays visible until somebody or its time ends it.
+* The removal follows an exit, a loss, a failure or an ending. What was never placed is never removed.
+* The closing follows the removal and the ending, whichever comes last, in the same append. What was never placed is
+  closed in the append of its ending.
+* So the phase Terminated means two things: clients read it of a workload that ended with exit code 0, and history shows
+  it of every sandbox that is closed.
 """
 
 from __future__ import annotations
@@ -202,12 +212,11 @@ def evolve(sandbox: Sandbox | None, recorded: ev.Recorded) -> Sandbox:
             msg = f"stream {recorded.stream_id} does not begin with sandbox.requested"
             raise TypeError(msg)
         return _begin(recorded, recorded.event)
-    schema = ev.REGISTRY.schemas[ev.REGISTRY.name_of(recorded.event)]
     after = replace(
         _apply(sandbox, recorded),
         version=recorded.version,
         position=recorded.position,
-        schema=max(sandbox.schema, schema),
+        schema=max(sandbox.schema, ev.REGISTRY.schema_of(recorded)),
     )
     if after.phase is sandbox.phase:
         return after
@@ -230,7 +239,7 @@ def _begin(recorded: ev.Recorded, event: ev.Requested) -> Sandbox:
         tenant=recorded.tenant,
         version=recorded.version,
         position=recorded.position,
-        schema=ev.REGISTRY.schemas["sandbox.requested"],
+        schema=ev.REGISTRY.schema_of(recorded),
         spec=event.spec,
         fingerprint=event.fingerprint,
         metadata=event.metadata,

@@ -56,15 +56,18 @@ class DockerDriver:
 
     kind = identity.KIND
 
-    def __init__(self, docker: aiodocker.Docker, options: DockerOptions) -> None:
+    def __init__(self, docker: aiodocker.Docker, pulling: aiodocker.Docker, options: DockerOptions) -> None:
+        """`pulling` is a second client of the same engine: a client has a limited number of connections, and pulls that
+        hang must not take those of the other verbs.
+        """
         self.name = options.name
         self.can = Capabilities(Pausing.FREEZE)
-        self._docker = docker
+        self._clients = docker, pulling
         self._options = with_seccomp_document(options)
         self._engine = Engine(docker, options.times)
         self._containers = Containers(self._engine, options.installation)
         self._images = Images(self._engine)
-        self._pulls = Pulls(self._engine, self._images, options.pull_timeout)
+        self._pulls = Pulls(Engine(pulling, options.times), self._images, options.pull_timeout)
 
     async def ensure(self, workload: Workload) -> Observed:
         """Create or adopt, and start."""
@@ -120,7 +123,7 @@ class DockerDriver:
 
     async def hints(self) -> AsyncIterator[UUID | None]:
         """Ids that may have changed."""
-        async for object_id in events.hints(self._engine, self._options.installation):
+        async for object_id in events.hints(self._engine, self._options.installation, self._options.event_silence):
             yield object_id
 
     async def fetch(self, image: Image, progress: Progress) -> FetchedImage:
@@ -144,7 +147,8 @@ class DockerDriver:
     async def close(self) -> None:
         """Release connections."""
         await self._pulls.close()
-        await self._docker.close()
+        for client in self._clients:
+            await client.close()
 
 
 def connect(options: DockerOptions, docker_host: str | None) -> DockerDriver:
@@ -153,14 +157,17 @@ def connect(options: DockerOptions, docker_host: str | None) -> DockerDriver:
     Does not talk to the engine, so it succeeds while the engine is still down. Needs a running event loop.
     """
     options = with_seccomp_document(options)  # before there is a client that would have to be closed
+    return DockerDriver(_client(options, docker_host), _client(options, docker_host), options)
+
+
+def _client(options: DockerOptions, docker_host: str | None) -> aiodocker.Docker:
     timeout = aiohttp.ClientTimeout(total=options.api_timeout)
     try:
-        docker = aiodocker.Docker(url=docker_host, timeout=timeout)
+        return aiodocker.Docker(url=docker_host, timeout=timeout)
     except AssertionError:
         # The library asserts that some socket exists at this moment; the engine may come up later.
-        docker = aiodocker.Docker(url=DEFAULT_ADDRESS, timeout=timeout)
+        return aiodocker.Docker(url=DEFAULT_ADDRESS, timeout=timeout)
     except (ValueError, OSError, ImportError, aiodocker.DockerError) as error:
         raise SettingsError(
             f"docker.host (or DOCKER_HOST): cannot be used ({error}); give a URL such as {DEFAULT_ADDRESS}"
         ) from None
-    return DockerDriver(docker, options)

@@ -67,6 +67,10 @@ class Refused(Exception):
         return self.status in _GATE
 
 
+class Silence(RuntimeUnavailable):
+    """A time limit has passed. The connection may be dead, or there was nothing to say."""
+
+
 class Failure(Struct, frozen=True):
     """The body of an engine's refusal."""
 
@@ -146,18 +150,19 @@ class Engine:
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """An answer to be read inside the block. Leaving the block early closes the connection, which ends a stream."""
         try:
-            response = await self._send(
-                method, path, params=params, body=body, headers=headers, timeout=timeout, versioned=versioned
-            )
+            try:
+                response = await self._send(
+                    method, path, params=params, body=body, headers=headers, timeout=timeout, versioned=versioned
+                )
+            except ValueError as error:
+                # aiohttp could not make sense of the answer: no engine speaks like that, a proxy might.
+                raise RuntimeUnavailable(f"{self.address} does not answer like a Docker engine") from error
             try:
                 yield response
             finally:
                 response.release()
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             raise self._unreachable(error) from None
-        except ValueError as error:
-            # aiohttp could not make sense of the answer: no engine speaks like that, a proxy might.
-            raise RuntimeUnavailable(f"{self.address} does not answer like a Docker engine") from error
 
     async def _send(
         self,
@@ -216,7 +221,7 @@ class Engine:
         if number in (errno.ENOENT, errno.ECONNREFUSED):
             return RuntimeUnavailable(f"{place} is not running: start it, or set DOCKER_HOST to one that is")
         if isinstance(error, TimeoutError):
-            return RuntimeUnavailable(f"{place} did not answer in time: look at its load and its log")
+            return Silence(f"{place} did not answer in time: look at its load and its log")
         return RuntimeUnavailable(
             f"the connection to {place} broke ({type(error).__name__}): see whether it is running, and DOCKER_HOST"
         )

@@ -8,8 +8,7 @@ role         name                                 what it is
 `mark`       `sandledger-mark-<installation>`     a volume; its label tells this engine from all others
 ============ ==================================== =======================================================
 
-`<installation>` is the first eight hex digits of the SHA-256 of the installation's id: the id itself may begin with a
-time that another installation shares.
+`<installation>` is the first eight hex digits of the installation's id, which is random.
 
 Labels are ours only (`sandledger.io/`). The public server lists and removes whatever bears `opensandbox.io/id`, so no
 object of ours bears a label of that prefix, and no label of that prefix makes an object ours.
@@ -20,7 +19,6 @@ Therefore an object is ours only when installation label, object label, role lab
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from uuid import UUID
 
@@ -55,7 +53,7 @@ def container_name(object_id: UUID, role: str = MAIN) -> str:
 
 def mark_name(installation: UUID) -> str:
     """The volume that marks the engine."""
-    return f"sandledger-mark-{hashlib.sha256(installation.bytes).hexdigest()[:8]}"
+    return f"sandledger-mark-{installation.hex[:8]}"
 
 
 def labels_of(

@@ -65,6 +65,8 @@ class DockerOptions(Struct, frozen=True, kw_only=True):
     """Seconds for one create, start or remove call; other calls get a fixed share of it."""
     pull_timeout: float = 600.0
     """Seconds for one image."""
+    event_silence: float = 300.0
+    """Seconds without an event after which the event stream is opened anew: its connection may be dead."""
     capabilities: tuple[str, ...] = CAPABILITIES
     """Capabilities that are left; all others are dropped."""
     drop_capabilities: tuple[str, ...] = ()

@@ -93,7 +93,8 @@ def pull_cause(image: Image, text: str) -> PullCause | EngineCause:
     if has_any(words, ENGINE):
         return EngineCause(f"the engine could not pull {image.reference}: {message}")
     weight, reason = _sort(words, given=image.auth is not None)
-    return PullCause(weight, reason, message)
+    # Some registries answer "manifest unknown" and no more.
+    return PullCause(weight, reason, message if image.reference in message else f"{image.reference}: {message}")
 
 
 def pull_timeout(reference: str, seconds: float) -> PullCause:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from uuid import UUID
 
 from msgspec import Struct
@@ -21,6 +22,14 @@ _CLAIM = Statement(
 )
 
 
+_SWITCH = Statement(
+    update(installation)
+    .where(installation.c.master_key_id == bindparam("old", type_=Text))
+    .values(master_key_id=bindparam("new", type_=Text))
+    .returning(installation.c.id)
+)
+
+
 class Installation(Struct, frozen=True):
     """The row."""
 
@@ -36,17 +45,22 @@ async def read_installation(database: Database) -> Installation:
     return Installation(UUID(int=row["id"].int), row["master_key_id"])
 
 
-async def claim_master_key(database: Database, key_id: str) -> Installation:
-    """Make this key the installation's, or find that it is.
+async def claim_master_key(database: Database, key_ids: Sequence[str]) -> Installation:
+    """Make the first of these keys the installation's, or find which one is.
 
     Raises:
-        SettingsError: another key seals here; starting with this one would make every sealed value unreadable.
+        SettingsError: another key seals here; starting without it would make every sealed value unreadable.
     """
-    await database.fetch_one(_CLAIM, key_id=key_id)
+    await database.fetch_one(_CLAIM, key_id=key_ids[0])
     found = await read_installation(database)
-    if found.master_key_id != key_id:
+    if found.master_key_id not in key_ids:
         raise SettingsError(
-            f"this database is sealed by master key {found.master_key_id}, this server has {key_id}: give every server "
-            "the same key, in SANDLEDGER_MASTER_KEY or [sandledger] master_key_file"
+            f"this database is sealed by master key {found.master_key_id}, this server has {', '.join(key_ids)}: give "
+            "every server the same key, in SANDLEDGER_MASTER_KEY or [sandledger] master_key_file"
         )
     return found
+
+
+async def switch_master_key(database: Database, old: str, new: str) -> None:
+    """Name another master key as the one in use. Nothing happens when another server did so before."""
+    await database.fetch(_SWITCH, old=old, new=new)

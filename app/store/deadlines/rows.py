@@ -58,7 +58,7 @@ def _last(column: Any) -> Any:
     return found.correlate(deadlines).scalar_subquery().label(column.name)
 
 
-_COLUMNS = (
+_COLUMNS: tuple[Any, ...] = (
     *(_D.stream_id, _D.name, _D.kind, _D.fires_at, _D.next_run_time, _D.attempts, _D.cause),
     _last(_Q.last_reason),
     _last(_Q.last_error),
@@ -78,13 +78,10 @@ def _claim() -> Statement:
     )
     # By the place of the row, as an array: the rows are fetched one by one, however many others there are. The lock
     # keeps a row where it is, so that its place still holds.
-    taken = any_(func.array(select(due.c.ctid).scalar_subquery())) == _PLACE
-    return Statement(
-        update(deadlines)
-        .where(taken)
-        .values(next_run_time=_NOW + bindparam("lease", type_=Double) * _SECOND, attempts=_D.attempts + 1)
-        .returning(*_COLUMNS)
-    )
+    taken: Any = any_(func.array(select(due.c.ctid).scalar_subquery())) == _PLACE
+    until = _NOW + bindparam("lease", type_=Double) * _SECOND
+    claimed: Any = update(deadlines).where(taken).values(next_run_time=until, attempts=_D.attempts + 1)
+    return Statement(claimed.returning(*_COLUMNS))
 
 
 CLAIM = _claim()

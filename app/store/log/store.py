@@ -14,12 +14,16 @@ that lock until the row is visible. If the lock was held during the scan, horizo
 not yet taken, p was drawn after H was read, so p > H. If it was already released, the row is visible by now.
 
 Fine print, each a test: the sequence has CACHE 1; its first value is burnt (a pristine sequence reports 1 as handed
-out); horizon and rows never share a snapshot; gaps are normal; primary only. A writer that hangs inside its transaction
-delays readers, never writers; the application role's `idle_in_transaction_session_timeout` ends it.
+out); horizon and rows never share a snapshot; gaps are normal. A standby refuses to name a horizon. A writer that hangs
+inside its transaction delays readers, never writers; the application role's `idle_in_transaction_session_timeout` ends
+it. The horizon is not monotonic: a writer may announce a position below the last answer. What was settled once stays
+settled, so an older answer is a lower bound of the present one. Therefore a process may remember it for a moment, which
+spares the lock table of a busy cluster; and nobody may conclude a restore from a horizon that fell (`identity` tells).
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime
 from uuid import UUID
@@ -30,6 +34,9 @@ from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal
 
 from app.store.database.statement import Connections, Statement
 from app.store.tables import events
+
+HORIZON_SECONDS = 0.02
+"""How long a process remembers the horizon."""
 
 
 class StoredEvent(Struct, frozen=True):
@@ -45,6 +52,20 @@ class StoredEvent(Struct, frozen=True):
     data: str
     meta: str
     recorded_at: datetime
+
+
+class LogIdentity(Struct, frozen=True):
+    """Which log this is: the cluster, its timeline, and how far it has come."""
+
+    system: int
+    timeline: int
+    last_position: int
+    """The highest position handed out."""
+
+    def follows(self, earlier: LogIdentity, position: int) -> bool:
+        """Whether what was settled at `position` in the earlier log is still settled in this one."""
+        same = (self.system, self.timeline) == (earlier.system, earlier.timeline)
+        return same and self.last_position >= position
 
 
 _COLUMNS = (
@@ -82,15 +103,27 @@ _HISTORY = Statement(
     .order_by(events.c.version)
     .limit(bindparam("limit", type_=Integer))
 )
+_IDENTITY = Statement(
+    select(
+        literal_column("system_identifier", BigInteger),
+        literal_column("timeline_id", Integer),
+        literal_column("last_position", BigInteger),
+    ).select_from(func.log_identity().table_valued("system_identifier", "timeline_id", "last_position"))
+)
+_AHEAD = Statement(select(func.log_partitions_ahead()))
 _PARTITIONS = Statement(select(func.log_ensure_partitions()))
 
 
 class EventLog:
     """Reads. Appends are built by `app.store.log.append` and run by `app.service.sandboxes`."""
 
-    def __init__(self, database: Connections) -> None:
-        """On an open database."""
+    def __init__(self, database: Connections, *, remember: float = HORIZON_SECONDS) -> None:
+        """On an open database. The horizon is remembered for `remember` seconds."""
         self._database = database
+        self._remember = remember
+        self._horizon = 0
+        self._asked_at = float("-inf")
+        self._asking = asyncio.Lock()
 
     async def last_position(self) -> int:
         """The highest position that was handed out. No event of this log lies beyond it."""
@@ -98,9 +131,29 @@ class EventLog:
         return 0 if row is None else row["last_value"]
 
     async def horizon(self) -> int:
-        """The highest position up to which everything that will ever be there is there."""
-        row = await self._database.fetch_one(_HORIZON)
-        return 0 if row is None else row["horizon"]
+        """A position up to which everything that will ever be there is there. One flight, remembered for a moment.
+
+        Raises:
+            StoreUnavailable: the server is a standby, or away.
+        """
+        clock = asyncio.get_running_loop().time
+        called_at = clock()
+        if called_at - self._asked_at < self._remember:
+            return self._horizon
+        async with self._asking:
+            # An answer that was asked for after this call began is as good as one of our own.
+            if self._asked_at < called_at:
+                asked_at = clock()
+                row = await self._database.fetch_one(_HORIZON)
+                assert row is not None, "a function call has one row"
+                self._horizon, self._asked_at = row["horizon"], asked_at
+        return self._horizon
+
+    async def identity(self) -> LogIdentity:
+        """Which log this is. A restored or failed-over database has another one."""
+        row = await self._database.fetch_one(_IDENTITY)
+        assert row is not None, "the function answers one row"
+        return LogIdentity(*row)
 
     async def read_after(self, position: int, limit: int = 1000) -> tuple[list[StoredEvent], int]:
         """Settled events after `position`, in order, and where to go on from.
@@ -130,6 +183,11 @@ class EventLog:
             for event in page:
                 yield event
             after = page[-1].version
+
+    async def partitions_ahead(self) -> int:
+        """How many partitions beyond the present one are ready. Below one, appends will soon have nowhere to go."""
+        row = await self._database.fetch_one(_AHEAD)
+        return 0 if row is None else row[0]
 
     async def ensure_partitions(self) -> int:
         """Keep the present partition and two ahead ready. Says how many were made."""

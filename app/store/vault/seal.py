@@ -1,10 +1,15 @@
-"""Sealing: AES-256-GCM (NIST SP 800-38D), one data key a sandbox, wrapped by the master key.
+"""Sealing: AES-256-GCM (NIST SP 800-38D), one data key a stream, wrapped by a master key.
 
-The master key is 32 bytes from the environment or a file; every replica on one database needs the same, and
-`installation.master_key_id` refuses another one at start instead of at the first unseal. From it are derived (HKDF,
-RFC 5869): the wrapping key, and the key of the digests that stand in events where a value must not.
+A master key is 32 bytes from the environment or a file. A server may have several: one wraps, the others only open what
+they wrapped. Which one wraps is the database's word (`installation.master_key_id`), the same for every server; a server
+that does not have that key does not start. From a master key the wrapping key is derived (HKDF, RFC 5869). The keys of
+digests and tokens are random and wrapped like a data key (`app.store.vault.keys`), so that a rotation changes none.
 
-The sandbox id is bound as associated data, so a sealed row copied to another sandbox does not open.
+**Rotation** (`app.store.vault.rotation`) wraps every data key by another master key. When it is done the old master key
+can be destroyed, which makes older backups unreadable. Until then, values in a backup open with the master key of their
+time: erasing a row does not reach into backups.
+
+The stream's id is bound as associated data, so a sealed row that is copied to another stream does not open.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ _NONCE_BYTES = 12
 
 
 class Secrets(Struct, frozen=True, omit_defaults=True):
-    """The values of one sandbox, in the clear. Lives only between request and seal, and between unseal and engine."""
+    """The values of one stream, in the clear. Lives only between request and seal, and between unseal and engine."""
 
     env: dict[str, str] = {}
     registry_username: str | None = None
@@ -50,45 +55,100 @@ class Sealed(Struct, frozen=True):
 
 
 class Unsealable(SandledgerError):
-    """A sealed row does not open: another master key, or somebody changed it."""
+    """A sealed row does not open: this server lacks the master key, or somebody changed the row."""
+
+
+class MasterKeys:
+    """The master keys of this server. Holds derived keys, never prints them."""
+
+    def __init__(self, first: bytes, *others: bytes) -> None:
+        """Each from 32 bytes of key material. `first` is the one that the operator wants to be used."""
+        self._wrapping: dict[str, AESGCM] = {}
+        for material in (first, *others):
+            if len(material) != _KEY_BYTES:
+                raise SettingsError(f"a master key must be {_KEY_BYTES} bytes, base64; got {len(material)}")
+            self._wrapping[_derive(material, b"id")[:8].hex()] = AESGCM(_derive(material, b"wrap"))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Digests that name the keys, the wanted one first."""
+        return tuple(self._wrapping)
+
+    def wrap(self, key_id: str, clear: bytes, bound: bytes) -> bytes:
+        """Encrypt a key."""
+        return _encrypt(self._wrapping[key_id], clear, bound)
+
+    def unwrap(self, key_id: str, wrapped: bytes, bound: bytes) -> bytes:
+        """The key again.
+
+        Raises:
+            Unsealable: that master key is not here, or somebody changed what it wrapped.
+        """
+        key = self._wrapping.get(key_id)
+        try:
+            if key is not None:
+                return _decrypt(key, wrapped, bound)
+        except (InvalidTag, ValueError):
+            pass
+        raise Unsealable(f"it was sealed by master key {key_id}, this server has {', '.join(self.ids)}")
 
 
 class Sealer:
-    """Seals, unseals, digests. Holds the derived keys, never prints them."""
+    """Seals, unseals, digests."""
 
-    def __init__(self, master_key: bytes) -> None:
-        """From 32 bytes of key material."""
-        if len(master_key) != _KEY_BYTES:
-            raise SettingsError(f"the master key must be {_KEY_BYTES} bytes, base64; got {len(master_key)}")
-        self._wrapping = AESGCM(_derive(master_key, b"wrap"))
-        self._digesting = _derive(master_key, b"digest")
-        self.key_id = _derive(master_key, b"id")[:8].hex()
+    def __init__(
+        self, master: MasterKeys | bytes, digesting: bytes | None = None, *, key_id: str | None = None
+    ) -> None:
+        """With the installation's key of digests. `key_id` names the master key that wraps; by default the first."""
+        self._master = MasterKeys(master) if isinstance(master, bytes) else master
+        self._digesting = digesting or os.urandom(_KEY_BYTES)
+        self.key_id = key_id or self._master.ids[0]
 
-    def seal(self, sandbox_id: UUID, secrets: Secrets) -> Sealed:
+    @property
+    def known_key_ids(self) -> tuple[str, ...]:
+        """The master keys that open here."""
+        return self._master.ids
+
+    def use(self, key_id: str) -> None:
+        """Wrap by this master key from now on.
+
+        Raises:
+            SettingsError: it is not here.
+        """
+        if key_id not in self._master.ids:
+            raise SettingsError(
+                f"the database is sealed by master key {key_id}, which this server does not have; give it that key, in "
+                "SANDLEDGER_MASTER_KEY or [sandledger] master_key_file"
+            )
+        self.key_id = key_id
+
+    def seal(self, stream_id: UUID, secrets: Secrets) -> Sealed:
         """Encrypt under a fresh data key, and wrap that."""
         data_key = AESGCM.generate_key(256)
-        bound = sandbox_id.bytes
-        return Sealed(
-            self.key_id,
-            _encrypt(self._wrapping, data_key, bound),
-            _encrypt(AESGCM(data_key), msgspec.json.encode(secrets), bound),
-        )
+        bound = stream_id.bytes
+        key_id = self.key_id
+        wrapped = self._master.wrap(key_id, data_key, bound)
+        return Sealed(key_id, wrapped, _encrypt(AESGCM(data_key), msgspec.json.encode(secrets), bound))
 
-    def unseal(self, sandbox_id: UUID, sealed: Sealed) -> Secrets:
+    def unseal(self, stream_id: UUID, sealed: Sealed) -> Secrets:
         """The values again.
 
         Raises:
             Unsealable: says which key sealed it.
         """
-        bound = sandbox_id.bytes
+        bound = stream_id.bytes
         try:
-            data_key = _decrypt(self._wrapping, sealed.wrapped_key, bound)
+            data_key = self._master.unwrap(sealed.key_id, sealed.wrapped_key, bound)
             return msgspec.json.decode(_decrypt(AESGCM(data_key), sealed.sealed, bound), type=Secrets)
         except (InvalidTag, ValueError):
-            raise Unsealable(
-                f"the secrets of sandbox {sandbox_id} do not open: sealed by master key {sealed.key_id}, "
-                f"this server has {self.key_id}"
-            ) from None
+            raise Unsealable(f"the secrets of {stream_id} do not open: somebody changed them") from None
+        except Unsealable as error:
+            raise Unsealable(f"the secrets of {stream_id} do not open: {error}") from None
+
+    def rewrap(self, stream_id: UUID, key_id: str, wrapped_key: bytes) -> bytes:
+        """A data key that another master key wrapped, wrapped by the present one."""
+        bound = stream_id.bytes
+        return self._master.wrap(self.key_id, self._master.unwrap(key_id, wrapped_key, bound), bound)
 
     def digest(self, value: bytes, purpose: str) -> str:
         """HMAC-SHA256, so that equal values can be seen to be equal by whoever has the key, and guessed by nobody."""

@@ -38,9 +38,9 @@ import msgspec
 
 from app.domain.engine.decide import NoEngine, place
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.observed import Look, Observed, Power
+from app.domain.sandbox.observed import Answer, Observed, Power
 from app.domain.sandbox.plan import (
-    WAIT_LOOK,
+    WAIT_INTERVAL,
     Absence,
     ConfirmMissing,
     Ensure,
@@ -150,7 +150,7 @@ class Reconciler:
             self._fetches.forget(sandbox.id)
         if sandbox.engine not in (None, self._station.name):
             return await self._outcomes.pass_on(held)  # another worker has placed it meanwhile
-        look: Look | None = None
+        look: Answer | None = None
         step: Step = Observe()
         for _ in range(_MAX_STEPS):
             step = plan(sandbox, look, Absence(now, held.claim.missing_since, self._policy.grace))
@@ -172,7 +172,7 @@ class Reconciler:
                 sandbox, look = failed, None
         return await self._outcomes.count(held, sandbox, step, NoProgress())
 
-    async def _take(self, held: Held, sandbox: Sandbox, step: Step) -> tuple[Sandbox, Look | None]:
+    async def _take(self, held: Held, sandbox: Sandbox, step: Step) -> tuple[Sandbox, Answer | None]:
         """Act, and record.
 
         Raises:
@@ -188,7 +188,7 @@ class Reconciler:
             case Observe():
                 seen = await self._driver.observe(ref_of(sandbox))
                 after = await self._saw(held, sandbox, seen, step, acted=False)
-                return self._went_on(held, sandbox, after), Look(seen)
+                return self._went_on(held, sandbox, after), Answer(seen)
             case Ensure() | Fetch():
                 seen = await self._ensure(held, sandbox)
                 after = await self._saw(held, sandbox, seen, step, acted=True)
@@ -204,7 +204,7 @@ class Reconciler:
                 after = await self._record(held, sandbox, cmd.RecordLost(since), self._actors.runtime)
             case ConfirmMissing() | Settled():  # no acts
                 return sandbox, None
-        return self._went_on(held, sandbox, after), Look(seen)
+        return self._went_on(held, sandbox, after), Answer(seen)
 
     def _went_on(self, held: Held, before: Sandbox, after: Sandbox) -> Sandbox:
         if after.version != before.version:
@@ -254,7 +254,7 @@ class Reconciler:
 
     async def _wait(self, held: Held) -> NoReturn:
         held.start_over()
-        await self._outcomes.give_back(held, WAIT_LOOK.total_seconds(), awaiting=True)
+        await self._outcomes.give_back(held, WAIT_INTERVAL.total_seconds(), awaiting=True)
         raise GivenBack
 
     async def _confirm_engine(self, held: Held, sandbox: Sandbox) -> None:

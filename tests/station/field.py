@@ -98,8 +98,10 @@ class Field:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def create(self, *, timeout_s: int | None = None, service: Service | None = None) -> UUID:
-        sandbox_id = uuid4()
+    async def create(
+        self, *, timeout_s: int | None = None, service: Service | None = None, sandbox_id: UUID | None = None
+    ) -> UUID:
+        sandbox_id = sandbox_id or uuid4()
         spec = SandboxSpec("busybox", ("sleep", "60"))
         await (service or self.service).create(
             sandbox_id, "default", ev.Requested(spec, "f" * 64, timeout_s=timeout_s), None, CLIENT

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -24,14 +23,15 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.local_image import ensure_busybox_image
-from app.errors import SandledgerError
+from app.cli.demonstration.registry import SlowRegistry, serve
+from app.cli.demonstration.relay import REFUSAL, Relay, relay
+from app.cli.demonstration.server import PATIENCE_SECONDS, DemoFailed, Server, environment
+from app.cli.local_image import ensure_busybox_image, root_filesystem
 from app.settings import Settings
 
-_PATIENCE_S = 30.0
-_API_LINE = re.compile(r"API\s+(http://\S+)/v1")
 _LABEL = "sandledger.io/installation"
-_ID_LABEL = "opensandbox.io/id"
+_ID_LABEL = "sandledger.io/object"
+_MARK_ROLE = "mark"
 _CONFIG = """\
 [server]
 port = 0
@@ -41,75 +41,20 @@ port = 0
 state_dir = {state}
 [sandledger.worker]
 lease_seconds = 4
+[sandledger.deadlines]
+pausing_seconds = 4
 """
-
-
-class DemoFailed(SandledgerError):
-    """A step was not seen."""
-
-
-class _Server:
-    """One `sandledger serve` after another on the same state folder."""
-
-    def __init__(self, config: Path, log: Path) -> None:
-        self._config = config
-        self._log = log
-        self._process: asyncio.subprocess.Process | None = None
-        self._drain: asyncio.Task[None] | None = None
-        self.base = ""
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    async def start(self) -> None:
-        environ = {key: value for key, value in os.environ.items() if not key.endswith(("_DSN", "DATABASE_URL"))}
-        environ.pop("OPENSANDBOX_SERVER_API_KEY", None)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "app", "serve", "--config", str(self._config)),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=environ,
-        )
-        self._process = process
-        assert process.stdout is not None
-        seen: list[str] = []
-        try:
-            async with asyncio.timeout(_PATIENCE_S * 2):
-                while line := (await process.stdout.readline()).decode(errors="replace"):
-                    seen.append(line)
-                    if found := _API_LINE.search(line):
-                        self.base = found[1]
-                        self._drain = asyncio.create_task(self._keep_log(process.stdout, seen))
-                        return
-        except TimeoutError:
-            pass
-        raise DemoFailed("the server did not start:\n" + "".join(seen[-20:]))
-
-    async def _keep_log(self, stream: asyncio.StreamReader, seen: list[str]) -> None:
-        with self._log.open("a") as file:
-            file.writelines(seen)
-            while line := (await stream.readline()).decode(errors="replace"):
-                file.write(line)
-                file.flush()
-
-    async def end(self, number: signal.Signals) -> int:
-        process = self._process
-        if process is None or process.returncode is not None:
-            return 0
-        process.send_signal(number)
-        code = await process.wait()
-        if self._drain is not None:
-            await self._drain
-        return code
+_TRICKLE_BYTES = 1_500_000
 
 
 class Demo:
     """The steps."""
 
-    def __init__(self, server: _Server, http: aiohttp.ClientSession, docker: aiodocker.Docker, image: str) -> None:
+    def __init__(
+        self, server: Server, http: aiohttp.ClientSession, docker: aiodocker.Docker, image: str, engine: Relay
+    ) -> None:
         """On a started server."""
+        self.engine = engine
         self.server = server
         self.http = http
         self.docker: Any = docker  # its answers are untyped JSON
@@ -134,16 +79,16 @@ class Demo:
                 raise DemoFailed(f"{method} {path}: expected {want}, got {answer.status} {text}")
             return json.loads(text) if text else None
 
-    async def create(self, timeout_s: int, **headers: str) -> dict[str, Any]:
+    async def create(self, timeout_s: int, image: str | None = None) -> dict[str, Any]:
         """Create a sandbox that sleeps."""
         body = {
-            "image": {"uri": self.image},
+            "image": {"uri": image or self.image},
             "entrypoint": ["sleep", "3600"],
             "timeout": timeout_s,
             "resourceLimits": {"cpu": "250m", "memory": "64Mi"},
             "metadata": {"made-by": "demo"},
         }
-        made = await self.call("POST", "/sandboxes", 202, json=body, headers=headers)
+        made = await self.call("POST", "/sandboxes", 202, json=body)
         check(made["status"]["state"] == "Pending", f"a new sandbox is Pending, this one {made['status']['state']}")
         return made
 
@@ -163,7 +108,7 @@ class Demo:
     async def containers(self, sandbox: str) -> list[str]:
         """`name status` of each container the engine has for a sandbox."""
         found = await self.docker.containers.list(all=True, filters=json.dumps({"label": [f"{_ID_LABEL}={sandbox}"]}))
-        return [f"{box['Names'][0].lstrip('/')} ({box['Status']})" for box in found]
+        return [f"{one['Names'][0].lstrip('/')} ({one['Status']})" for one in found]
 
     async def timeline(self, sandbox: str, title: str) -> list[dict[str, Any]]:
         """Print and return the history."""
@@ -185,12 +130,27 @@ class Demo:
         boxes = await self.docker.containers.list(all=True, filters=filters)
         networks = await self.docker.networks.list(filters={"label": [f"{_LABEL}={installation}"]})
         answer = await self.docker.volumes.list(filters={"label": [f"{_LABEL}={installation}"]})
-        volumes = cast("list[dict[str, Any]]", answer["Volumes"] or [])
-        return [*(f"container {box.id}" for box in boxes), *map(str, networks), *map(str, volumes)]
+        volumes = [
+            volume["Name"]
+            for volume in cast("list[dict[str, Any]]", answer["Volumes"] or [])
+            if volume["Labels"].get("sandledger.io/role") != _MARK_ROLE
+        ]
+        return [*(f"container {box.id}" for box in boxes), *map(str, networks), *volumes]
 
 
 def _reason(data: dict[str, Any]) -> str:
-    keys = ("cause", "reason", "message", "found_by", "expires_at", "exit_code", "lived_s", "name")
+    keys = (
+        "end_cause",
+        "step",
+        "reason",
+        "message",
+        "found_by",
+        "expires_at",
+        "exit_code",
+        "lived_ms",
+        "engine",
+        "took_ms",
+    )
     return ", ".join(f"{key}={data[key]}" for key in keys if key in data)
 
 
@@ -203,11 +163,11 @@ def check(holds: bool, text: str) -> None:
 async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
     """Poll a condition with a deadline."""
     try:
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not await condition():  # noqa: ASYNC110 - what it waits for is in another process
                 await asyncio.sleep(0.05)
     except TimeoutError:
-        raise DemoFailed(f"waited {_PATIENCE_S:.0f} s in vain until {what}") from None
+        raise DemoFailed(f"waited {PATIENCE_SECONDS:.0f} s without success until {what}") from None
 
 
 async def _first_life(demo: Demo) -> str:
@@ -267,19 +227,71 @@ async def _expiry(demo: Demo) -> str:
     return three
 
 
-async def _endings(demo: Demo, boxes: list[str], installation: str) -> None:
+async def _slow_pull(demo: Demo) -> str:
+    demo.say("Create a sandbox from an image that comes slowly")
+    architecture = (await demo.docker.version())["Arch"]
+    registry = SlowRegistry(await asyncio.to_thread(root_filesystem), architecture, _TRICKLE_BYTES)
+    async with serve(registry):
+        made = await demo.create(600, registry.reference)
+        sandbox = cast("str", made["id"])
+        shown: list[str] = []
+
+        async def has_come() -> bool:
+            status = (await demo.call("GET", f"/sandboxes/{sandbox}", 200))["status"]
+            line = f"{status['state']}, {status['reason']}: {status['message']}"
+            if line not in shown:
+                shown.append(line)
+                demo.saw(line)
+            return status["state"] != "Pending"
+
+        await until(has_come, f"the image of {sandbox} has come")
+    check(any("MB" in line for line in shown), f"no progress was shown: {shown}")
+    check(await demo.state(sandbox) == "Running", f"it should be Running: {shown}")
+    await demo.docker.images.delete(registry.reference, force=True)
+    return sandbox
+
+
+async def _refused_pause(demo: Demo, sandbox: str) -> None:
+    demo.say("Pause a sandbox while the engine refuses to")
+    demo.engine.refuses_pause = True
+    await demo.call("POST", f"/sandboxes/{sandbox}/pause", 202, headers={"Prefer": "respond-async"})
+    await demo.reaches(sandbox, "Pausing")
+    demo.saw(f"202; the engine answers 500: {REFUSAL}")
+    await demo.reaches(sandbox, "Running")
+    items = (await demo.call("GET", f"/sandboxes/{sandbox}/events?limit=1000", 200))["items"]
+    failed = [item for item in items if item["type"] == "sandbox.pause_failed"]
+    check(len(failed) == 1, f"one sandbox.pause_failed expected: {[item['type'] for item in items]}")
+    demo.saw(f"Running again, unharmed: {failed[0]['data']['message']}")
+    demo.engine.refuses_pause = False
+
+
+async def _operator(demo: Demo, config: Path) -> None:
+    demo.say("What an operator sees: sandledger status")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "app", "status", "--config", str(config)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=environment() | {"COLUMNS": "110"},
+    )
+    printed, _ = await process.communicate()
+    demo.console.print(printed.decode(), markup=False)
+    check(process.returncode == 0, f"status found something wrong (exit code {process.returncode})")
+    demo.saw("exit code 0: nothing is stuck, late or failing")
+
+
+async def _endings(demo: Demo, sandboxes: list[str], installation: str) -> None:
     demo.say("Delete the rest")
-    for box in boxes:
-        if await demo.state(box) != "Terminated":
-            await demo.call("DELETE", f"/sandboxes/{box}", 204)
-    for box in boxes:
-        await demo.reaches(box, "Terminated")
+    for one in sandboxes:
+        if await demo.state(one) != "Terminated":
+            await demo.call("DELETE", f"/sandboxes/{one}", 204)
+    for one in sandboxes:
+        await demo.reaches(one, "Terminated")
     demo.saw("all Terminated")
 
     demo.say("What happened, from the event log")
-    for number, box in enumerate(boxes, 1):
-        items = await demo.timeline(box, f"sandbox {number}: {box}")
-        check(items[-1]["type"] == "sandbox.terminated", f"the history of {box} does not end in sandbox.terminated")
+    for number, one in enumerate(sandboxes, 1):
+        items = await demo.timeline(one, f"sandbox {number}: {one}")
+        check(items[-1]["type"] == "sandbox.terminated", f"the history of {one} does not end in sandbox.terminated")
 
     demo.say("Nothing of ours is left on the engine")
     left = await demo.leftovers(installation)
@@ -297,19 +309,35 @@ async def _installation(demo: Demo, sandbox: str) -> str:
 async def _stage(settings: Settings, home: Path) -> AsyncGenerator[Demo]:
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
-    config = home / "demo.toml"
-    host = "" if settings.docker.host is None else f"host = {json.dumps(settings.docker.host)}"
-    config.write_text(_CONFIG.format(host=host, state=json.dumps(str(home / "state"))))
-    async with aiodocker.Docker(url=settings.docker.host) as docker, aiohttp.ClientSession() as http:
-        image = await ensure_busybox_image(docker)
-        server = _Server(config, home / "server.log")
-        try:
-            await server.start()
-            yield Demo(server, http, docker, image)
-            code = await server.end(signal.SIGTERM)
-            check(code == 0, f"the server stopped with exit code {code}")
-        finally:
-            await server.end(signal.SIGKILL)
+    # A socket's path holds about a hundred bytes, so the relay's is not in the state folder.
+    sockets = Path(tempfile.mkdtemp(prefix="sandledger-demo-"))
+    host = settings.docker.host or "unix:///var/run/docker.sock"
+    try:
+        async with (
+            aiodocker.Docker(url=host) as docker,
+            aiohttp.ClientSession() as http,
+            relay(host, sockets / "engine") as engine,
+        ):
+            config = home / "demo.toml"
+            address = json.dumps(f"unix://{sockets}/engine")
+            config.write_text(_CONFIG.format(host=f"host = {address}", state=json.dumps(str(home / "state"))))
+            image = await ensure_busybox_image(docker)
+            server = Server(config, home / "server.log")
+            try:
+                await server.start()
+                yield Demo(server, http, docker, image, engine)
+                code = await server.end(signal.SIGTERM)
+                check(code == 0, f"the server stopped with exit code {code}")
+            finally:
+                await server.end(signal.SIGKILL)
+    finally:
+        shutil.rmtree(sockets, ignore_errors=True)
+
+
+async def _remove_mark(demo: Demo, installation: str) -> None:
+    """The mark outlives a server; this installation ends with the demo."""
+    volume = await demo.docker.volumes.get(f"sandledger-mark-{installation.replace('-', '')[:8]}")
+    await volume.delete()
 
 
 async def play(settings: Settings) -> None:
@@ -323,7 +351,11 @@ async def play(settings: Settings) -> None:
         demo.console.print(f"server {demo.server.base}, its log in {home / 'server.log'}")
         one = await _first_life(demo)
         installation = await _installation(demo, one)
+        await _refused_pause(demo, one)
         two = await _crash(demo)
-        three = await _expiry(demo)
-        await _endings(demo, [one, two, three], installation)
+        three = await _slow_pull(demo)
+        four = await _expiry(demo)
+        await _operator(demo, home / "demo.toml")
+        await _endings(demo, [one, two, three, four], installation)
+        await _remove_mark(demo, installation)
         demo.console.print("\n[bold green]Every step was observed.[/bold green]")

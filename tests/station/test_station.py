@@ -15,18 +15,11 @@ from app.domain.sandbox.observed import Exit, Observed, Power
 from app.domain.sandbox.state import Phase
 from app.errors import RuntimeUnavailable, SettingsError
 from app.runtime.fake import FakeDriver, FakeEngine
-from app.store.database.pool import Database
-from app.store.log.signal import Signal
 from app.work.outages import ENGINE_STOPPED, Outages
 from app.work.station import State, Station
-from tests.work.field import WORKER, Field
+from tests.station.field import WORKER, Field
 
 NOW = datetime.now(UTC)
-
-
-@pytest.fixture
-async def field(dsn: str, database: Database, signal: Signal) -> Field:
-    return Field(dsn, database, signal)
 
 
 def reached(station: Station, state: State):
