@@ -17,7 +17,7 @@ from app.domain.sandbox.deadlines import Limits
 from app.runtime.docker import DockerOptions, connect
 from app.runtime.driver import Driver
 from app.service.sandboxes import Service
-from app.settings import Settings, redacted_dsn
+from app.settings import Settings, is_loopback, redacted_dsn
 from app.store.database.installation import claim_master_key
 from app.store.database.migrate import migrate
 from app.store.database.pool import Database
@@ -169,6 +169,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
             driver=parts.driver,
             installation=parts.installation,
             api_key=settings.server.api_key,
+            loopback_only=is_loopback(settings.server.host),
             max_sandbox_timeout_seconds=settings.server.max_sandbox_timeout_seconds,
             wait_seconds_max=settings.sandledger.api.wait_seconds_max,
             body_limit=settings.sandledger.api.body_limit_bytes,

@@ -128,7 +128,7 @@ class ServerSettings(Table, frozen=True):
     loop: Literal["auto", "uvloop", "asyncio"] = "auto"
     """Event loop."""
     http: Literal["auto", "httptools", "h11"] = "auto"
-    """HTTP parser."""
+    """Read for compatibility. Every value means httptools, whose heads are bounded in bytes and in time."""
     api_key: ApiKey | None = None
     """The key clients send; None = requests need no key. A blank key in file or environment becomes None."""
     max_sandbox_timeout_seconds: Annotated[int, Meta(ge=60, le=2**31 - 1)] | None = None

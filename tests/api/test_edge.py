@@ -118,7 +118,7 @@ async def test_other_origins(app: Litestar, make_context: MakeContext):
         assert refused.headers["access-control-allow-origin"] == "*"
         assert "access-control-allow-credentials" not in refused.headers
         assert "access-control-allow-origin" not in (await http.get("/health")).headers
-    async with client(create_app(make_context(api_key=None))) as http:
+    async with client(create_app(make_context(api_key=None)), base_url="http://localhost") as http:
         for answer in (await http.options("/v1/sandboxes", headers=asked), await http.get("/health", headers=asked)):
             assert not [name for name in answer.headers if name.startswith("access-control")]
 
@@ -171,8 +171,8 @@ async def test_without_a_database(make_context: MakeContext):
 async def test_readiness(make_context: MakeContext):
     engine = FakeEngine()
     alive = True
-    context = make_context(driver=FakeDriver(engine, INSTALLATION), worker_alive=lambda: alive)
-    async with client(create_app(context)) as http:
+    context = make_context(driver=FakeDriver(engine, INSTALLATION), worker_alive=lambda: alive, ready_cache_seconds=0)
+    async with client(create_app(context), **{"open-sandbox-api-key": KEY}) as http:
         ready = await http.get("/ready")
         checks = {"database": "ok", "migrations": "ok", "engine": "ok", "worker": "ok"}
         assert (ready.status_code, ready.json()) == (200, {"status": "ready", "checks": checks})
@@ -193,11 +193,24 @@ async def test_an_api_without_worker_needs_no_engine(make_context: MakeContext):
         }
 
 
-async def test_the_page_loads_nothing(http: httpx.AsyncClient):
+async def test_the_page_works_without_internet(app: Litestar, http: httpx.AsyncClient):
+    """It loads its own server's files and nothing else, and a policy keeps it to that. No key is needed for any."""
     page = await http.get("/docs")
     assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert not re.search(r"<script|src=|@import|url\(|<link", page.text)
+    policy = dict(rule.strip().split(" ", 1) for rule in page.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["connect-src"] == "'self'"
+    assert not re.search("https?:", page.headers["content-security-policy"])
+    markup = re.sub(r'<script type="application/json".*?</script>', "", page.text, flags=re.DOTALL)
+    loaded = re.findall(r'(?:src|href)="([^"]*)"', markup)
+    assert loaded == ["/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/docs/start.js"]
+    assert not re.search(r"<script>|@import|url\(", markup)
+    async with client(app) as stranger:
+        for path in loaded:
+            file = await stranger.get(path)
+            assert file.status_code == 200
+            assert file.headers["content-type"].startswith("text/")
+            assert b"SwaggerUIBundle" in file.content or path.endswith(".css")
     for operation in ("renew-expiration", "Idempotency-Key", "CreateSandbox"):
         assert operation in page.text
 

@@ -35,10 +35,9 @@ _PATIENCE_S = 20
 """Not a measurement: with backtracking the first of these takes longer than the universe has."""
 _PREFER = """
 import sys
-from types import SimpleNamespace
 from app.api.conditions import preferences
 for line in sys.stdin.read().split("\\n"):
-    print(preferences(SimpleNamespace(headers={"prefer": line}), 300).wait)
+    print(preferences(line, 300).wait)
 """
 _COSTLY = ["x" + ";a=  " * 60 + "@", "x=" + " " * 60_000 + "@", " " * 60_000 + "@", 'a="' * 20_000, "@," * 30_000]
 

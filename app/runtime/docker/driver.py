@@ -62,7 +62,8 @@ class DockerDriver:
         """
         self.name = options.name
         self.can = Capabilities(Pausing.FREEZE)
-        self._clients = docker, pulling
+        self._docker = docker
+        self._pulling = pulling
         self._options = with_seccomp_document(options)
         self._engine = Engine(docker, options.times)
         self._containers = Containers(self._engine, options.installation)
@@ -147,8 +148,8 @@ class DockerDriver:
     async def close(self) -> None:
         """Release connections."""
         await self._pulls.close()
-        for client in self._clients:
-            await client.close()
+        await self._pulling.close()
+        await self._docker.close()
 
 
 def connect(options: DockerOptions, docker_host: str | None) -> DockerDriver:
