@@ -23,6 +23,7 @@ from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer, Secrets
+from app.work.policy import WorkPolicy
 from tests.work.stage import BEGUN, Stage
 
 IMAGE = "sandledger-demo:1"
@@ -110,8 +111,8 @@ def without_waiting(told: list[str]) -> list[str]:
 
 
 async def test_a_restart_from_outside_is_recorded(stage: Stage, docker: aiodocker.Docker, driver: DockerDriver, until):
-    """Its processes began anew, and the log would not say so."""
-    async with stage.working(stage.worker(driver)):
+    """Its processes began anew, and the log would not say so; or worse, it would take the moment between for the end."""
+    async with stage.working(stage.worker(driver, exit_settle=WorkPolicy().exit_settle)):
         sandbox_id = await stage.create(image=IMAGE, entrypoint=("sh", "-c", "trap 'exit 0' TERM; sleep 600 & wait"))
         await until(stage.is_phase(Phase.RUNNING, sandbox_id))
         await until(stage.is_idle())
