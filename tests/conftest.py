@@ -23,6 +23,8 @@ from app.store.vault.seal import Sealer
 from tests.support import drift
 
 ROOT = Path(__file__).resolve().parents[1]
+SERVER = "sandledger_server"
+"""The login of servers."""
 
 
 def _run(dsn: str, *statements: str) -> None:
@@ -53,8 +55,8 @@ def postgres() -> Iterator[EmbeddedPostgres]:
 @pytest.fixture(scope="session")
 def template(postgres: EmbeddedPostgres) -> str:
     """A migrated database to copy from."""
-    _run(postgres.dsn, "CREATE DATABASE template_test")
-    asyncio.run(migrate(on_database(postgres.dsn, "template_test")))
+    _run(postgres.dsn, "CREATE DATABASE template_test", f"CREATE ROLE {SERVER} LOGIN")
+    asyncio.run(migrate(on_database(postgres.dsn, "template_test"), admit=SERVER))
     return "template_test"
 
 
@@ -64,11 +66,26 @@ def on_database(dsn: str, name: str) -> str:
     return f"{head.rpartition('/')[0]}/{name}" + (f"?{query}" if query else "")
 
 
+def cloned(name: str, template: str) -> tuple[str, ...]:
+    """Statements that copy a migrated database, with what belongs to the database itself and is not copied."""
+    return (
+        f"CREATE DATABASE {name} TEMPLATE {template}",
+        # For plain connections of tests; servers pin their own.
+        f"ALTER DATABASE {name} SET search_path = sandledger, public",
+        f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC",
+    )
+
+
+def as_server(dsn: str) -> str:
+    """The same database, as servers log in."""
+    return dsn.replace("postgres@", f"{SERVER}@")
+
+
 @pytest.fixture
 def dsn(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
-    """A fresh database. At the end every stream in it must fold to its head row."""
+    """A fresh database, as its owner. At the end every stream in it must fold to its head row."""
     name = f"t_{uuid.uuid4().hex}"
-    _run(postgres.dsn, f"CREATE DATABASE {name} TEMPLATE {template}")
+    _run(postgres.dsn, *cloned(name, template))
     address = on_database(postgres.dsn, name)
     try:
         yield address
@@ -80,7 +97,7 @@ def dsn(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
 @pytest.fixture
 async def database(dsn: str) -> AsyncIterator[Database]:
     """The application's pool on the fresh database."""
-    opened = Database(dsn)
+    opened = Database(as_server(dsn))
     yield opened
     await opened.close()
 

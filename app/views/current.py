@@ -44,7 +44,7 @@ from app.store.database.statement import Statement
 from app.store.tables import sandboxes
 
 _INTERVAL_SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
-_LAST_POSITION = literal_column("(SELECT last_value FROM events_position)", BigInteger)
+_LAST_POSITION = literal_column("(SELECT last_value FROM sandledger.events_position)", BigInteger)
 
 
 def _json(name: str) -> Any:

@@ -93,7 +93,7 @@ def _move() -> Statement:
     return Statement(select(*_sums(settled.subquery("settled"))))
 
 
-_HORIZON = Statement(select(func.log_horizon().label("horizon")))
+_HORIZON = Statement(select(func.sandledger.log_horizon().label("horizon")))
 _DERIVE = _derive()
 _MOVE = _move()
 

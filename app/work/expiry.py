@@ -135,12 +135,12 @@ class ExpiryJobs:
 
     async def claim(self, limit: int) -> list[Due]:
         """Due rows, earliest first; nobody else gets them before the lease ends."""
-        rows = await self._database.fetch(CLAIM, limit=limit, lease=self._lease)
+        rows = await self._database.reserved.fetch(CLAIM, limit=limit, lease=self._lease)
         return sorted(map(_due, rows), key=lambda due: due.expires_at)
 
     async def earliest(self) -> float | None:
         """Seconds until the earliest row is due."""
-        row = await self._database.fetch_one(EARLIEST)
+        row = await self._database.reserved.fetch_one(EARLIEST)
         return None if row is None else row["wait"]
 
     async def lookup(self, sandbox_id: UUID) -> Due | None:

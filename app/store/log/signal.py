@@ -23,7 +23,7 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy import Text, bindparam, func, literal, select
+from sqlalchemy import Text, bindparam, func, select
 
 from app.errors import StoreUnavailable
 from app.store.database.pool import Database
@@ -34,7 +34,6 @@ _WINDOW_S = 0.02
 _MOST_IDS = 200  # 200 * 33 bytes stay below NOTIFY's 8000
 _RECONNECT_S = 1.0
 _NOTIFY = Statement(select(func.pg_notify(CHANNEL, bindparam("payload", type_=Text))))
-_PING = Statement(select(literal(1)))
 _FAILURES = (StoreUnavailable, asyncpg.PostgresError)
 """A standby after a failover, or a full queue, refuses to notify: PostgreSQL's word, and no reason to stop either."""
 _LOG = logging.getLogger(__name__)
@@ -111,7 +110,7 @@ class Signal:
             ids, self._outbox = self._outbox, set()
             payload = "*" if len(ids) > _MOST_IDS else ",".join(sandbox_id.hex for sandbox_id in ids)
             try:
-                await self._database.fetch(_NOTIFY, payload=payload)
+                await self._database.reserved.fetch(_NOTIFY, payload=payload)
             except _FAILURES as error:
                 _LOG.warning("notification lost, readers fall back to polling: %s", error)
             await asyncio.sleep(_WINDOW_S)
@@ -125,21 +124,14 @@ class Signal:
             await asyncio.sleep(_RECONNECT_S)
 
     async def _listen(self) -> None:
-        ended = asyncio.Event()
-        async with self._database.connection() as connection:
-            driver = await connection.driver()
-            driver.add_termination_listener(lambda *_: ended.set())
-            try:
-                await driver.add_listener(CHANNEL, self._heard)
-                self._wake_all()  # whatever was said while nobody listened
-                while not ended.is_set():
-                    try:
-                        async with asyncio.timeout(self._check):
-                            await ended.wait()
-                    except TimeoutError:
-                        await connection.fetch(_PING)
-            finally:
-                await connection.invalidate()
+        async with self._database.listen(CHANNEL, self._heard) as listening:
+            self._wake_all()  # whatever was said while nobody listened
+            while not listening.ended.is_set():
+                try:
+                    async with asyncio.timeout(self._check):
+                        await listening.ended.wait()
+                except TimeoutError:
+                    await listening.ping()
 
     def _heard(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
         try:

@@ -60,7 +60,7 @@ _COLUMNS = (
     events.c.meta,
     events.c.recorded_at,
 )
-_HORIZON = Statement(select(func.log_horizon().label("horizon")))
+_HORIZON = Statement(select(func.sandledger.log_horizon().label("horizon")))
 TAIL = Statement(
     select(*_COLUMNS)
     .where(
@@ -82,7 +82,7 @@ _HISTORY = Statement(
     .order_by(events.c.version)
     .limit(bindparam("limit", type_=Integer))
 )
-_PARTITIONS = Statement(select(func.log_ensure_partitions()))
+_PARTITIONS = Statement(select(func.sandledger.log_ensure_partitions()))
 
 
 class EventLog:

@@ -307,7 +307,7 @@ class Queue:
     async def claim(self, slots: int, *, lease: float, share: int, background: int = 0) -> Round:
         """Take up to `slots` due rows, at most `share` of a tenant, `background` of them from that lane if it can."""
         owner = uuid4()
-        rows = await self._database.fetch(
+        rows = await self._database.reserved.fetch(
             CLAIM, driver=self._driver, slots=slots, share=share, background=background, lease=lease, owner=owner
         )
         claims = tuple(
@@ -329,11 +329,11 @@ class Queue:
 
     async def extend(self, claims: Iterable[Claim], lease: float) -> Mapping[UUID, Beat]:
         """Keep claims. Whoever is missing from the answer is not ours any more."""
-        return _beats(await self._database.fetch(_EXTEND, lease=lease, **_pairs(claims)))
+        return _beats(await self._database.reserved.fetch(_EXTEND, lease=lease, **_pairs(claims)))
 
     async def probe(self, claims: Iterable[Claim]) -> Mapping[UUID, Beat]:
         """As `extend`, without extending."""
-        return _beats(await self._database.fetch(_PROBE, **_pairs(claims)))
+        return _beats(await self._database.reserved.fetch(_PROBE, **_pairs(claims)))
 
     async def complete(self, claim: Claim) -> bool:
         """Done: nothing to do until something changes. False when news came meanwhile, and it is due again."""
