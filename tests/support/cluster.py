@@ -44,7 +44,7 @@ class TcpServer:
     def create(self, *hba: str) -> None:
         self.run("initdb", "-D", self.account.own(self.data), "-U", "postgres", "-A", "trust", "--no-sync")
         if hba:
-            self.write("pg_hba.conf", "\n".join(("local all all trust", *hba, "")))
+            self.write("pg_hba.conf", "\n".join(("local all all trust", "local replication all trust", *hba, "")))
 
     def copy(self, primary: TcpServer) -> None:
         """Become a standby of another."""

@@ -68,14 +68,15 @@ _FINAL = (
 _ROLE = """
 SELECT i.app_role FROM sandledger.installation AS i
 """
-_GRANTED = """
+GRANTED = """
 SELECT r.rolname
   FROM pg_catalog.pg_class AS c
   JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace AND n.nspname = 'sandledger'
  CROSS JOIN LATERAL pg_catalog.aclexplode(c.relacl) AS a
   JOIN pg_catalog.pg_roles AS r ON r.oid = a.grantee
- WHERE c.relname = 'events' AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
+ WHERE c.relname = 'reconcile_queue' AND a.privilege_type = 'DELETE' AND a.grantee <> c.relowner
 """
+"""Who has the application's privileges, whatever `installation` says."""
 _CHECK = """
 SELECT current_user AS role, session_user AS login, r.rolsuper AS superuser,
        pg_catalog.pg_has_role(session_user, n.nspowner, 'MEMBER') AS owner,
@@ -227,7 +228,7 @@ async def _role_of(driver: Any) -> str:
     except (pg.UndefinedTableError, pg.InvalidSchemaNameError, pg.UndefinedColumnError):
         raise StoreRefused("this database has no schema of this version; run `sandledger migrate`") from None
     except pg.InsufficientPrivilegeError:
-        login, role = await driver.fetchval("SELECT session_user"), await driver.fetchval(_GRANTED)
+        login, role = await driver.fetchval("SELECT session_user"), await driver.fetchval(GRANTED)
         raise StoreRefused(
             f"the database login {login} is not a member of the application role: GRANT {role} TO {login}"
         ) from None

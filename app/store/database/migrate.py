@@ -34,7 +34,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app.errors import SettingsError, StoreUnavailable
-from app.store.database.connect import GONE, PINNED, dial, explained
+from app.store.database.connect import GONE, GRANTED, PINNED, dial, explained
 from app.store.database.dsn import address
 
 _LOCK = 0x53414E444C454447  # 'SANDLEDG'
@@ -124,6 +124,8 @@ async def migrate(
                     await driver.execute("CREATE SCHEMA IF NOT EXISTS sandledger")
                 await driver.execute(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
                 await _upgrade(connection, config, say)
+            if seen.known:
+                await _name_role(driver)
             if admit is not None:
                 await _admit(driver, admit, make=make_login)
             return Migration(seen.before, (await _look(driver, script)).after, seen.head, seen.known)
@@ -179,6 +181,13 @@ async def _upgrade(connection: AsyncConnection, config: Config, say: Say) -> Non
         await connection.rollback()
         say(f"migration waits for a table that others use (attempt {attempt} of {_LOCK_ATTEMPTS})")
         await asyncio.sleep(_LOCK_PAUSE_S)
+
+
+async def _name_role(driver: Any) -> None:
+    """Data restored from another database brings the name of that one's role; the privileges are this one's."""
+    role = await driver.fetchval(GRANTED)
+    if role is not None and role != await driver.fetchval("SELECT app_role FROM sandledger.installation"):
+        await driver.execute("UPDATE sandledger.installation SET app_role = $1", role)
 
 
 async def _admit(driver: Any, login: str, *, make: bool) -> None:
