@@ -8,18 +8,20 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeAlias
 from uuid import UUID
 
+import msgspec
 from litestar import Litestar
 from msgspec import Struct
 
 from app.api.app import create_app
 from app.api.context import ApiContext
+from app.errors import SettingsError
 from app.runtime.docker import DockerOptions, connect
 from app.runtime.driver import Driver
 from app.service.sandboxes import Service
 from app.settings import Settings, redacted_dsn
 from app.store.database.dsn import address
 from app.store.database.installation import claim_master_key
-from app.store.database.migrate import migrate
+from app.store.database.migrate import Migration, migrate
 from app.store.database.pool import KEPT_BACK, Database
 from app.store.database.waiting import wait_until_there
 from app.store.embedded.server import EmbeddedPostgres
@@ -45,6 +47,8 @@ class Store(Struct, frozen=True):
     where: str
     """Which, for people; no password."""
     embedded: EmbeddedPostgres | None = None
+    schema: Migration | None = None
+    """As it was found and left."""
 
 
 class Opened(Struct, frozen=True):
@@ -119,7 +123,17 @@ async def open_database(
             say(f"database: migrated from {done.before or 'empty'} to {done.after}")
         if upgrade and not done.known:
             say(f"database: schema {done.before} was written by a newer version; using it as it is")
-        yield store
+        yield msgspec.structs.replace(store, schema=done)
+
+
+def _check_schema(store: Store) -> None:
+    """Told to leave the schema alone, a server starts only on one that it can use."""
+    found = store.schema
+    if found is not None and found.known and found.after != found.head:
+        raise SettingsError(
+            f"the database schema is at {found.after or 'nothing'}, this version needs {found.head}: run `sandledger "
+            "migrate`, or start without --no-migrate"
+        )
 
 
 async def _store(settings: Settings, say: Say, stack: AsyncExitStack, seconds: float) -> Store:
@@ -155,6 +169,7 @@ async def opened(
     """Everything below the two shells."""
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_database(settings, say, upgrade=upgrade, patient=True))
+        _check_schema(store)
         database = database_of(settings, store)
         stack.push_async_callback(database.close)
         ours = settings.sandledger
