@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 
 from app.service.sandboxes import Service
+from app.store.database.dsn import address
 from app.store.database.migrate import migrate
 from app.store.database.pool import Database
 from app.store.embedded.server import EmbeddedPostgres
@@ -55,8 +56,8 @@ def postgres() -> Iterator[EmbeddedPostgres]:
 @pytest.fixture(scope="session")
 def template(postgres: EmbeddedPostgres) -> str:
     """A migrated database to copy from."""
-    _run(postgres.dsn, "CREATE DATABASE template_test", f"CREATE ROLE {SERVER} LOGIN")
-    asyncio.run(migrate(on_database(postgres.dsn, "template_test"), admit=SERVER))
+    _run(postgres.dsn, "CREATE DATABASE template_test")
+    asyncio.run(migrate(on_database(postgres.dsn, "template_test"), admit=address(as_server(postgres.dsn))))
     return "template_test"
 
 

@@ -14,7 +14,7 @@ import msgspec
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from msgspec import UNSET, Struct, UnsetType
 
-from app.errors import Rejected, StoreUnavailable, UnknownEvent
+from app.errors import Rejected, StoreBusy, StoreUnavailable, UnknownEvent
 
 _LOG = logging.getLogger(__name__)
 _PLACE = re.compile(r"^(?P<rule>.*?)(?: - at `(?:key` in `)?\$(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -116,7 +116,9 @@ def problem_of(error: BaseException, request_id: str) -> Problem:
             return Problem(
                 503,
                 "GENERAL::STORE_UNAVAILABLE",
-                "The database is not reachable at the moment; try again.",
+                "This server is busy: all its database connections are in use; try again."
+                if isinstance(error, StoreBusy)
+                else "The database is not reachable at the moment; try again.",
                 headers=[("retry-after", "2")],
             )
         case UnknownEvent():

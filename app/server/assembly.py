@@ -115,8 +115,7 @@ async def open_database(
         done = await migrate(
             store.owner_dsn,
             apply=upgrade,
-            admit=address(store.dsn).user if store.owner_dsn != store.dsn else None,
-            make_login=store.embedded is not None,
+            admit=address(store.dsn) if store.owner_dsn != store.dsn else None,
             say=say,
         )
         if done.after != done.before:

@@ -225,3 +225,13 @@ async def test_metrics(http: httpx.AsyncClient):
         answer = await http.post("/v1/metrics/events", json=event | change)
         assert answer.status_code == 422
         assert "canary" not in answer.text
+
+
+async def test_a_busy_server_is_not_called_a_database_that_is_away(make_context: MakeContext, dsn: str):
+    busy = Database(dsn, max_size=1, pool_timeout=0.05)
+    parts: dict[str, Any] = {"service": Service(busy, Signal(busy)), "listing": Listing(busy), "database": busy}
+    async with client(create_app(make_context(**parts)), **{"open-sandbox-api-key": KEY}) as http, busy.connection():
+        answer = await http.get("/v1/sandboxes")
+    await busy.close()
+    assert (answer.status_code, answer.json()["code"]) == (503, "GENERAL::STORE_UNAVAILABLE")
+    assert "busy" in answer.json()["message"]

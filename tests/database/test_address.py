@@ -73,7 +73,7 @@ async def test_an_address_of_a_managed_service_works_from_migration_to_statement
             "&connect_timeout=4&application_name=mine&options=-c%20work_mem%3D7MB&target_session_attrs=read-write"
             "&channel_binding=prefer&keepalives_idle=30&gssencmode=disable"
         )
-        await migrate(dsn, admit="carded")
+        await migrate(dsn, admit=address(f"postgresql://carded@127.0.0.1:{server.port}/ledger"))
         assert await answer(dsn, SHOWN) == ("mine", "7MB")
         words = (
             f"host=127.0.0.1 port={port} user=owner password='p@ss/w?rd #1' dbname = ledger sslmode=require "
@@ -93,11 +93,29 @@ async def test_an_address_of_a_managed_service_works_from_migration_to_statement
             await answer(f"{named}&sslmode=disable", SHOWN)
 
 
+async def test_the_login_of_servers_is_made_with_its_password(server: TcpServer):
+    owner = f"postgresql://owner:{PASSWORD}@127.0.0.1:{server.port}/ledger"
+    served = f"postgresql://served:{PASSWORD}@127.0.0.1:{server.port}/ledger"
+    await migrate(owner, admit=address(served))
+    database = Database(served)
+    await database.fetch(SHOWN)
+    await database.close()
+    assert database.login is not None
+    assert (database.login.name, database.login.warning) == ("served", None)
+    with pytest.raises(StoreRefused, match="password authentication failed"):
+        await answer(served.replace("%231", "%232"), SHOWN)
+    with pytest.raises(SettingsError, match="ASCII"):
+        await migrate(owner, admit=address(f"postgresql://another:h%C3%BCnter2@127.0.0.1:{server.port}/ledger"))
+
+
 async def test_a_client_certificate(server: TcpServer, files: Path):
     asks = context(files)
     asks.verify_mode = ssl.CERT_REQUIRED
     asks.load_verify_locations(files / "ca.pem")
-    await migrate(f"postgresql://owner:{PASSWORD}@127.0.0.1:{server.port}/ledger", admit="carded")
+    await migrate(
+        f"postgresql://owner:{PASSWORD}@127.0.0.1:{server.port}/ledger",
+        admit=address(f"postgresql://carded@127.0.0.1:{server.port}/ledger"),
+    )
     async with tls_front(asks, server.port) as port:
         bare = f"postgresql://carded@127.0.0.1:{port}/ledger?sslmode=verify-ca&sslrootcert={files / 'ca.pem'}"
         with pytest.raises(StoreUnavailable):

@@ -12,6 +12,7 @@ import pytest
 
 from app.domain.sandbox import commands as cmd
 from app.service.sandboxes import Service
+from app.store.database.dsn import address
 from app.store.database.migrate import migrate
 from app.store.database.pool import Database
 from app.store.embedded.server import EmbeddedPostgres, binaries
@@ -72,12 +73,12 @@ async def test_data_only_into_a_freshly_migrated_database(dsn: str, restored: st
     """pg_restore works with an empty search path, and triggers that are always on fire meanwhile."""
     for _ in range(2):
         await lived(service)
-    await migrate(restored, admit="sandledger_server")
+    await migrate(restored, admit=address(as_server(restored)))
     async with connected(restored, owner=True) as owner:
         # What the migration itself put there.
         await owner.execute("TRUNCATE installation, phase_transitions, alembic_version")
     tool("pg_dump", "-Fc", "--data-only", "-f", str(tmp_path / "dump"), dsn)
     tool("pg_restore", "--exit-on-error", "--data-only", "-d", restored, str(tmp_path / "dump"))
     # The restored row names the other database's role; the migration puts this one's there again.
-    await migrate(restored, admit="sandledger_server")
+    await migrate(restored, admit=address(as_server(restored)))
     await works_on(restored)

@@ -11,6 +11,7 @@ from sqlalchemy import func, literal_column, select
 
 from app.errors import StoreRefused
 from app.service.sandboxes import Service
+from app.store.database.dsn import address
 from app.store.database.migrate import migrate
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
@@ -155,12 +156,20 @@ async def test_a_migration_lets_the_configured_login_in(dsn: str):
     async with connected(dsn, owner=True) as owner:
         await owner.execute(f"CREATE ROLE {name} LOGIN")
         try:
-            await migrate(dsn, admit=name)
-            database = Database(dsn.replace("postgres@", f"{name}@"))
+            server = dsn.replace("postgres@", f"{name}@")
+            await migrate(dsn, admit=address(server))
+            database = Database(server)
             assert await database.fetch_one(IN_FORCE) is not None
             await database.close()
         finally:
             await owner.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+async def test_a_server_may_look_at_the_schema_and_finds_nothing_to_do(dsn: str):
+    """Each server does so at its start, also where only the command line has the owner's DSN."""
+    seen = await migrate(as_server(dsn))
+    assert seen.before == seen.after == seen.head
+    assert await migrate(as_server(dsn), apply=False) == seen
 
 
 async def test_a_database_without_our_schema_says_what_to_do(postgres: EmbeddedPostgres):
@@ -195,7 +204,16 @@ class Forgetful:
         sink.close()
 
 
-@pytest.mark.parametrize("forgotten", ["role", "search_path", "synchronous_commit", "default_transaction_isolation"])
+@pytest.mark.parametrize(
+    "forgotten",
+    [
+        "role",
+        "search_path",
+        "synchronous_commit",
+        "default_transaction_isolation",
+        "idle_in_transaction_session_timeout",
+    ],
+)
 async def test_a_pooler_that_drops_a_setting_is_noticed(dsn: str, postgres: EmbeddedPostgres, forgotten: str):
     pooler = Forgetful(str(postgres.socket_dir / ".s.PGSQL.5432"))
     pooler.forget = {forgotten.encode()}

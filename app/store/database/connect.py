@@ -37,11 +37,11 @@ PINNED = {
     "default_transaction_isolation": "read committed",
     "synchronous_commit": "on",
     "TimeZone": "UTC",
+    # Ends a stuck writer, which would otherwise hold back every reader of the log.
+    "idle_in_transaction_session_timeout": "5s",
 }
 SESSION = {
     "application_name": "sandledger",
-    # Ends a stuck writer, which would otherwise hold back every reader of the log.
-    "idle_in_transaction_session_timeout": "5000",
     "jit": "off",
     **PINNED,
 }
@@ -83,7 +83,8 @@ SELECT current_user AS role, session_user AS login, r.rolsuper AS superuser,
        pg_catalog.current_setting('search_path') AS search_path,
        pg_catalog.current_setting('default_transaction_isolation') AS default_transaction_isolation,
        pg_catalog.current_setting('synchronous_commit') AS synchronous_commit,
-       pg_catalog.current_setting('TimeZone') AS "TimeZone"
+       pg_catalog.current_setting('TimeZone') AS "TimeZone",
+       pg_catalog.current_setting('idle_in_transaction_session_timeout') AS idle_in_transaction_session_timeout
   FROM pg_catalog.pg_namespace AS n, pg_catalog.pg_roles AS r
  WHERE n.nspname = 'sandledger' AND r.rolname = session_user
 """

@@ -87,6 +87,7 @@ class Address(Struct, frozen=True):
     timeout: float | None
     """Seconds for each host; None = the caller's."""
     user: str | None
+    password: str | None
     tls: ssl.SSLContext | None = None
     """With the certificates of this machine, which asyncpg cannot name by itself; else it makes its own."""
 
@@ -113,6 +114,7 @@ def address(dsn: str) -> Address:
         attempts=("standby", "any") if wanted == "prefer-standby" else (wanted,),
         timeout=float(limit) if int(limit) > 0 else None,
         user=given.get("user"),
+        password=given.get("password"),
         tls=tls,
     )
 

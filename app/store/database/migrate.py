@@ -19,6 +19,10 @@ Alembic's `op` is one for the process: two databases migrate in two processes, o
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import hmac
+import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,18 +39,20 @@ from sqlalchemy.pool import NullPool
 
 from app.errors import SettingsError, StoreUnavailable
 from app.store.database.connect import GONE, GRANTED, PINNED, dial, explained
-from app.store.database.dsn import address
+from app.store.database.dsn import Address, address
 
 _LOCK = 0x53414E444C454447  # 'SANDLEDG'
 _LOCK_TIMEOUT = "3s"
 _LOCK_ATTEMPTS = 20
 _LOCK_PAUSE_S = 1.0
 _TURN_S = 0.05
+_SCRAM_ROUNDS = 4096
 _OWNER = {
     **PINNED,
     "application_name": "sandledger migrate",
     # Ours first, because new objects go into the first schema of the path.
     "search_path": "sandledger, pg_catalog, pg_temp",
+    "idle_in_transaction_session_timeout": "0",
     "jit": "off",
 }
 _FOUND = """
@@ -98,13 +104,11 @@ async def migrate(
     dsn: str,
     *,
     apply: bool = True,
-    admit: str | None = None,
-    make_login: bool = False,
+    admit: Address | None = None,
     say: Say = _silent,
     scripts: Path | None = None,
 ) -> Migration:
-    """Apply what is missing, or with `apply=False` only look. `admit` is a login that gets the application role;
-    with `make_login` it is made, without a password, for a server that trusts whoever can reach its socket.
+    """Apply what is missing, or with `apply=False` only look. `admit` is whom servers log in as: made when missing.
 
     Raises:
         StoreUnavailable: no connection.
@@ -127,7 +131,7 @@ async def migrate(
             if seen.known:
                 await _name_role(driver)
             if admit is not None:
-                await _admit(driver, admit, make=make_login)
+                await _admit(driver, admit)
             return Migration(seen.before, (await _look(driver, script)).after, seen.head, seen.known)
     except (*GONE, pg.PostgresError, exc.DBAPIError) as error:
         raise _told(error) from error
@@ -190,16 +194,36 @@ async def _name_role(driver: Any) -> None:
         await driver.execute("UPDATE sandledger.installation SET app_role = $1", role)
 
 
-async def _admit(driver: Any, login: str, *, make: bool) -> None:
-    """Make a login a member of the application role, when it is there and is not."""
-    if make and not await driver.fetchval("SELECT true FROM pg_catalog.pg_roles WHERE rolname = $1", login):
-        await driver.execute(await driver.fetchval("SELECT pg_catalog.format('CREATE ROLE %I LOGIN', $1::text)", login))
+async def _admit(driver: Any, server: Address) -> None:
+    """Make the servers' login a member of the application role, and make the login itself when there is none."""
     role = await driver.fetchval("SELECT app_role FROM sandledger.installation")
+    login = server.user
     member = "SELECT pg_catalog.pg_has_role(r.oid, $2, 'MEMBER') FROM pg_catalog.pg_roles AS r WHERE r.rolname = $1"
-    if await driver.fetchval(member, login, role) is False:
+    is_member = await driver.fetchval(member, login, role)
+    if is_member is None:
+        secret = None if server.password is None else verifier(server.password)
+        create = "SELECT pg_catalog.format('CREATE ROLE %I LOGIN PASSWORD %L', $1::text, $2::text)"
+        await driver.execute(await driver.fetchval(create, login, secret))
+    if not is_member:
         await driver.execute(
             await driver.fetchval("SELECT pg_catalog.format('GRANT %I TO %I', $1::text, $2::text)", role, login)
         )
+
+
+def verifier(password: str) -> str:
+    """What PostgreSQL stores for a password (SCRAM-SHA-256, RFC 5803), so that no log of statements can hold it.
+
+    Raises:
+        SettingsError: the password has characters that would first have to be normalised.
+    """
+    if not password.isascii():
+        raise SettingsError("the password in store.postgresql.dsn is not ASCII: make the login yourself (CREATE ROLE)")
+    salt = os.urandom(16)
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, _SCRAM_ROUNDS)
+    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
+    server = hmac.digest(salted, b"Server Key", "sha256")
+    salt64, stored64, server64 = (base64.b64encode(part).decode() for part in (salt, stored, server))
+    return f"SCRAM-SHA-256${_SCRAM_ROUNDS}:{salt64}${stored64}:{server64}"
 
 
 def _sqlstate(error: BaseException) -> str | None:
@@ -211,8 +235,9 @@ def _told(error: BaseException) -> Exception:
     cause = getattr(error, "orig", None) or error
     if _sqlstate(error) == pg.InsufficientPrivilegeError.sqlstate:
         return SettingsError(
-            f"the database user may not do this: {cause}. Migrations need a user that may create a schema in this "
-            "database and has CREATEROLE, or the application role made beforehand and granted to that user"
+            f"the database user may not do this: {cause}. Migrations need the owner (store.postgresql.migrate_dsn or "
+            "SANDLEDGER_MIGRATE_DSN): a user that may create a schema in this database and has CREATEROLE, or the "
+            "application role made beforehand and granted to that user"
         )
     if isinstance(cause, GONE):
         return explained(cause)
