@@ -1,14 +1,17 @@
-"""Shared parts: a real PostgreSQL for the session, a fresh migrated database a test, a real engine where one runs."""
+"""Shared parts: a real PostgreSQL for each process, a fresh migrated database for each test, a real engine if one runs.
+
+The suite runs in one process (`pytest`) or in several (`pytest -n 3`, pytest-xdist). Servers: `tests.support.clusters`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import tempfile
+import signal as signals
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import aiodocker
 import asyncpg
@@ -21,7 +24,7 @@ from app.store.database.pool import Database
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer
-from tests.support import drift
+from tests.support import clusters, drift
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = "sandledger_server"
@@ -40,17 +43,48 @@ def _run(dsn: str, *statements: str) -> None:
     asyncio.run(run())
 
 
+_FOLDER = pytest.StashKey[Path]()
+"""The folder of this run's servers, in the process that made it."""
+MAX_WORKERS = 8
+"""All of them share one engine."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder, unless this process was started by the one that made it."""
+    if not hasattr(config, "workerinput"):
+        config.stash[_FOLDER] = clusters.make_folder()
+        # SIGTERM (of `timeout`, of CI) ends the run as Ctrl-C does. Otherwise nobody would stop the servers.
+        signals.signal(signals.SIGTERM, signals.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each worker of pytest-xdist where the folder is."""
+    node.workerinput["clusters"] = str(node.config.stash[_FOLDER])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` means. One process more than there are cores: many tests wait for an engine or for a timer."""
+    return min(len(os.sched_getaffinity(0)) + 1, MAX_WORKERS)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Runs after a failed or interrupted run too, when all workers have ended."""
+    if folder := config.stash.get(_FOLDER, None):
+        clusters.end(folder)
+
+
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[EmbeddedPostgres]:
-    """The embedded server, in a folder of its own."""
-    home = Path(tempfile.mkdtemp(prefix="sandledger-test-"))
-    home.chmod(0o711)  # PostgreSQL runs as an account of its own and must be able to pass through
-    server = EmbeddedPostgres.start(home)
+def postgres(pytestconfig: pytest.Config) -> Iterator[EmbeddedPostgres]:
+    """The embedded server of this process."""
+    worker: dict[str, str] = getattr(pytestconfig, "workerinput", {})
+    folder = Path(worker["clusters"]) if worker else pytestconfig.stash[_FOLDER]
+    server = EmbeddedPostgres.start(clusters.home(folder, worker.get("workerid", "main")))
     try:
         yield server
     finally:
         server.stop()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,8 @@ class EngineInfo(Struct, frozen=True):
     version: str
     engine_id: str
     address: str
+    live_restore: bool | None = None
+    """Whether containers go on when the engine restarts or dies. None = it does not say."""
 
 
 class Driver(Protocol):

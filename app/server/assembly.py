@@ -143,9 +143,10 @@ async def _store(settings: Settings, say: Say, stack: AsyncExitStack, seconds: f
         where = f"embedded PostgreSQL in {embedded.data_dir}"
         return Store(embedded.server_dsn, embedded.dsn, where, embedded)
     owner = pool.migrate_dsn or pool.dsn
-    for dsn in dict.fromkeys((owner, pool.dsn)):  # a pooler may be later than the database
-        where = f"PostgreSQL at {redacted_dsn(dsn)}"
-        await wait_until_there(dsn, where, seconds, say, limit=pool.connect_timeout_seconds)
+    # Only for the owner's: the migration may yet have to make the login of the other.
+    await wait_until_there(
+        owner, f"PostgreSQL at {redacted_dsn(owner)}", seconds, say, limit=pool.connect_timeout_seconds
+    )
     return Store(pool.dsn, owner, redacted_dsn(pool.dsn))
 
 

@@ -44,15 +44,21 @@ class Role(StrEnum):
     WORKER = "worker"
 
 
-async def _banner(parts: Opened, address: str | None, say: Say) -> None:
+async def _engine_line(parts: Opened, worker: Worker | None) -> str:
+    if worker is None:
+        return "none needed here; the workers have theirs"
     try:
         async with asyncio.timeout(_BANNER_S):
             info = await parts.driver.check()
-        engine = f"{info.name} {info.version} at {info.address}"
     except TimeoutError:
-        engine = f"NO ANSWER within {_BANNER_S:.0f} s, creates will wait"
+        return f"NO ANSWER within {_BANNER_S:.0f} s, creates will wait"
     except RuntimeUnavailable as error:
-        engine = f"NOT REACHABLE yet, creates will wait: {error}"
+        return f"NOT REACHABLE yet, creates will wait: {error}"
+    return f"{info.name} {info.version} at {info.address}"
+
+
+async def _banner(parts: Opened, worker: Worker | None, address: str | None, say: Say) -> None:
+    engine = await _engine_line(parts, worker)
     say(f"sandledger {__version__}")
     if address is not None:
         key = "-H 'OPEN-SANDBOX-API-KEY: <your key>' " if parts.settings.server.api_key else ""
@@ -128,7 +134,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
             listener.listen(parts.settings.server.backlog)  # the banner's curl line works from the moment it is read
             host, port = listener.getsockname()[:2]
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        await _banner(parts, address, say)
+        await _banner(parts, worker, address, say)
         await stop.asked.wait()
         if http is not None and serving is not None:
             http.should_exit = True

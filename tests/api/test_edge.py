@@ -25,7 +25,7 @@ ANYWHERE = [
     ("GET", "/v1/sandboxes", 200),
     ("GET", "/health", 200),
     ("GET", "/v1/sandboxes?page=0", 422),
-    ("GET", f"/v1/sandboxes/{uuid4()}", 404),
+    ("GET", "/v1/sandboxes/6f1c2a5e-0b7d-4c39-9a57-d1e0c4b8a263", 404),
     ("GET", "/nowhere", 404),
     ("PUT", "/v1/sandboxes", 405),
     ("GET", "/v1/pools", 501),

@@ -30,7 +30,7 @@ from tests.api.conftest import create, observe
 
 BEYOND = base64.urlsafe_b64encode(b"\x7f" * 28).decode().rstrip("=")
 """A cursor of the right length whose time no calendar has."""
-LATE = Cursor(datetime(2100, 1, 1, tzinfo=UTC), uuid4())
+LATE = Cursor(datetime(2100, 1, 1, tzinfo=UTC), UUID("6f1c2a5e-0b7d-4c39-9a57-d1e0c4b8a263"))
 BY_TIME = "sandboxes_tenant_created_at_id_idx"
 META = Meta(Actor(ActorKind.API_KEY, "t", "t"), "0")
 

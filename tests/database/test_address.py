@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,12 @@ async def test_several_hosts_of_which_the_first_is_dead_and_the_next_a_standby()
         hosts = f"127.0.0.1:{free_port()},127.0.0.1:{standby.port},127.0.0.1:{primary.port}"
         assert await answer(f"postgresql://postgres@{hosts}/postgres", STANDBY) == (True,)
         assert await answer(f"postgresql://postgres@{hosts}/postgres?{keys}=read-write", STANDBY) == (False,)
+        with socket.socket() as mute:
+            # It accepts and says nothing. With one limit for all hosts nobody would come to the second.
+            mute.bind(("127.0.0.1", 0))
+            mute.listen()
+            behind = f"127.0.0.1:{mute.getsockname()[1]},127.0.0.1:{primary.port}"
+            assert await answer(f"postgresql://postgres@{behind}/postgres?connect_timeout=1", STANDBY) == (False,)
         turned = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
         assert await answer(f"postgresql://postgres@{turned}/postgres?{keys}=prefer-standby", STANDBY) == (True,)
         # The driver asks a host that lets nobody in like one that is dead: it goes on to the next.

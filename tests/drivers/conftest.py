@@ -68,7 +68,7 @@ async def rig(kind: str | None) -> AsyncIterator[Rig]:
 @pytest.fixture
 async def registry(docker_rig: DockerRig) -> AsyncIterator[Registry]:
     async with serve() as registry:
-        docker_rig.registries.append(f"127.0.0.1:{registry.port}/")
+        docker_rig.registries.append(registry.prefix)
         yield registry
 
 

@@ -59,6 +59,8 @@ class EngineProxy:
         self.gates: dict[str, Gate] = {}
         self.lost: Counter[str] = Counter()
         self.refusals: dict[str, int] = {}
+        self.answers: dict[str, bytes] = {}
+        """JSON that is answered in the engine's place."""
         self.streams: dict[int, web.Request] = {}
         """Event streams that the engine has answered."""
         self._engine = engine
@@ -106,6 +108,8 @@ class EngineProxy:
             await gate.pass_through()
         if status := self.refusals.get(call):
             return web.json_response({"message": "refused by the test"}, status=status)
+        if answer := self.answers.get(call):
+            return web.Response(body=answer, content_type="application/json")
         return await self._forward(call, request)
 
     async def _forward(self, call: str, request: web.Request) -> web.StreamResponse:

@@ -101,6 +101,7 @@ class Info(Struct, frozen=True):
     """Answer of the info call."""
 
     id: str = msgspec.field(name="ID", default="")
+    live_restore: bool | None = msgspec.field(name="LiveRestoreEnabled", default=None)
 
 
 class ImageFacts(Struct, frozen=True, rename="pascal"):

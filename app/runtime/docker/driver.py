@@ -138,7 +138,7 @@ class DockerDriver:
             raise RuntimeUnavailable(
                 f"the Docker engine at {self._engine.address} is too old ({version.version}): use 20.10 or later"
             )
-        return EngineInfo(self.name, version.version, info.id, self._engine.address)
+        return EngineInfo(self.name, version.version, info.id, self._engine.address, info.live_restore)
 
     async def close(self) -> None:
         """Release connections."""
