@@ -50,3 +50,18 @@ async def test_an_error_of_the_body_is_not_called_the_databases(database: Databa
             raise error
     assert raised.value is error
     assert len(await database.fetch(ONE)) == 1
+
+
+async def test_as_many_connections_are_open_as_are_asked_for_and_come_back(dsn: str, until):
+    database = Database(as_server(dsn), min_size=3)
+    mine = "FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'sandledger'"
+    await database.fetch(ONE)
+    async with connected(dsn, owner=True) as owner:
+
+        async def three() -> bool:
+            return await owner.fetchval(f"SELECT count(*) {mine} AND usename = 'sandledger_server'") == 3
+
+        await until(three)
+        await owner.execute(f"SELECT pg_terminate_backend(pid, 5000) {mine} AND usename = 'sandledger_server'")
+        await until(three)
+    await database.close()
