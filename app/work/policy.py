@@ -49,6 +49,8 @@ class WorkPolicy(Struct, frozen=True):
     """Sandboxes that a sweep reads in one statement."""
     sweep_confirm: float = 60
     """A worker that saw orphans or leftovers compares once more after this."""
+    exit_settle: float = 0.5
+    """An exit that is younger than this may be a restart from outside that is under way."""
     place_again: float = 5
     """How long a sandbox rests for which no engine had room, when no engine comes."""
     newer_wait: float = 30

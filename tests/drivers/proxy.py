@@ -75,11 +75,16 @@ class EngineProxy:
     def __init__(self, engine: str) -> None:
         self.calls: Counter[str] = Counter()
         self.gates: dict[str, Gate] = {}
+        """Before the engine sees the call."""
+        self.late_gates: dict[str, Gate] = {}
+        """When the engine has acted, before anybody hears of it."""
         self.lost: Counter[str] = Counter()
         self.refusals: dict[str, Refusal | int] = {}
         """What calls are answered with by the proxy itself; a number stands for a status with plain words."""
         self.canned: dict[str, list[dict[str, object]]] = {}
         """Answers that are given instead of the engine's, one after the other, as long as there are any."""
+        self.answers: dict[str, bytes] = {}
+        """JSON that is answered in the engine's place, each time."""
         self.versions: list[str] = []
         """API versions that the calls named, in their order."""
         self.streams: dict[int, web.Request] = {}
@@ -113,7 +118,7 @@ class EngineProxy:
             self._session = None
 
     async def close(self) -> None:
-        for gate in self.gates.values():
+        for gate in (*self.gates.values(), *self.late_gates.values()):
             gate.open()
         await self.down()
         shutil.rmtree(self._folder)
@@ -131,6 +136,8 @@ class EngineProxy:
             self.versions.append(named[1])
         if refusal := self.refusals.get(call):
             return (Refusal(refusal) if isinstance(refusal, int) else refusal).answer()
+        if answer := self.answers.get(call):
+            return web.Response(body=answer, content_type="application/json")
         if canned := self.canned.get(call):
             return web.json_response(canned.pop(0))
         return await self._forward(call, request)
@@ -143,6 +150,9 @@ class EngineProxy:
         async with self._session.request(
             request.method, base + request.raw_path, headers=headers, data=body or None
         ) as answer:
+            if late := self.late_gates.get(call):
+                await answer.read()
+                await late.pass_through()
             if self.lost[call]:
                 self.lost[call] -= 1
                 await answer.read()

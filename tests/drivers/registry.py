@@ -83,6 +83,8 @@ class Registry:
         self.blob_gate: asyncio.Event | None = None
         """While set and not fired, layers stop half way."""
         self.blob_started = asyncio.Event()
+        self.image_ids: set[str] = set()
+        """What an engine may call the images: by their configuration, or by their manifest."""
         self._blobs: dict[str, bytes] = {}
         self._manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
         self._token = uuid4().hex
@@ -131,6 +133,7 @@ class Registry:
             }
         )
         self._blobs |= {digest(packed): packed, digest(config): config}
+        self.image_ids |= {digest(config), digest(manifest)}
         self._publish(name, tag, MANIFEST, manifest)
         if as_list:
             entry = {

@@ -291,8 +291,10 @@ class DockerRig:
                 await (await self.direct.volumes.get(row["Name"])).delete()
 
     async def _forget_images(self) -> None:
-        registry = f"127.0.0.1:{self._registry.port}/" if self._registry else None
-        for row in await self.direct.images.list() if registry else ():
+        if self._registry is None:
+            return
+        for row in await self.direct.images.list():
+            # By id too: an image whose tag moved has no name any more.
             known = (row["RepoTags"] or []) + (row["RepoDigests"] or [])
-            if any(name.startswith(registry) for name in known):
+            if row["Id"] in self._registry.image_ids or any(name.startswith(self._registry.prefix) for name in known):
                 await self.direct.images.delete(row["Id"], force=True)

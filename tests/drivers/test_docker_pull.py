@@ -134,7 +134,9 @@ async def test_a_killed_process_ends_its_pull_and_another_one_begins_anew(
     image = registry.add()
     registry.blob_gate = asyncio.Event()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.drivers.fetcher", engine, image, stdout=asyncio.subprocess.PIPE
+        sys.executable,
+        *("-m", "tests.drivers.child", engine, str(docker_rig.options.installation), "fetch", image),
+        stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
     await registry.blob_started.wait()

@@ -545,3 +545,49 @@ async def test_a_start_from_outside_is_recorded_as_a_restart(stage: Stage):
     assert isinstance(last.event, ev.Restarted)
     assert (last.event.by, last.meta.actor.kind) == ("outside", ActorKind.RUNTIME)
     assert await stage.row(sandbox_id) is None
+
+
+async def test_the_moment_between_stop_and_start_of_a_restart_is_no_end(stage: Stage):
+    """An exit that is recorded is final, and what runs after it is removed."""
+    worker = stage.worker(exit_settle=1000)
+    sandbox_id = await stage.running(worker)
+    stage.engine.exit(sandbox_id, 137)
+    await worker.queue.enqueue([sandbox_id])
+    await stage.turn(worker)
+    await worker.queue.enqueue([sandbox_id])  # the events of the restart
+    assert not await stage.turn(worker), "it rests until the exit is old enough"
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+    stage.engine.restart(sandbox_id)
+    await stage.make_due(sandbox_id)
+    await stage.settle(worker)
+    assert (await stage.told(sandbox_id))[-2:] == ["restarted", "ready"]
+    assert stage.container(sandbox_id) is not None
+
+
+async def test_taken_for_an_end_it_costs_the_sandbox(stage: Stage):
+    """The naive way of the test above."""
+    worker = stage.worker(exit_settle=0)
+    sandbox_id = await stage.running(worker)
+    stage.engine.exit(sandbox_id, 137)
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    stage.engine.restart(sandbox_id)
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    assert await stage.phase(sandbox_id) is Phase.FAILED
+    assert stage.container(sandbox_id) is None
+
+
+async def test_an_exit_that_is_old_enough_is_recorded(stage: Stage):
+    worker = stage.worker(exit_settle=5)
+    sandbox_id = await stage.running(worker)
+    stage.engine.exit(sandbox_id, 3)
+    container = stage.container(sandbox_id)
+    assert container is not None
+    assert container.exit is not None
+    assert container.exit.at is not None
+    ended = msgspec.structs.replace(container.exit, at=container.exit.at - timedelta(seconds=6))
+    stage.engine.containers[container.name] = msgspec.structs.replace(container, exit=ended)
+    await worker.queue.enqueue([sandbox_id])
+    await stage.settle(worker)
+    assert await stage.phase(sandbox_id) is Phase.FAILED

@@ -35,7 +35,7 @@ async def test_a_create_that_hangs_does_not_hold_up_the_stop_and_is_left_to_its_
 async def test_an_engine_that_does_not_say_who_it_is_does_not_hold_up_the_stop(stage: Stage, until: Until) -> None:
     stage.engine.down = True
     gate = Gate("nothing yet")
-    worker = stage.worker(stage.driver(before=gate), sweep_tick=3600)
+    worker = stage.worker(stage.driver(before=gate), sweep_tick=3600, engine_check=3600)
     running = asyncio.create_task(worker.run())
     await stage.create()
 

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from app.domain.sandbox.observed import Address
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.runtime.docker import names as names_
 from app.runtime.driver import Exit, Observed, Part, Power
 
@@ -163,15 +163,15 @@ class PullError(Struct, frozen=True):
 class Amount(Struct, frozen=True):
     """How much of a layer has been moved, in bytes."""
 
-    current: int = 0
-    total: int = 0
+    current: float = 0
+    total: float = 0
 
 
 class PullLine(Struct, frozen=True):
     """One line of a pull's progress; a failure arrives as a line of a 200 answer."""
 
-    status: str = ""
-    id: str = ""
+    status: str | None = None
+    id: str | None = None
     amount: Amount | None = msgspec.field(name="progressDetail", default=None)
     error: str = ""
     detail: PullError | None = msgspec.field(name="errorDetail", default=None)

@@ -36,7 +36,7 @@ class Layers:
 
     def note(self, line: PullLine) -> None:
         """Take one line in."""
-        if not line.id or line.status not in _STATES:
+        if not line.id or line.status is None or line.status not in _STATES:
             return
         self._states[line.id] = line.status
         if line.status == "Downloading" and line.amount is not None and line.amount.total > 0:

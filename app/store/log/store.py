@@ -80,7 +80,7 @@ _COLUMNS = (
     events.c.meta,
     events.c.recorded_at,
 )
-_HORIZON = Statement(select(func.log_horizon().label("horizon")))
+_HORIZON = Statement(select(func.sandledger.log_horizon().label("horizon")))
 TAIL = Statement(
     select(*_COLUMNS)
     .where(
@@ -107,10 +107,10 @@ _IDENTITY = Statement(
         literal_column("system_identifier", BigInteger),
         literal_column("timeline_id", Integer),
         literal_column("last_position", BigInteger),
-    ).select_from(func.log_identity().table_valued("system_identifier", "timeline_id", "last_position"))
+    ).select_from(func.sandledger.log_identity().table_valued("system_identifier", "timeline_id", "last_position"))
 )
-_AHEAD = Statement(select(func.log_partitions_ahead()))
-_PARTITIONS = Statement(select(func.log_ensure_partitions()))
+_AHEAD = Statement(select(func.sandledger.log_partitions_ahead()))
+_PARTITIONS = Statement(select(func.sandledger.log_ensure_partitions()))
 
 
 class EventLog:

@@ -10,6 +10,7 @@ for an object is not counted.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import suppress
 from datetime import datetime
@@ -150,6 +151,9 @@ class Outcomes:
             return False
         if deferred.due:
             self._due(held)
+        elif wait < self._policy.poll:
+            # Sooner than anybody looks without being told.
+            asyncio.get_running_loop().call_later(wait, self._due, held)
         return True
 
     def _due(self, held: Held) -> None:

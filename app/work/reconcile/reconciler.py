@@ -32,6 +32,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from datetime import datetime
 from typing import NoReturn
 
 import msgspec
@@ -150,10 +151,10 @@ class Reconciler:
             self._fetches.forget(sandbox.id)
         if sandbox.engine not in (None, self._station.name):
             return await self._outcomes.pass_on(held)  # another worker has placed it meanwhile
-        look: Answer | None = None
+        answer: Answer | None = None
         step: Step = Observe()
         for _ in range(_MAX_STEPS):
-            step = plan(sandbox, look, Absence(now, held.claim.missing_since, self._policy.grace))
+            step = plan(sandbox, answer, Absence(now, held.claim.missing_since, self._policy.grace))
             match step:
                 case Settled():
                     return await self._outcomes.complete(held, closed=sandbox.closed_at is not None)
@@ -162,17 +163,17 @@ class Reconciler:
                 case _:
                     pass
             try:
-                sandbox, look = await self._take(held, sandbox, step)
+                sandbox, answer = await self._take(held, sandbox, step, now)
             except (StaleVersion, LeaseLost, StoreUnavailable, UnknownEvent, GivenBack):
                 raise
             except Exception as error:  # noqa: BLE001 - every other failure is judged
                 failed = await self._outcomes.judge(held, sandbox, step, error)
                 if failed is None:
                     return None
-                sandbox, look = failed, None
+                sandbox, answer = failed, None
         return await self._outcomes.count(held, sandbox, step, NoProgress())
 
-    async def _take(self, held: Held, sandbox: Sandbox, step: Step) -> tuple[Sandbox, Answer | None]:
+    async def _take(self, held: Held, sandbox: Sandbox, step: Step, now: datetime) -> tuple[Sandbox, Answer | None]:
         """Act, and record.
 
         Raises:
@@ -187,6 +188,7 @@ class Reconciler:
                 await self._wait(held)
             case Observe():
                 seen = await self._driver.observe(ref_of(sandbox))
+                await self._let_settle(held, sandbox, seen, now)
                 after = await self._saw(held, sandbox, seen, step, acted=False)
                 return self._went_on(held, sandbox, after), Answer(seen)
             case Ensure() | Fetch():
@@ -205,6 +207,19 @@ class Reconciler:
             case ConfirmMissing() | Settled():  # no acts
                 return sandbox, None
         return self._went_on(held, sandbox, after), Answer(seen)
+
+    async def _let_settle(self, held: Held, sandbox: Sandbox, seen: Observed | None, now: datetime) -> None:
+        """A restart from outside shows an exit for a moment, and an exit that is recorded is final.
+
+        Whoever ends it meanwhile makes it due at once; the hints that a restart makes do not.
+        """
+        ended = None if seen is None or seen.power is not Power.EXITED else seen.exit
+        if ended is None or ended.at is None or sandbox.observed not in (RuntimeState.RUNNING, RuntimeState.PAUSED):
+            return
+        age = (now - ended.at).total_seconds()
+        if 0 <= age < self._policy.exit_settle:
+            await self._outcomes.give_back(held, self._policy.exit_settle - age)
+            raise GivenBack
 
     def _went_on(self, held: Held, before: Sandbox, after: Sandbox) -> Sandbox:
         if after.version != before.version:

@@ -1,21 +1,24 @@
-"""The shapes on the wire (contract 1.6 to 1.13): what is decoded, what is encoded, and the way between state and wire.
+"""Sandboxes on the wire (contract 1.6 to 1.10): what is decoded, what is encoded, and the way from state to wire.
 
-camelCase; absent is absent, never null: an optional answer field is `UNSET`, which msgspec leaves out. The OpenAPI
-document is generated from these same structs. Parts of a request that are not served yet are typed as loosely as they
-are looked at.
+camelCase. Absent is absent, never null: an optional answer field is `UNSET`, which msgspec leaves out. Litestar makes
+the OpenAPI document from these structs. Parts of a request that are not served yet are typed as loosely as they are
+checked. `sandbox_body` and `created_body` are the only places where a state becomes a body.
 """
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeAlias
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from app.domain.sandbox.state import Sandbox
+from app.domain.sandbox.status import Attempt, status_of
+from app.domain.text import printable
 
 Instant: TypeAlias = Annotated[datetime, Meta(tz=True, description="RFC 3339, UTC.")]
 Loose: TypeAlias = dict[str, Any]
+_CREATED = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
 class RegistryLogin(Struct, frozen=True):
@@ -70,6 +73,18 @@ class CreateSandbox(Struct, frozen=True, rename="camel", omit_defaults=True):
     volumes: list[Loose] | None = None
     extensions: dict[str, str] | None = None
 
+    @classmethod
+    def example(cls) -> CreateSandbox:
+        """For the document."""
+        return cls(
+            image=ImageRequest("python:3.12"),
+            entrypoint=["python", "-m", "http.server", "8000"],
+            timeout=3600,
+            resource_limits={"cpu": "500m", "memory": "512Mi"},
+            env={"LANG": "C.UTF-8"},
+            metadata={"team": "a"},
+        )
+
     def __repr__(self) -> str:
         """Keep env values and credentials out of tracebacks."""
         return "CreateSandbox(...)"
@@ -92,16 +107,6 @@ MetadataPatch: TypeAlias = dict[str, str | None]
 """Merge patch of depth one (RFC 7396): null removes."""
 
 
-class MetricsEvent(Struct, frozen=True, rename="camel"):
-    """What the SDKs report after a create. Checked and accepted, not stored."""
-
-    event_type: Annotated[str, Meta(pattern=r"^sandbox\.create$")]
-    create_duration_ms: Annotated[int, Meta(ge=0)]
-    success: bool
-    sandbox_id: str | None = None
-    image: str | None = None
-
-
 class StatusBody(Struct, frozen=True, rename="camel"):
     """One of Pending, Running, Pausing, Paused, Resuming, Stopping, Terminated, Failed; and why."""
 
@@ -109,6 +114,11 @@ class StatusBody(Struct, frozen=True, rename="camel"):
     reason: str
     message: str
     last_transition_at: Instant
+
+    @classmethod
+    def example(cls) -> StatusBody:
+        """For the document."""
+        return cls("Running", "CONTAINER_RUNNING", "Sandbox is running.", _CREATED)
 
 
 class ImageBody(Struct, frozen=True):
@@ -143,6 +153,20 @@ class SandboxBody(Struct, frozen=True, rename="camel"):
     extensions: dict[str, str] | UnsetType = UNSET
     platform: PlatformBody | UnsetType = UNSET
 
+    @classmethod
+    def example(cls) -> SandboxBody:
+        """For the document."""
+        asked = CreateSandbox.example()
+        return cls(
+            id="0197a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b",
+            image=ImageBody("python:3.12"),
+            status=StatusBody.example(),
+            entrypoint=tuple(asked.entrypoint or ()),
+            created_at=_CREATED,
+            expires_at=_CREATED + timedelta(hours=1),
+            metadata=asked.metadata or UNSET,
+        )
+
 
 class Pagination(Struct, frozen=True, rename="camel"):
     """Where this page lies."""
@@ -152,6 +176,8 @@ class Pagination(Struct, frozen=True, rename="camel"):
     total_items: int
     total_pages: int
     has_next_page: bool
+    total_is_lower_bound: bool | UnsetType = UNSET
+    """There are more than `totalItems`; nobody counted how many. Absent when it is exact."""
 
 
 class SandboxList(Struct, frozen=True, rename="camel"):
@@ -169,84 +195,30 @@ class RenewedExpiration(Struct, frozen=True, rename="camel"):
     expires_at: Instant
 
 
-class ActorBody(Struct, frozen=True):
-    """Who did it."""
-
-    kind: str
-    id: str
-    name: str
+def status_body(sandbox: Sandbox, attempt: Attempt | None) -> StatusBody:
+    """As clients see it. The message may repeat what an engine said."""
+    status = status_of(sandbox, attempt)
+    return StatusBody(status.state.value, status.reason, printable(status.message), status.last_transition_at)
 
 
-class EventBody(Struct, frozen=True, rename="camel"):
-    """One event of a sandbox's history."""
-
-    position: int
-    """Its place in the log of this installation."""
-    version: int
-    """Its place in this sandbox's history: 1, 2, 3 and so on."""
-    type: str
-    recorded_at: Instant
-    actor: ActorBody
-    data: Loose
-    """What happened, as stored; never a secret."""
-    occurred_at: str | UnsetType = UNSET
-    """When the engine says it happened."""
-    request_id: str | UnsetType = UNSET
-    cause: int | UnsetType = UNSET
-    """Position of the event that led here."""
-
-
-class EventList(Struct, frozen=True):
-    """A page of history, oldest first."""
-
-    items: tuple[EventBody, ...]
-    next: int | UnsetType = UNSET
-    """Give it back as `after`; absent when there is no more at the moment."""
-
-
-class Health(Struct, frozen=True):
-    """The process answers."""
-
-    status: str = "healthy"
-
-
-class Readiness(Struct, frozen=True):
-    """Whether requests can be served, part by part: `ok`, or what is wrong."""
-
-    status: str
-    checks: dict[str, str]
-
-
-class VersionBody(Struct, frozen=True):
-    """Of this server."""
-
-    version: str
-
-
-def status_of(box: Sandbox) -> StatusBody:
-    """As clients are shown it."""
-    status = box.status
-    return StatusBody(status.state.value, status.reason, status.message, status.last_transition_at)
-
-
-def _shared(box: Sandbox) -> tuple[Any, ...]:
-    spec = box.spec
+def _shared(sandbox: Sandbox, attempt: Attempt | None) -> tuple[Any, ...]:
+    spec = sandbox.spec
     return (
-        status_of(box),
+        status_body(sandbox, attempt),
         spec.entrypoint,
-        box.created_at,
-        UNSET if box.expires_at is None else box.expires_at,
-        box.metadata or UNSET,
+        sandbox.created_at,
+        UNSET if sandbox.expires_at is None else sandbox.expires_at,
+        sandbox.metadata or UNSET,
         spec.extensions or UNSET,
         UNSET if spec.platform is None else PlatformBody(spec.platform.os, spec.platform.arch),
     )
 
 
-def created_body(box: Sandbox) -> CreatedSandbox:
+def created_body(sandbox: Sandbox, attempt: Attempt | None = None) -> CreatedSandbox:
     """The create answer has no image (contract 1.8)."""
-    return CreatedSandbox(str(box.id), *_shared(box))
+    return CreatedSandbox(str(sandbox.id), *_shared(sandbox, attempt))
 
 
-def sandbox_body(box: Sandbox) -> SandboxBody:
-    """Everywhere else."""
-    return SandboxBody(str(box.id), ImageBody(box.spec.image), *_shared(box))
+def sandbox_body(sandbox: Sandbox, attempt: Attempt | None = None) -> SandboxBody:
+    """Everywhere else. `attempt` is how the queue stands about a Pending sandbox."""
+    return SandboxBody(str(sandbox.id), ImageBody(sandbox.spec.image), *_shared(sandbox, attempt))
