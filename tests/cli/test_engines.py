@@ -53,7 +53,7 @@ async def test_trust_ends_the_mismatch_and_leaves_the_positions_behind(engines: 
     assert engine.state is EngineState.UP
     assert engine.position > 5000
     last = (await engines.history("default"))[-1]
-    assert last.meta.actor.kind is ActorKind.OPERATOR
+    assert last.meta.actor.kind == ActorKind.OPERATOR
     assert "default is up again" in said[-1]
 
 

@@ -24,7 +24,6 @@ from tests.conftest import SIGHTING
 from tests.work.field import Field
 from tests.work.stage import Stage
 
-
 OPERATOR = Meta(Actor(ActorKind.OPERATOR, "root", "root"), "test")
 
 

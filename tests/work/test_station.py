@@ -18,7 +18,7 @@ from app.errors import RuntimeUnavailable, SettingsError
 from app.runtime.fake import FakeDriver, FakeEngine
 from app.work.outages import ENGINE_STOPPED, Outages
 from app.work.station import State, Station
-from tests.work.field import WORKER, Field
+from tests.work.field import SEARCH_PATH, WORKER, Field
 
 NOW = datetime.now(UTC)
 
@@ -254,7 +254,7 @@ async def test_a_skip_waits_for_whoever_appends(field: Field):
     """Otherwise it would set the sequence back to below what was drawn since it compared."""
     await field.station().contact()
     last = (await field.sql("SELECT last_value FROM events_position"))[0][0]
-    writer = await asyncpg.connect(field.dsn)
+    writer = await asyncpg.connect(field.dsn, server_settings=SEARCH_PATH)
     try:
         async with writer.transaction():
             await writer.execute("LOCK TABLE events IN ROW EXCLUSIVE MODE")  # as an insert does
