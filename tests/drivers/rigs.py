@@ -296,7 +296,5 @@ class DockerRig:
         for row in await self.direct.images.list():
             # By id too: an image whose tag moved has no name any more.
             known = (row["RepoTags"] or []) + (row["RepoDigests"] or [])
-            if row["Id"] in self._registry.image_ids or any(
-                name.startswith(self._registry.prefix) for name in known
-            ):
+            if row["Id"] in self._registry.image_ids or any(name.startswith(self._registry.prefix) for name in known):
                 await self.direct.images.delete(row["Id"], force=True)
