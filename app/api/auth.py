@@ -24,7 +24,7 @@ from typing import Final, TypeAlias
 from msgspec import Struct
 
 from app.api.errors import forbidden, unauthorised
-from app.domain.sandbox.events import Actor, ActorKind
+from app.domain.stream import Actor, ActorKind
 from app.store.vault.seal import Sealer
 
 API_KEY: Final = "open-sandbox-api-key"

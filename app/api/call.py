@@ -20,7 +20,7 @@ from litestar.types import HTTPScope, Receive, ReceiveMessage, Scope, WebSocketS
 from app import __version__
 from app.api.auth import API_KEY, Principal
 from app.api.errors import Problem
-from app.domain.sandbox.events import Meta
+from app.domain.stream import Meta
 
 REQUEST_ID: Final = "x-request-id"
 SINGLE: Final = frozenset({API_KEY, "idempotency-key", REQUEST_ID, "content-type", "content-length", "host"})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from uuid import UUID, uuid5
+from uuid import UUID
 
 import msgspec
 import uuid_utils.compat
@@ -22,6 +22,7 @@ from app.api.sandbox_wire import CreateSandbox
 from app.domain.sandbox.decide import LATEST
 from app.domain.sandbox.events import Requested
 from app.domain.sandbox.spec import (
+    ALL_GPUS,
     RESTORED_EXTENSION_PREFIX,
     Platform,
     SandboxSpec,
@@ -170,7 +171,6 @@ def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], con
     asked = request.platform
     platform = None if asked is None else check_platform(Platform(asked.os, asked.arch))
     check_timeout(request.timeout, context.max_sandbox_timeout_seconds)
-    parse_limits(request.resource_limits or {})
     check_image(image)
     _check_strings(entrypoint, request.env or {})
     return platform
@@ -183,9 +183,7 @@ def _check_strings(entrypoint: list[str], env: dict[str, str | None]) -> None:
         raise Invalid(INVALID_PARAMETER, f"An entry of env, NAME=value, may have at most {_MAX_STRING_BYTES} bytes.")
 
 
-def accept(
-    request: CreateSandbox, sandbox_id: UUID, context: ApiContext, tenant: str
-) -> tuple[Requested, Secrets | None]:
+def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tuple[Requested, Secrets | None]:
     """The first event, and what is to be sealed.
 
     Raises:
@@ -208,10 +206,19 @@ def accept(
         registry_auth=image.auth is not None,
         platform=platform,
         extensions={k: v for k, v in (request.extensions or {}).items() if k.startswith(RESTORED_EXTENSION_PREFIX)},
-        timeout_s=request.timeout,
     )
-    fingerprint = digest(msgspec.json.encode(request, order="sorted"), "request")
-    event = Requested(tenant, context.driver.name, spec, fingerprint, request.metadata or {})
+    limits = parse_limits(spec.resource_limits)
+    gpus = limits.get("gpu")
+    event = Requested(
+        spec,
+        digest(msgspec.json.encode(request, order="sorted"), "request"),
+        request.metadata or {},
+        request.timeout,
+        cpu_nanos=limits.get("cpu"),
+        memory_bytes=limits.get("memory"),
+        gpus=None if gpus == ALL_GPUS else gpus,
+        gpus_all=gpus == ALL_GPUS,
+    )
     if not env and image.auth is None:
         return event, None
     login = image.auth
@@ -224,13 +231,10 @@ async def begin(context: ApiContext, call: Call, request: CreateSandbox, idempot
     Raises:
         Problem, Rejected: a rule is broken, or the key came with another body.
     """
-    tenant = call.who.tenant
     if idempotency_key is not None and not _VISIBLE.fullmatch(idempotency_key):
         raise Problem(400, INVALID_HEADER, "Idempotency-Key must be 1 to 255 visible ASCII characters.")
     sandbox_id = uuid_utils.compat.uuid7()
-    if idempotency_key is not None:  # the same from every replica, so the database finds the repetition
-        sandbox_id = uuid5(context.installation, f"{tenant}\0{idempotency_key}")
-    event, secrets = accept(request, sandbox_id, context, tenant)
-    call.sandbox_id = sandbox_id
+    event, secrets = accept(request, sandbox_id, context)
     sealed = None if secrets is None else context.sealer.seal(sandbox_id, secrets)
-    return await context.service.create(sandbox_id, event, sealed, call.meta(idempotency_key))
+    meta = call.meta(idempotency_key)
+    return await context.service.create(sandbox_id, call.who.tenant, event, sealed, meta, key=meta.idempotency_key)

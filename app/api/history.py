@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
+import msgspec
 from litestar import get
 from litestar.params import QueryParameter
 from msgspec import UNSET, Struct, UnsetType
@@ -17,6 +18,7 @@ from app.api.openapi import Documented, may_refuse
 from app.api.parameters import SandboxId
 from app.api.sandbox_wire import Instant
 from app.domain.sandbox.decide import unknown
+from app.domain.stream import read_meta
 from app.domain.text import printable
 from app.store.log.store import StoredEvent
 
@@ -90,7 +92,7 @@ class History(ApiController):
     ) -> Answer[EventList]:
         """Oldest first, also of a sandbox that has ended. Not in the public contract."""
         identity, tenant = sandbox_of(sandbox_id), principal.tenant
-        since = await self.context.listing.since(identity, tenant)
+        since = await self.context.service.view.since(identity, tenant)
         if since is None:
             raise unknown(identity)
         log = self.context.service.log
@@ -101,17 +103,18 @@ class History(ApiController):
 
 def event_body(stored: StoredEvent) -> EventBody:
     """The one place where a stored event becomes a body. Its message may repeat what an engine said."""
-    actor, data = stored.meta["actor"], stored.data
+    data: dict[str, Any] = msgspec.json.decode(stored.data)
     if isinstance(message := data.get("message"), str):
-        data = {**data, "message": printable(message)}
+        data["message"] = printable(message)
+    meta = read_meta(stored.meta)
     return EventBody(
         position=stored.position,
         version=stored.version,
         type=stored.type,
         recorded_at=stored.recorded_at,
-        actor=ActorBody(actor["kind"], actor["id"], actor["name"]),
+        actor=ActorBody(meta.actor.kind, meta.actor.id, meta.actor.name),
         data=data,
         occurred_at=data.get("occurred_at") or UNSET,
-        request_id=stored.meta.get("request_id") or UNSET,
-        cause=stored.meta.get("cause") or UNSET,
+        request_id=meta.request_id or UNSET,
+        cause=meta.cause or UNSET,
     )

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeAlias
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from app.domain.sandbox.state import Sandbox
+from app.domain.sandbox.status import Attempt, status_of
 from app.domain.text import printable
 
 Instant: TypeAlias = Annotated[datetime, Meta(tz=True, description="RFC 3339, UTC.")]
@@ -175,6 +176,8 @@ class Pagination(Struct, frozen=True, rename="camel"):
     total_items: int
     total_pages: int
     has_next_page: bool
+    total_is_lower_bound: bool | UnsetType = UNSET
+    """There are more than `totalItems`; nobody counted how many. Absent when it is exact."""
 
 
 class SandboxList(Struct, frozen=True, rename="camel"):
@@ -192,16 +195,16 @@ class RenewedExpiration(Struct, frozen=True, rename="camel"):
     expires_at: Instant
 
 
-def status_of(sandbox: Sandbox) -> StatusBody:
+def status_body(sandbox: Sandbox, attempt: Attempt | None) -> StatusBody:
     """As clients see it. The message may repeat what an engine said."""
-    status = sandbox.status
+    status = status_of(sandbox, attempt)
     return StatusBody(status.state.value, status.reason, printable(status.message), status.last_transition_at)
 
 
-def _shared(sandbox: Sandbox) -> tuple[Any, ...]:
+def _shared(sandbox: Sandbox, attempt: Attempt | None) -> tuple[Any, ...]:
     spec = sandbox.spec
     return (
-        status_of(sandbox),
+        status_body(sandbox, attempt),
         spec.entrypoint,
         sandbox.created_at,
         UNSET if sandbox.expires_at is None else sandbox.expires_at,
@@ -211,11 +214,11 @@ def _shared(sandbox: Sandbox) -> tuple[Any, ...]:
     )
 
 
-def created_body(sandbox: Sandbox) -> CreatedSandbox:
+def created_body(sandbox: Sandbox, attempt: Attempt | None = None) -> CreatedSandbox:
     """The create answer has no image (contract 1.8)."""
-    return CreatedSandbox(str(sandbox.id), *_shared(sandbox))
+    return CreatedSandbox(str(sandbox.id), *_shared(sandbox, attempt))
 
 
-def sandbox_body(sandbox: Sandbox) -> SandboxBody:
-    """Everywhere else."""
-    return SandboxBody(str(sandbox.id), ImageBody(sandbox.spec.image), *_shared(sandbox))
+def sandbox_body(sandbox: Sandbox, attempt: Attempt | None = None) -> SandboxBody:
+    """Everywhere else. `attempt` is how the queue stands about a Pending sandbox."""
+    return SandboxBody(str(sandbox.id), ImageBody(sandbox.spec.image), *_shared(sandbox, attempt))

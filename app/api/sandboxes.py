@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import takewhile
+from uuid import UUID
+
 from litestar import delete, get, patch, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
@@ -13,6 +17,7 @@ from app.api.commands import execute, sandbox_of
 from app.api.conditions import etag, not_modified, preferences
 from app.api.controller import ApiController
 from app.api.creation import begin
+from app.api.errors import wrong
 from app.api.filters import (
     DEFAULT_PAGE_SIZE,
     CursorText,
@@ -40,6 +45,8 @@ from app.api.waiting import until
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.decide import visible
 from app.domain.sandbox.state import Phase, Sandbox, fold
+from app.domain.sandbox.status import Attempt
+from app.views.listing import TooFar
 
 _UNBOUNDED = 2**31
 
@@ -86,7 +93,9 @@ class Sandboxes(ApiController):
             sandbox = await until(self.context, request.call, sandbox, _provisioned, wishes.wait)
         replayed = [("idempotency-replayed", "true")] if outcome.replayed else []
         location = ("location", f"{request.mount}/sandboxes/{sandbox.id}")
-        return Answer(wire.created_body(sandbox), location, etag(sandbox), *wishes.applied, *replayed)
+        pending = sandbox.phase is Phase.PENDING and bool(wishes.wait)
+        attempt = await self.context.service.view.attempt(sandbox.id) if pending else None
+        return Answer(wire.created_body(sandbox, attempt), location, etag(sandbox), *wishes.applied, *replayed)
 
     @get(
         operation_id="listSandboxes",
@@ -111,12 +120,19 @@ class Sandboxes(ApiController):
         size = limit if request.given("limit") else page_size
         asked = Page(request.given, states, metadata, page, size, cursor, include_terminal)
         wanted, offset, after, number = list_page(asked, request.tenant)
-        found = await self.context.listing.page(wanted, size=size, offset=offset, after=after)
+        try:
+            found = await self.context.listing.page(wanted, size=size, offset=offset, after=after)
+        except TooFar as error:
+            raise wrong("query", "page", rule=str(error)) from None
+        pending = [sandbox.id for sandbox in found.sandboxes if sandbox.phase is Phase.PENDING]
+        attempts: Mapping[UUID, Attempt] = await self.context.service.view.attempts(pending) if pending else {}
         pages = -(-found.total // size)
         return Answer(
             wire.SandboxList(
-                tuple(map(wire.sandbox_body, found.boxes)),
-                wire.Pagination(number, size, found.total, pages, found.next is not None),
+                tuple(wire.sandbox_body(sandbox, attempts.get(sandbox.id)) for sandbox in found.sandboxes),
+                wire.Pagination(
+                    number, size, found.total, pages, found.next is not None, found.is_lower_bound or UNSET
+                ),
                 UNSET if found.next is None else str(found.next),
             )
         )
@@ -149,12 +165,15 @@ class Sandboxes(ApiController):
         else:
             instant = parse_instant("asOf", as_of)
             history = await service.history(identity, tenant)
-            sandbox = fold(event for event in history if event.at <= instant)
+            # Cut at the first later event: where the clock stepped back, a filter by time would leave holes.
+            sandbox = fold(takewhile(lambda event: event.at <= instant, history))
         if sandbox is None or not include_terminal:
             sandbox = visible(sandbox, identity)
         if not_modified(if_none_match, sandbox):
             return unchanged(etag(sandbox))
-        return Answer(wire.sandbox_body(sandbox), etag(sandbox))
+        now = as_of is None and sandbox.phase is Phase.PENDING
+        attempt = await service.view.attempt(identity) if now else None
+        return Answer(wire.sandbox_body(sandbox, attempt), etag(sandbox))
 
     @delete(
         "/{sandboxId:str}",

@@ -15,6 +15,7 @@ import uvloop
 
 from app import __version__
 from app.cli import doctor, logs, status, timeline
+from app.cli import engines as engine_commands
 from app.cli import keys as key_commands
 from app.cli.demonstration.play import play
 from app.errors import SandledgerError
@@ -130,6 +131,29 @@ def show_status(config: Path | None, *, as_json: bool) -> None:
     """Show engines, queue, deadlines, stuck sandboxes and the log; exit 1 when something is wrong."""
     settings = settings_of(config)
     sys.exit(0 if go(lambda: status.show(settings, say, as_json=as_json)) else 1)
+
+
+@cli.group()
+def engines() -> None:
+    """The engines that the log knows."""
+
+
+@engines.command(name="ls")
+@_CONFIG
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+def list_engines(config: Path | None, *, as_json: bool) -> None:
+    """List engines with their state."""
+    settings = settings_of(config)
+    go(lambda: engine_commands.show(settings, say, as_json=as_json))
+
+
+@engines.command(name="trust")
+@_CONFIG
+@click.argument("name")
+def trust_engine(config: Path | None, name: str) -> None:
+    """Follow the log again although engine NAME holds objects from beyond its end, e.g. after a restored backup."""
+    settings = settings_of(config)
+    go(lambda: engine_commands.trust(settings, name, say))
 
 
 @cli.group()

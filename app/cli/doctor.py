@@ -109,7 +109,7 @@ async def _engine(settings: Settings) -> list[Finding]:
             await driver.close()
     except SandledgerError as error:
         return [Finding("engine", fine=False, text=str(error))]
-    engine = Finding("engine", fine=True, text=f"{info.name} {info.version} at {info.address}")
+    engine = Finding("engine", fine=True, text=f"{info.kind} {info.version} at {info.address}")
     return [engine, *_live_restore(info)]
 
 

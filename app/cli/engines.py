@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app import __version__
+from app.cli.reporting import Say
 from app.domain.stream import Actor, ActorKind, Meta
 from app.server.assembly import open_database
 from app.service.engines import Engines
@@ -21,8 +22,6 @@ from app.store.database.installation import read_installation
 from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.views.engines import EnginesView, Standing
-
-Say = Callable[[str], None]
 
 
 @asynccontextmanager

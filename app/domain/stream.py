@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Generic, TypeAlias, TypeVar
-from unicodedata import category
 from uuid import UUID
 
 import msgspec
@@ -181,26 +180,3 @@ def read_meta(stored: str | bytes) -> Meta:
         return _decode_meta(stored)
     except msgspec.DecodeError as error:
         raise UnknownEvent(f"meta of an event does not read: {error}; upgrade this server first") from error
-
-
-MESSAGE_CHARS = 4096
-"""Longest text for people in a payload, in characters. As UTF-8 it may be four times as many bytes."""
-
-
-def storable(message: str) -> str:
-    """A text of an engine, as the log takes it. Doing it twice changes nothing.
-
-    NUL and lone surrogates cannot be stored. Other control characters, and characters without a width such as those
-    that change the direction of writing, could deceive whoever reads a log at a terminal. They are shown as escapes. A
-    line feed, a tab and every kind of space stay. A lone surrogate, e.g. of a byte that was not UTF-8, becomes `?`.
-    """
-    kept = message[:MESSAGE_CHARS].encode(errors="replace").decode()
-    if kept.isprintable():
-        return kept
-    return "".join(map(_shown, kept))[:MESSAGE_CHARS]
-
-
-def _shown(char: str) -> str:
-    if char.isprintable() or char in "\n\t" or category(char) == "Zs":
-        return char
-    return char.encode("unicode_escape").decode()

@@ -1,29 +1,37 @@
-"""Text of others, for people and their terminals."""
+"""Text of others, for people and their terminals.
+
+An engine repeats what an image or a registry says. Written as it is, that could move a reader's cursor, forge a line of
+a log, or show the text in another order than it has. So control characters, and characters without a width such as
+those that change the direction of writing, are shown as escapes. Every kind of space stays.
+"""
 
 from __future__ import annotations
 
 from typing import Final
+from unicodedata import category
 
-_CONTROLS: Final = {
-    *range(0x20),  # C0
-    *range(0x7F, 0xA0),  # DEL and C1, which terminals obey too
-    0x061C,
-    0x200E,
-    0x200F,
-    *range(0x2028, 0x202F),  # line and paragraph separators, and what turns the direction of the text around
-    *range(0x2066, 0x206A),
-}
-_ESCAPES: Final = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS} | {  # noqa: PLR2004
-    0x09: "\\t",
-    0x0A: "\\n",
-    0x0D: "\\r",
-}
+MESSAGE_CHARS: Final = 4096
+"""Longest text for people in a payload, in characters. As UTF-8 it may be four times as many bytes."""
 
 
 def printable(text: str) -> str:
-    """The text with its control characters escaped.
+    """The text in one line, with everything escaped that is not shown as itself."""
+    return text if text.isprintable() else "".join([_shown(char) for char in text])
 
-    An engine repeats what an image or a registry says. Written as it is, that could move a reader's cursor, forge a
-    line of the log, or show the text in another order than it has.
+
+def storable(message: str) -> str:
+    """A text of an engine, as the log takes it. Doing it twice changes nothing.
+
+    As `printable`, but line feeds and tabs stay, and the length is bounded. A lone surrogate, e.g. of a byte that was
+    not UTF-8, becomes `?`, because PostgreSQL stores none, and no NUL either.
     """
-    return text if text.isascii() and text.isprintable() else text.translate(_ESCAPES)
+    kept = message[:MESSAGE_CHARS].encode(errors="replace").decode()
+    if kept.isprintable():
+        return kept
+    return "".join([char if char in "\n\t" else _shown(char) for char in kept])[:MESSAGE_CHARS]
+
+
+def _shown(char: str) -> str:
+    if char.isprintable() or category(char) == "Zs":
+        return char
+    return char.encode("unicode_escape").decode()

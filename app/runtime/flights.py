@@ -1,8 +1,8 @@
 """Work that several callers share: one flight for a key, whoever asks and however many.
 
-Protocol. The first caller for a key starts the flight, later ones join it. Each is told of its progress; who joins
-late is first told the latest. The result is a value for all: where it may be a failure, let it be a value too, so that
-each caller raises an error of its own.
+Protocol. The first caller for a key starts the flight, later ones join it. Each gets reports of its progress;
+who joins late gets the latest one at once. The result is a value for all: where it may be a failure, let it be a value
+too, so that each caller raises an error of its own.
 
 Invariants. A caller that is cancelled leaves alone. The flight lives until the last caller has left; then it is
 cancelled and forgotten at once, so that nobody can join a dying one. The key is kept only as long as its flight.

@@ -14,8 +14,12 @@ from msgspec import Struct
 from app.api.app import create_app
 from app.api.context import ApiContext
 from app.domain.sandbox.deadlines import Limits
+from app.domain.sandbox.quantity import parse_memory, parse_nano_cpus
+from app.errors import SettingsError
 from app.runtime.docker import DockerOptions, connect
+from app.runtime.docker.options import CAPABILITIES
 from app.runtime.driver import Driver
+from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import Settings, is_loopback, redacted_dsn
 from app.store.database.installation import claim_master_key
@@ -55,6 +59,7 @@ class Opened(Struct, frozen=True):
     driver: Driver
     signal: Signal
     service: Service
+    engines: Engines
 
 
 def docker_driver(settings: Settings, installation: UUID) -> Driver:
@@ -65,7 +70,13 @@ def docker_driver(settings: Settings, installation: UUID) -> Driver:
         network_mode=docker.network_mode,
         api_timeout=docker.api_timeout,
         pull_timeout=docker.pull_timeout_seconds,
+        capabilities=CAPABILITIES if docker.capabilities is None else docker.capabilities,
         drop_capabilities=docker.drop_capabilities,
+        init=docker.init,
+        default_cpu_nanos=_quantity("default_cpu", docker.default_cpu, parse_nano_cpus),
+        default_memory_bytes=_quantity("default_memory", docker.default_memory, parse_memory),
+        max_cpu_nanos=_quantity("max_cpu", docker.max_cpu, parse_nano_cpus),
+        max_memory_bytes=_quantity("max_memory", docker.max_memory, parse_memory),
         apparmor_profile=docker.apparmor_profile,
         seccomp_profile=docker.seccomp_profile,
         no_new_privileges=docker.no_new_privileges,
@@ -77,6 +88,13 @@ def docker_driver(settings: Settings, installation: UUID) -> Driver:
     return connect(options, docker.host)
 
 
+def _quantity(key: str, text: str | None, parse: Callable[[str], int]) -> int | None:
+    try:
+        return None if text is None else parse(text)
+    except ValueError as error:
+        raise SettingsError(f"docker.{key} = {text!r}: {error}") from None
+
+
 def work_policy(settings: Settings) -> WorkPolicy:
     """The worker's numbers."""
     worker = settings.sandledger.worker
@@ -85,8 +103,6 @@ def work_policy(settings: Settings) -> WorkPolicy:
         lease=worker.lease_seconds,
         backoff_base=worker.backoff_base_seconds,
         backoff_max=worker.backoff_max_seconds,
-        poison_attempts=worker.poison_attempts,
-        poison_after=worker.poison_seconds,
         missing_grace=worker.missing_grace_seconds,
         sweep_every=worker.sweep_seconds,
         orphan_grace=worker.orphan_grace_seconds,
@@ -152,7 +168,8 @@ async def opened(settings: Settings, say: Say, make_driver: MakeDriver = docker_
         stack.push_async_callback(driver.close)
         news = Signal(database)
         service = Service(database, news, deadline_limits(settings))
-        yield Opened(settings, database, store, installation, sealer, driver, news, service)
+        engines = Engines(database, news, installation, service.engines)
+        yield Opened(settings, database, store, installation, sealer, driver, news, service, engines)
 
 
 def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Litestar:
@@ -161,7 +178,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
     return create_app(
         ApiContext(
             service=parts.service,
-            listing=Listing(parts.database),
+            listing=Listing(parts.database, parts.service.log),
             refusals=Refusals(parts.database),
             sealer=parts.sealer,
             signal=parts.signal,

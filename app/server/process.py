@@ -24,10 +24,11 @@ from sqlalchemy import literal, select
 
 from app import __version__
 from app.errors import RuntimeUnavailable, SettingsError, StoreUnavailable
-from app.server.assembly import MakeDriver, Opened, Say, api_app, docker_driver, opened, work_policy
+from app.server.assembly import MakeDriver, Opened, Say, api_app, deadline_limits, docker_driver, opened, work_policy
 from app.server.listener import listen, uvicorn_server
 from app.settings import Settings, check_exposure
 from app.store.database.statement import Statement
+from app.store.vault.rotation import follow_master_key
 from app.work.worker import Worker
 
 _LOG = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ async def _engine_line(parts: Opened, worker: Worker | None) -> str:
         return f"NO ANSWER within {_BANNER_S:.0f} s, creates will wait"
     except RuntimeUnavailable as error:
         return f"NOT REACHABLE yet, creates will wait: {error}"
-    return f"{info.name} {info.version} at {info.address}"
+    return f"{info.kind} {info.version} at {info.address}"
 
 
 async def _banner(parts: Opened, worker: Worker | None, address: str | None, say: Say) -> None:
@@ -110,9 +111,11 @@ async def run(settings: Settings, role: Role, say: Say, make_driver: MakeDriver 
                 database=parts.database,
                 service=parts.service,
                 signal=parts.signal,
+                engines=parts.engines,
                 driver=parts.driver,
                 sealer=parts.sealer,
                 policy=work_policy(settings),
+                limits=deadline_limits(settings),
                 worker_id=f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}",
             )
         await _run(parts, worker, listener, stop, say)
@@ -123,6 +126,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
     async with asyncio.TaskGroup() as tasks:
         news = tasks.create_task(parts.signal.run(), name="signal")
         watch = tasks.create_task(_keep_embedded(parts), name="embedded-postgres")
+        keys = tasks.create_task(follow_master_key(parts.database, parts.sealer), name="master-key")
         working = None if worker is None else tasks.create_task(worker.run(), name="worker")
         http = serving = None
         address = None
@@ -141,7 +145,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
             await worker.stop(parts.settings.server.timeout_graceful_shutdown)
             await working
         # Last words of the worker still go out to others before the signal ends.
-        for task in (news, watch):
+        for task in (news, watch, keys):
             task.cancel()
 
 

@@ -61,6 +61,7 @@ PreviousMasterKey = Annotated[
         extra={"secret": True, "env_only": "SANDLEDGER_PREVIOUS_MASTER_KEY"},
     ),
 ]
+Quantity = Annotated[str, Meta(pattern=r"^[0-9.]+[a-zA-Z]*\Z", description="a Kubernetes quantity such as 500m or 2Gi")]
 Insecure = Annotated[bool, Meta(extra={"env_only": "OPENSANDBOX_INSECURE_SERVER=YES"})]
 EngineAddress = Annotated[
     str,
@@ -189,18 +190,21 @@ class DockerSettings(Table, frozen=True):
     """Seconds an engine call may take, pulls apart."""
     pull_timeout_seconds: Seconds = 600
     """Seconds an image pull may take."""
-    drop_capabilities: tuple[Text, ...] = (
-        "AUDIT_WRITE",
-        "MKNOD",
-        "NET_ADMIN",
-        "NET_RAW",
-        "SYS_ADMIN",
-        "SYS_MODULE",
-        "SYS_PTRACE",
-        "SYS_TIME",
-        "SYS_TTY_CONFIG",
-    )
-    """Linux capabilities taken from every container."""
+    capabilities: tuple[Text, ...] | None = None
+    """Linux capabilities that containers keep; all others are dropped. None = what engines give by default, without
+    AUDIT_WRITE, MKNOD and NET_RAW."""
+    drop_capabilities: tuple[Text, ...] = ()
+    """Linux capabilities that are taken from those."""
+    init: bool = False
+    """Run the engine's init as process 1 of every container. Images whose own entrypoint is an init fail under it."""
+    default_cpu: Quantity | None = None
+    """CPU limit of a request without one."""
+    default_memory: Quantity | None = None
+    """Memory limit of a request without one."""
+    max_cpu: Quantity | None = None
+    """Highest CPU limit; a request without one gets at most this."""
+    max_memory: Quantity | None = None
+    """Highest memory limit; a request without one gets at most this."""
     apparmor_profile: str = ""
     """Name of an AppArmor profile; empty = the engine's default."""
     seccomp_profile: str = ""
@@ -266,10 +270,6 @@ class WorkerSettings(Table, frozen=True):
     """Longest wait, in seconds, before the first retry; doubles with each failure."""
     backoff_max_seconds: Seconds = 300
     """Longest wait, in seconds, before any retry."""
-    poison_attempts: Count = 10
-    """Counted failures a sandbox may have before it is given up, provided `poison_seconds` have passed too."""
-    poison_seconds: Grace = 900
-    """Seconds a sandbox has to have failed for before it is given up."""
     orphan_grace_seconds: Grace = 120
     """Age in seconds below which an object nobody knows is left alone."""
     missing_grace_seconds: Grace = 10

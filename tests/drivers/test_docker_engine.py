@@ -25,8 +25,8 @@ HTML = "<html><body><h1>403 Forbidden</h1>Request forbidden by administrative ru
 
 def test_time_limits_by_verb():
     options = DockerOptions(installation=workload().ref.object_id)
-    assert options.times == Times(look=10, change=60, power=10, volume=30)
-    assert msgspec.structs.replace(options, api_timeout=120).times == Times(look=20, change=120, power=20, volume=60)
+    assert options.times == Times(inspect=10, change=60, power=10, volume=30)
+    assert msgspec.structs.replace(options, api_timeout=120).times == Times(inspect=20, change=120, power=20, volume=60)
 
 
 async def test_an_engine_that_hangs_is_noticed_by_a_look_and_not_by_a_create(docker_rig: DockerRig):

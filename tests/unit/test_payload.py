@@ -19,7 +19,6 @@ from app.domain.canonical import canonical
 from app.domain.engine import events as engine
 from app.domain.sandbox import events as sandbox
 from app.domain.stream import (
-    MESSAGE_CHARS,
     PLATFORM_TENANT,
     Actor,
     ActorKind,
@@ -27,8 +26,8 @@ from app.domain.stream import (
     Recorded,
     Registry,
     read_meta,
-    storable,
 )
+from app.domain.text import MESSAGE_CHARS, storable
 from tests.support.payload import values
 from tests.support.stream import BEGIN, ID, META
 

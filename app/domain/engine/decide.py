@@ -13,7 +13,7 @@ from app.domain.engine import events as ev
 from app.domain.engine.events import LOG_WENT_BACK, MARK_ABSENT, MARK_OTHER, Capacity
 from app.domain.engine.state import Engine, EngineState
 from app.domain.sandbox.observed import Capabilities
-from app.domain.stream import storable
+from app.domain.text import storable
 
 Events: TypeAlias = tuple[ev.Event, ...]
 

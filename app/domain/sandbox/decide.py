@@ -16,7 +16,7 @@ from app.domain.sandbox.observed import Waiting
 from app.domain.sandbox.spec import check_metadata
 from app.domain.sandbox.state import GONE, Phase, RuntimeState, Sandbox
 from app.domain.sandbox.status import describe_ending
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.errors import Conflict, Invalid, NotFound
 
 Events = tuple[ev.Event, ...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Exit, Observed, Power
 from app.domain.sandbox.state import GONE, Phase, Runtime, RuntimeState, Sandbox
-from app.domain.stream import storable
+from app.domain.text import storable
 
 Events = tuple[ev.Event, ...]
 _UP = (RuntimeState.RUNNING, RuntimeState.PAUSED)

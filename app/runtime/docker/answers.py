@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from app.domain.sandbox.observed import Address
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.runtime.docker import names as names_
 from app.runtime.driver import Exit, Observed, Part, Power
 

@@ -1,4 +1,4 @@
-"""Containers of one engine: look at one, remove one, list all of ours."""
+"""Containers of one engine: inspect one, remove one, list all of ours."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Invariants.
 
-* Verbs act on the container id that a look has shown to be ours, never on a name.
-* A look that says "none" has been answered by the engine; anything less raises `RuntimeUnavailable`.
+* Verbs act on the container id that an inspect call has shown to be ours, never on a name.
+* "None" was answered by the engine; anything less raises `RuntimeUnavailable`.
 * No verb waits for what the engine does by itself: `ensure` never pulls, `remove` answers False while a removal that
   somebody else asked for is under way.
 * `RuntimeUnavailable` is for an engine in trouble. An engine that answers and refuses is healthy, and other sandboxes
@@ -99,7 +99,7 @@ class DockerDriver:
         except Refused as error:
             refused = error
         after = await self.observe(ref)
-        # The engine refuses what is already so, or has ended or gone meanwhile: then the second look shows it.
+        # The engine refuses what is already so, or has ended or gone meanwhile: then the second inspect call shows it.
         if refused is not None and after is not None and after.power is needed:
             raise power_verdict(power, before.main.name, refused)
         return after

@@ -25,9 +25,8 @@ import aiodocker
 import aiohttp
 import msgspec
 from msgspec import Struct
-from yarl import URL
 
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.errors import RuntimeUnavailable
 from app.runtime.docker.answers import Version
 from app.runtime.docker.options import Times
@@ -102,7 +101,7 @@ class Engine:
         versioned: bool = True,
     ) -> T:
         """GET something. `limit` in seconds, else that of an inspect call."""
-        timeout = self._within(limit or self.times.look)
+        timeout = self._within(limit or self.times.inspect)
         async with self.open("GET", path, params=params, versioned=versioned, timeout=timeout) as response:
             return self._decode(await response.read(), answer)
 
@@ -180,11 +179,10 @@ class Engine:
             if versioned and self._docker.api_version == NOT_NEGOTIATED:
                 await self.negotiate()
             prefix = f"{self._docker.api_version}/" if versioned else ""
-            # The path is quoted already; the library would otherwise resolve dots in it.
-            url = URL(f"{self._docker.docker_host}/{prefix}{path}", encoded=True)
             response = await self._docker.session.request(
                 method,
-                url.with_query(params) if params else url,
+                f"{self._docker.docker_host}/{prefix}{path}",
+                params=params,
                 data=body,
                 headers={"Content-Type": "application/json", **(headers or {})},
                 timeout=timeout,

@@ -1,7 +1,7 @@
 """Hints: ids of objects whose containers changed, read from the engine's event stream.
 
 Protocol. One stream, filtered by our label. The moment of the last event read is kept, and a new stream starts there,
-so what happened while no stream was open is told late rather than never, as far as the engine remembers it. For the
+so what happened while no stream was open is reported late rather than never, as far as the engine remembers it. For the
 first stream that moment is the engine's own clock at its opening (the `Date` of the answer): the clocks need not agree.
 
 A stream that was silent for long is opened anew, because its connection may be dead. That alone is no reason to look at
@@ -68,7 +68,7 @@ async def hints(engine: Engine, installation: UUID, silence: float) -> AsyncIter
 
 
 def _opened(response: aiohttp.ClientResponse) -> str:
-    """When this stream began, by the engine's clock; whole seconds, so an event may be told twice but not missed."""
+    """When this stream began, by the engine's clock; whole seconds, so an event may come twice and is not missed."""
     try:
         return str(int(parsedate_to_datetime(response.headers["Date"]).timestamp()))
     except (KeyError, ValueError):

@@ -17,7 +17,7 @@ from uuid import UUID
 from msgspec import Struct
 
 from app.domain.engine.events import Capacity
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.errors import RuntimeRejected, RuntimeUnavailable
 from app.runtime.docker import names
 from app.runtime.docker.answers import Info, Version, Volume

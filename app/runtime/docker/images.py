@@ -1,8 +1,8 @@
 """Images on the engine: what a reference names, and by which digest its registry knows it.
 
-A container shows the id of its image only. The digest needs a look at the image, one for each image and repository: an
-image id stands for its content, so what was seen once is remembered. Where the engine does not answer that look, the
-digest stays unknown; it is told for the record, and nothing depends on it.
+A container shows the id of its image only. The digest needs an inspect call for the image, one for each image and
+repository: an image id stands for its content, so the answer is remembered. Where the engine does not answer, the
+digest stays unknown; it is for the record, and nothing depends on it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Images:
         return self._digests.get((image_id or "", repository(reference)))
 
     def fetched(self, shown: ImageShown, reference: str) -> FetchedImage:
-        """What a look at an image by its reference says about it."""
+        """What an inspect call by this reference says about an image."""
         digest = digest_in(shown, reference)
         self._store((shown.id, repository(reference)), digest)
         return FetchedImage(shown.id, digest, shown.size)

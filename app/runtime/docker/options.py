@@ -44,7 +44,7 @@ class Ulimit(Struct, frozen=True, rename="pascal"):
 class Times(Struct, frozen=True):
     """Seconds that one call of the engine may take."""
 
-    look: float
+    inspect: float
     """Inspect calls. This is what notices an engine that hangs."""
     change: float
     """Create, start, remove, and lists."""
@@ -96,7 +96,7 @@ class DockerOptions(Struct, frozen=True, kw_only=True):
     def times(self) -> Times:
         """Time limits by call: 10, 60, 10 and 30 s by default."""
         base = self.api_timeout
-        return Times(look=base / 6, change=base, power=base / 6, volume=base / 2)
+        return Times(inspect=base / 6, change=base, power=base / 6, volume=base / 2)
 
     @property
     def added_capabilities(self) -> tuple[str, ...]:

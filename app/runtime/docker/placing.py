@@ -1,7 +1,7 @@
 """Create or adopt, and start: what `ensure` does to one container.
 
-Protocol. Create is tried at once, without looking first: three calls (create, start, inspect) when all goes well. 409:
-somebody holds the name; an inspect call tells whether it is ours (adopt) or a stranger's (reject).
+Protocol. Create is tried at once, without an inspect call before it: three calls (create, start, inspect) when all goes
+well. 409: somebody holds the name; an inspect call tells whether it is ours (adopt) or a stranger's (reject).
 
 Invariants.
 
@@ -53,7 +53,7 @@ class Placing:
         self._installation = installation
 
     async def place(self) -> Observed:
-        """Create or adopt, start, look. The caller sees to it that a cancellation does not cut this."""
+        """Create or adopt, start, inspect. The caller sees to it that a cancellation does not cut this."""
         wait, name = Patience(), self._identity.name
         while True:
             created = await self._create()
@@ -94,7 +94,7 @@ class Placing:
         return result
 
     async def _start_refused(self, runtime_id: str, refused: Refused) -> str:
-        """Raise the verdict; return only when the object's state, which the next look shows, is the whole story."""
+        """Raise the verdict; return only when the state that the next inspect call shows says everything."""
         gone = refused.status == HTTPStatus.NOT_FOUND and "no such container" in refused.message.lower()
         if refused.status == HTTPStatus.CONFLICT or gone:
             return clean(refused.message, self._work)

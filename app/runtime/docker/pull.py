@@ -1,9 +1,9 @@
 """Fetches: one pull at a time for an image, whoever asks.
 
 Protocol. A pull is known by reference, platform and credentials; pulls with different credentials never share a result.
-It looks first whether the image has arrived meanwhile, so that a late caller, whose create call failed just before the
-pull ended, does not pull again. After the transfer it looks at the image, so a success names an id and a digest. The
-outcome is a value; each caller raises its own error from it.
+It inspects the image first, so that a late caller, whose create call failed just before the pull ended, does not pull
+again. After the transfer it inspects the image again, so a success names an id and a digest. The outcome is a value;
+each caller raises its own error from it.
 
 Invariants. Credentials exist here only while their pull runs. A stream that is cut before its end is the engine's
 trouble, never a success.
@@ -22,7 +22,7 @@ from typing import TypeAlias
 import msgspec
 from msgspec import Struct
 
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.errors import RuntimeRejected, RuntimeUnavailable
 from app.runtime.docker.answers import PullLine
 from app.runtime.docker.engine import Engine, Refused, is_plugin, lines, trouble, until_done
@@ -104,10 +104,10 @@ class Pulls:
                 "POST", "images/create", params=params, headers=headers, timeout=until_done()
             ) as response:
                 async for line in lines(response):
-                    told = _read(line)
-                    if told.failure:
-                        return pull_cause(image, told.failure)
-                    meter.note(told)
+                    progress_line = _read(line)
+                    if progress_line.failure:
+                        return pull_cause(image, progress_line.failure)
+                    meter.note(progress_line)
         finally:
             meter.close()
         return None

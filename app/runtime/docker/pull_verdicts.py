@@ -11,7 +11,7 @@ from enum import Enum
 
 from msgspec import Struct
 
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.errors import RuntimeFault, RuntimeRejected, RuntimeUnavailable
 from app.runtime.docker.verdicts import has_any, without
 from app.runtime.driver import Image

@@ -20,7 +20,7 @@ from http import HTTPStatus
 
 import msgspec
 
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.errors import RuntimeFault, RuntimeRejected
 from app.runtime.docker.engine import Refused, trouble
 from app.runtime.docker.spec import command

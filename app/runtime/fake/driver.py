@@ -98,8 +98,8 @@ class FakeDriver:
 
     async def remove(self, ref: Ref) -> bool:
         """Take away."""
-        seen = await self.observe(ref)
-        if seen is None:
+        observed = await self.observe(ref)
+        if observed is None:
             return True
         found = self._ours(ref.object_id)
         if found is not None and found.removing:
@@ -108,7 +108,7 @@ class FakeDriver:
         self._refuse("remove")
         found = self._ours(ref.object_id)
         gone = True
-        if found is not None and seen.main is not None and found.runtime_id == seen.main.runtime_id:
+        if found is not None and observed.main is not None and found.runtime_id == observed.main.runtime_id:
             gone = self.engine.remove(found.name)
         await self._leave("remove")
         return gone
@@ -121,8 +121,8 @@ class FakeDriver:
         await self._leave("list")
         for row in rows:
             if row.installation == self.installation and row.object_id is not None:
-                seen = self._observed(row, row.object_id)
-                yield replace(seen, exit=None, started_at=None, address=None, image_digest=None, waiting=None)
+                observed = self._observed(row, row.object_id)
+                yield replace(observed, exit=None, started_at=None, address=None, image_digest=None, waiting=None)
         for installation, leftover in leftovers:
             if installation == self.installation:
                 yield leftover
@@ -216,7 +216,7 @@ class FakeDriver:
             return fault
 
     async def _place(self, work: Workload) -> Observed:
-        """Create or adopt, start, look. Not cut by a cancellation."""
+        """Create or adopt, start, inspect. Not cut by a cancellation."""
         object_id, reference = work.ref.object_id, work.image.reference
         name = name_of(object_id)
         while True:
