@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from litestar import get
+from litestar.di import NamedDependency
 from litestar.params import QueryParameter
 from msgspec import UNSET, Struct, UnsetType
 
@@ -81,7 +82,7 @@ class History(ApiController):
     )
     async def events(
         self,
-        principal: Principal,
+        principal: NamedDependency[Principal],
         sandbox_id: SandboxId,
         after: Annotated[
             int, QueryParameter(ge=0, le=_MAX_VERSION, description="Only events with a higher version.")
