@@ -365,6 +365,20 @@ CREATE TABLE installation_keys (
     wrapped bytea NOT NULL
 );
 COMMENT ON TABLE installation_keys IS 'Random keys of this installation, wrapped by the master key.';
+
+-- A rotation ends with this lock, taken exclusively: whoever sealed before it is seen by the last pass, whoever seals
+-- after it is held against the keys that are in use then (app/store/vault/rotation.py). 21324 = 0x534C, 'SL'.
+CREATE FUNCTION check_master_key() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(21324, 1);
+    IF NOT EXISTS (SELECT FROM installation WHERE coalesce(master_key_id, NEW.key_id) = NEW.key_id)
+       AND NOT EXISTS (SELECT FROM installation_keys WHERE key_id = NEW.key_id) THEN
+        RAISE EXCEPTION 'master key % is not in use any more', NEW.key_id
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER check_master_key BEFORE INSERT ON sealed_values FOR EACH ROW EXECUTE FUNCTION check_master_key();
 GRANT SELECT, INSERT, DELETE, UPDATE (key_id, wrapped_key) ON sealed_values TO sandledger_app;
 GRANT SELECT, INSERT, UPDATE ON installation_keys TO sandledger_app;
 """

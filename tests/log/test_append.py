@@ -24,14 +24,14 @@ from app.views.current import head_update, update_values
 from tests.support.hold import held
 from tests.support.sql import connected
 from tests.support.stream import META as ACTOR
-from tests.support.stream import requested, seen
+from tests.support.stream import TENANT, requested, seen
 
 Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 TRACES = """
 SELECT (SELECT json_agg(s ORDER BY id)::text FROM sandboxes s), (SELECT count(*) FROM events),
        (SELECT json_agg(q ORDER BY sandbox_id)::text FROM reconcile_queue q),
-       (SELECT json_agg(e ORDER BY sandbox_id)::text FROM expiry_jobs e),
-       (SELECT count(*) FROM sandbox_secrets), (SELECT count(*) FROM refusals)
+       (SELECT json_agg(e ORDER BY sandbox_id)::text FROM deadlines e),
+       (SELECT count(*) FROM sealed_values), (SELECT count(*) FROM refusals)
 """
 
 
@@ -42,7 +42,7 @@ async def traces(dsn: str) -> tuple[Any, ...]:
 
 
 async def created(service: Service) -> UUID:
-    return (await service.create(uuid4(), requested(), None, ACTOR)).sandbox.id
+    return (await service.create(uuid4(), TENANT, requested(), None, ACTOR)).sandbox.id
 
 
 async def running(service: Service) -> UUID:
@@ -58,13 +58,13 @@ async def test_an_append_that_is_not_the_next_one_writes_nothing(dsn: str, servi
     loaded = await service.view.load(await created(service))
     assert loaded is not None
     box = loaded[0]
-    after = msgspec.structs.replace(box, version=2)
+    after = msgspec.structs.replace(sandbox, version=2)
     statement = append_statement(head_update, [])
     facts = msgspec.json.encode([{"v": 2, "t": "sandbox.metadata_patched", "s": 1, "d": {}}]).decode()
     meta = msgspec.json.encode(ACTOR).decode()
 
     async def append(**changed: Any) -> Any:
-        return await database.fetch_one(statement, facts=facts, meta=meta, **(update_values(box, after) | changed))
+        return await database.fetch_one(statement, facts=facts, meta=meta, **(update_values(sandbox, after) | changed))
 
     before = await traces(dsn)
     assert await append(expected=0, version=1) is None, "stale"
@@ -74,7 +74,7 @@ async def test_an_append_that_is_not_the_next_one_writes_nothing(dsn: str, servi
     row = await append()
     assert row is not None
     assert await append() is None, "the same again"
-    assert (await service.log.history(box.id, "default"))[-1].position == row["position"]
+    assert (await service.log.history(sandbox.id, "default"))[-1].position == row["position"]
 
 
 # Create
@@ -101,7 +101,7 @@ async def test_two_hundred_creates_of_one_key_are_one_sandbox(dsn: str, service:
     assert {(outcome.sandbox.id, outcome.sandbox.version) for outcome in outcomes} == {(key, 1)}
     assert len({outcome.sandbox.created_at for outcome in outcomes}) == 1
     async with connected(dsn) as connection:
-        for table in ("sandboxes", "events", "reconcile_queue", "expiry_jobs", "sandbox_secrets"):
+        for table in ("sandboxes", "events", "reconcile_queue", "deadlines", "sealed_values"):
             assert await connection.fetchval(f"SELECT count(*) FROM {table}") == 1, table
         assert await connection.fetchval("SELECT generation FROM reconcile_queue") == 1
 
@@ -110,7 +110,7 @@ async def test_a_deadline_beyond_the_calendar_is_refused_before_it_is_stored(dsn
     before = await traces(dsn)
     for timeout_s in (100_000_000_001, 251_600_000_000, 252_000_000_000, 2**62):
         with pytest.raises(Invalid):
-            await service.create(uuid4(), requested(timeout_s=timeout_s), None, ACTOR)
+            await service.create(uuid4(), TENANT, requested(timeout_s=timeout_s), None, ACTOR)
     assert await traces(dsn) == before
 
 

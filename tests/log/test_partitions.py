@@ -15,8 +15,8 @@ from tests.support.sql import META, connected, insert_event, partitions
 
 SIZE = 25_000_000
 MANY = (
-    "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta) "
-    f"SELECT gen_random_uuid(), 'default', 1, 'sandbox.paused', 1, '{{}}', '{META}' FROM generate_series(1, $1::int)"
+    "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
+    f"SELECT gen_random_uuid(), 'sandbox', 'default', 1, 'sandbox.paused', 1, '{{}}', '{META}' FROM generate_series(1, $1::int)"
 )
 
 
@@ -37,10 +37,10 @@ async def test_each_one_gets_what_the_first_has(bare_dsn: str, bare_log: EventLo
         assert await bare_log.ensure_partitions() == 3
         rows = await owner.fetch(
             "SELECT c.relname, "
-            " (SELECT array_agg(tgname::text ORDER BY 1) FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal), "
-            " (SELECT array_agg(regexp_replace(pg_get_indexdef(indexrelid), 'events_p\\d+', '', 'g') ORDER BY 1) "
+            " (SELECT array_agg(tgname::text ORDER BY tgname) FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal), "
+            " (SELECT array_agg(regexp_replace(pg_get_indexdef(indexrelid), 'events_p\\d+', '', 'g') ORDER BY indexrelid::regclass::text) "
             "    FROM pg_index WHERE indrelid = c.oid AND indisvalid), "
-            " (SELECT array_agg(conname::text || pg_get_constraintdef(oid) ORDER BY 1) FROM pg_constraint "
+            " (SELECT array_agg(conname::text || pg_get_constraintdef(oid) ORDER BY conname) FROM pg_constraint "
             "   WHERE conrelid = c.oid AND contype = 'c'), "
             " c.reloptions, pg_get_userbyid(c.relowner), c.relacl::text "
             "FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid WHERE inhparent = 'events'::regclass ORDER BY 1"
@@ -145,8 +145,8 @@ async def test_a_long_stream_reads_in_pages(bare_dsn: str, bare_log: EventLog):
     stream = uuid4()
     async with connected(bare_dsn) as app:
         await app.execute(
-            "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta) "
-            f"SELECT $1, 'default', n, 'sandbox.paused', 1, '{{}}', '{META}' FROM generate_series(1, 2500) n",
+            "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
+            f"SELECT $1, 'sandbox', 'default', n, 'sandbox.paused', 1, '{{}}', '{META}' FROM generate_series(1, 2500) n",
             stream,
         )
     assert [event.version async for event in bare_log.whole_history(stream, "default")] == list(range(1, 2501))

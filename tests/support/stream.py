@@ -18,6 +18,7 @@ from app.domain.stream import Actor, ActorKind, Meta, Recorded
 
 BEGIN = datetime.fromisoformat("2026-03-01T12:00:00+00:00")
 ID = UUID("0198f000-0000-7000-8000-000000000001")
+TENANT = "default"
 META = Meta(Actor(ActorKind.API_KEY, "k1", "default"), "test")
 PLACED = ev.Placed("default", 1, ID)
 SECOND = timedelta(seconds=1)

@@ -19,6 +19,8 @@ inside its transaction delays readers, never writers; the application role's `id
 it. The horizon is not monotonic: a writer may announce a position below the last answer. What was settled once stays
 settled, so an older answer is a lower bound of the present one. Therefore a process may remember it for a moment, which
 spares the lock table of a busy cluster; and nobody may conclude a restore from a horizon that fell (`identity` tells).
+A remembered horizon never says that there is nothing new: an empty page comes from a horizon that was asked for after
+the call began, so a reader that a signal woke finds the event that it was woken for.
 """
 
 from __future__ import annotations
@@ -125,15 +127,17 @@ class EventLog:
         self._asked_at = float("-inf")
         self._asking = asyncio.Lock()
 
-    async def horizon(self) -> int:
+    async def horizon(self, *, fresh: bool = False) -> int:
         """A position up to which everything that will ever be there is there. One flight, remembered for a moment.
+
+        `fresh`: asked for after this call began.
 
         Raises:
             StoreUnavailable: the server is a standby, or away.
         """
         clock = asyncio.get_running_loop().time
         called_at = clock()
-        if called_at - self._asked_at < self._remember:
+        if not fresh and called_at - self._asked_at < self._remember:
             return self._horizon
         async with self._asking:
             # An answer that was asked for after this call began is as good as one of our own.
@@ -155,12 +159,16 @@ class EventLog:
 
         Two statements on purpose: see the module's protocol.
         """
-        horizon = await self.horizon()
-        if horizon <= position:
-            return [], position
-        rows = await self._database.fetch(TAIL, after=position, horizon=horizon, limit=limit)
-        found = [_stored(row) for row in rows]
-        return found, (found[-1].position if len(found) == limit else horizon)
+        for fresh in (False, True):
+            horizon = await self.horizon(fresh=fresh)
+            if horizon <= position:
+                continue
+            rows = await self._database.fetch(TAIL, after=position, horizon=horizon, limit=limit)
+            if rows:
+                found = [_stored(row) for row in rows]
+                return found, (found[-1].position if len(found) == limit else horizon)
+            position = horizon
+        return [], position
 
     async def history(
         self, stream_id: UUID, tenant: str, *, after: int = 0, since: int = 0, limit: int = 1000
