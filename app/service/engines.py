@@ -19,7 +19,6 @@ from app.views import engines
 from app.views.engines import EnginesView
 
 KIND = ev.REGISTRY.kind
-_MAX_ATTEMPTS = 10
 _CREATE = create_statement(KIND, engines.begin)
 _MOVE = append_statement(KIND, table, engines.move)
 
@@ -56,9 +55,12 @@ class Engines:
         return advance(evolve, None, draft.recorded(written))
 
     async def execute(self, name: str, command: Command, meta: Meta) -> Engine:
-        """Decide and append; the state afterwards."""
+        """Decide and append; the state afterwards.
+
+        A conflict is another server's event, so every round brings somebody forward, and nobody is refused.
+        """
         engine_id = stream_of(self._installation, name)
-        for _ in range(_MAX_ATTEMPTS):
+        while True:
             loaded = await self.view.load(engine_id)
             if loaded is None:
                 msg = f"engine {name} is not registered"
@@ -84,8 +86,6 @@ class Engines:
             if written is not None:
                 self._changed(engine_id)
                 return advance(evolve, before, draft.recorded(written))
-        msg = f"engine {name} is being changed by too many servers at once"
-        raise TimeoutError(msg)
 
     def _changed(self, engine_id: UUID) -> None:
         self.view.forget()

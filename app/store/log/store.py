@@ -57,6 +57,14 @@ class StoredEvent(Struct, frozen=True):
     recorded_at: datetime
 
 
+class Witness(Struct, frozen=True):
+    """The last event up to a settled position. In one log it stays the same for ever."""
+
+    position: int
+    stream_id: UUID
+    recorded_at: datetime
+
+
 class LogIdentity(Struct, frozen=True):
     """Which log this is: the cluster, its timeline, and how far it has come."""
 
@@ -112,6 +120,12 @@ _IDENTITY = Statement(
         literal_column("last_position", BigInteger),
     ).select_from(func.log_identity().table_valued("system_identifier", "timeline_id", "last_position"))
 )
+_WITNESS = Statement(
+    select(events.c.position, events.c.stream_id, events.c.recorded_at)
+    .where(events.c.position <= bindparam("position", type_=BigInteger))
+    .order_by(events.c.position.desc())
+    .limit(1)
+)
 _AHEAD = Statement(select(func.log_partitions_ahead()))
 _PARTITIONS = Statement(select(func.log_ensure_partitions()))
 
@@ -153,6 +167,11 @@ class EventLog:
         row = await self._database.fetch_one(_IDENTITY)
         assert row is not None, "the function answers one row"
         return LogIdentity(*row)
+
+    async def witness(self, position: int) -> Witness | None:
+        """The last event up to a settled position. When it is another one than before, the log was restored."""
+        row = await self._database.fetch_one(_WITNESS, position=position)
+        return None if row is None else Witness(row[0], UUID(int=row[1].int), row[2])
 
     async def read_after(self, position: int, limit: int = 1000) -> tuple[list[StoredEvent], int]:
         """Settled events after `position`, in order, and where to go on from.
