@@ -168,8 +168,9 @@ BEGIN
     RETURN made;
 END $$;
 CREATE FUNCTION log_partitions_ahead() RETURNS integer LANGUAGE sql STABLE AS $$
-    SELECT count(*)::integer - 1 - (SELECT last_value / 25000000 FROM events_position)::integer
-      FROM pg_inherits WHERE inhparent = 'events'::regclass
+    SELECT count(*)::integer FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+     WHERE i.inhparent = 'events'::regclass
+       AND substr(c.relname, 9)::bigint > (SELECT last_value / 25000000 FROM events_position)
 $$;
 REVOKE ALL ON FUNCTION log_ensure_partitions FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION log_ensure_partitions TO sandledger_app;

@@ -101,7 +101,7 @@ TAIL = Statement(
     .order_by(events.c.position)
     .limit(bindparam("limit", type_=Integer))
 )
-_HISTORY = Statement(
+HISTORY = Statement(
     select(*_COLUMNS)
     .where(
         events.c.stream_id == bindparam("stream_id", type_=Uuid),
@@ -150,12 +150,12 @@ class EventLog:
             StoreUnavailable: the server is a standby, or away.
         """
         clock = asyncio.get_running_loop().time
-        called_at = clock()
-        if not fresh and called_at - self._asked_at < self._remember:
+        oldest = clock() - (0 if fresh else self._remember)
+        if self._asked_at > oldest:
             return self._horizon
         async with self._asking:
             # An answer that was asked for after this call began is as good as one of our own.
-            if self._asked_at < called_at:
+            if self._asked_at <= oldest:
                 asked_at = clock()
                 row = await self._database.fetch_one(_HORIZON)
                 assert row is not None, "a function call has one row"
@@ -194,7 +194,7 @@ class EventLog:
     ) -> list[StoredEvent]:
         """A page of one stream, by version. `since` is a position below all of it."""
         rows = await self._database.fetch(
-            _HISTORY, stream_id=stream_id, tenant=tenant, after=after, since=since, limit=limit
+            HISTORY, stream_id=stream_id, tenant=tenant, after=after, since=since, limit=limit
         )
         return [_stored(row) for row in rows]
 
