@@ -80,7 +80,11 @@ async def test_sixteen_writers_of_one_sandbox_are_all_served_where_optimism_refu
     assert Counter(type(one.event) for one in history)[ev.MetadataPatched] == WRITERS * 4
 
     served = await asyncio.gather(
-        *(optimistic(services[n % len(services)], sandbox_id, {f"k{n}": f"w{r}"}) for n in range(WRITERS) for r in (1, 2))
+        *(
+            optimistic(services[n % len(services)], sandbox_id, {f"k{n}": f"w{r}"})
+            for n in range(WRITERS)
+            for r in (1, 2)
+        )
     )
     assert not all(served), "four optimistic attempts were enough: this test proves nothing"
 

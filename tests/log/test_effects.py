@@ -272,9 +272,7 @@ async def test_several_events_of_one_append_share_their_time_and_stand_in_order(
 
 
 async def test_who_and_why_stand_beside_every_event(service: Service):
-    meta = Meta(
-        Actor(ActorKind.OPERATOR, "id\u2028", "späť \U0001f600"), "1.0", "request", 7, "2001:db8::1", "a" * 64
-    )
+    meta = Meta(Actor(ActorKind.OPERATOR, "id\u2028", "späť \U0001f600"), "1.0", "request", 7, "2001:db8::1", "a" * 64)
     made = await service.create(uuid4(), TENANT, requested(), None, meta)
     facts = await service.history(made.sandbox.id, "default")
     assert [fact.meta for fact in facts] == [meta, meta]

@@ -54,7 +54,9 @@ async def test_a_repeated_request_is_answered_as_the_first_time_and_writes_nothi
         assert await traces(dsn) == before
 
 
-async def test_the_first_answer_was_that_nobody_had_room(dsn: str, database: Database, signal: Signal, service: Service):
+async def test_the_first_answer_was_that_nobody_had_room(
+    dsn: str, database: Database, signal: Signal, service: Service
+):
     async with connected(dsn) as worker:
         await worker.execute("UPDATE engines SET state = 'dark', version = version")
         service.engines.forget()

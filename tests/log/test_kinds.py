@@ -73,7 +73,9 @@ async def test_servers_that_record_different_things_lose_none(database: Database
     await asyncio.gather(
         *(server.execute("second", RecordLeftover("main", f"n{n}"), META) for n, server in enumerate(servers))
     )
-    names = [one.event.name for one in await history(database, registered.id) if isinstance(one.event, ev.LeftoverRemoved)]
+    names = [
+        one.event.name for one in await history(database, registered.id) if isinstance(one.event, ev.LeftoverRemoved)
+    ]
     assert sorted(names) == [f"n{n}" for n in range(SERVERS)]
 
 
@@ -156,7 +158,9 @@ async def test_more_servers_than_attempts_are_all_served(dsn: str, database: Dat
     """Each round one of them wins: a bound on attempts is a bound on servers."""
     begun = await servers[0].register(SIGHTING, META)
     many = [server for server in servers for _ in range(3)]
-    await asyncio.gather(*(server.execute("second", RecordLeftover("main", f"m{n}"), META) for n, server in enumerate(many)))
+    await asyncio.gather(
+        *(server.execute("second", RecordLeftover("main", f"m{n}"), META) for n, server in enumerate(many))
+    )
     folded = fold(await history(database, begun.id))
     assert isinstance(folded, Engine)
     assert folded.version == begun.version + len(many)

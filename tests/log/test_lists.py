@@ -35,6 +35,7 @@ FROM (SELECT n, timestamptz '2026-01-01' + n * interval '1 minute' AS at FROM ge
 @pytest.fixture(scope="module")
 def filled(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
     """Most have ended."""
+
     async def prepare(statement: str, *arguments: Any) -> None:
         async with connected(postgres.dsn, owner=True) as owner:
             await owner.execute(statement, *arguments)
@@ -233,7 +234,9 @@ async def test_a_history_probes_no_partition_from_before_the_stream(bare_dsn: st
         for known, needed in ((since, {4, 5, 6, 7}), (0, set(range(8)))):
             for mode in ("force_custom_plan", "force_generic_plan"):
                 await owner.execute(f"SET plan_cache_mode = {mode}")
-                given = HISTORY.arguments({"stream_id": stream, "tenant": "default", "after": 0, "since": known, "limit": 1000})
+                given = HISTORY.arguments(
+                    {"stream_id": stream, "tenant": "default", "after": 0, "since": known, "limit": 1000}
+                )
                 found = await explained(owner, HISTORY.sql, given)
                 touched = {
                     int(node["Relation Name"][-6:])

@@ -59,7 +59,9 @@ async def test_a_standby_names_no_horizon_and_a_reader_that_names_one_loses_even
             await transaction.commit()
             await servers.replayed()
             assert [row[0] for row in await standby.fetch(READ, 0, horizon)] == [hidden, shown]
-            assert await standby.fetch(READ, horizon, horizon + 100) == [], "the reader went on; it never sees the first"
+            assert await standby.fetch(READ, horizon, horizon + 100) == [], (
+                "the reader went on; it never sees the first"
+            )
 
     database = Database(servers.standby_dsn)
     try:

@@ -133,7 +133,9 @@ async def test_a_base_too_far_behind_is_moved_and_a_writer_that_hangs_makes_list
 
 async def test_the_horizon_is_asked_for_once_by_many_and_remembered(bare_dsn: str):
     async with connected(bare_dsn, owner=True) as owner:
-        await owner.execute("ALTER DATABASE " + bare_dsn.split("/")[3].split("?")[0] + " SET track_functions = 'all'")
+        await owner.execute(
+            "ALTER DATABASE " + bare_dsn.split("/")[3].split("?", maxsplit=1)[0] + " SET track_functions = 'all'"
+        )
 
     async def calls() -> int:
         async with connected(bare_dsn, owner=True) as owner:
@@ -195,7 +197,7 @@ def program(postgres: EmbeddedPostgres, name: str, *argv: str | Path) -> None:
 async def test_totals_are_derived_again_when_a_dump_took_the_databases_place(
     dsn: str, postgres: EmbeddedPostgres, database: Database, service: Service, listing: Listing, dumped: Path
 ):
-    name = dsn.split("/")[3].split("?")[0]
+    name = dsn.split("/")[3].split("?", maxsplit=1)[0]
     await created(service, 3)
     await asyncio.to_thread(program, postgres, "pg_dump", "-Fc", "-f", dumped, name)
     await created(service, 8)

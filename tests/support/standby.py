@@ -77,7 +77,10 @@ class Pair:
 
     async def replayed(self) -> None:
         """Until the standby shows all that the primary has written."""
-        async with connected(self.primary.dsn, owner=True) as primary, connected(self.standby_dsn, owner=True) as standby:
+        async with (
+            connected(self.primary.dsn, owner=True) as primary,
+            connected(self.standby_dsn, owner=True) as standby,
+        ):
             end = await primary.fetchval("SELECT pg_current_wal_insert_lsn()::text")
             await primary.fetchval("SELECT pg_switch_wal()::text")
             async with asyncio.timeout(60):

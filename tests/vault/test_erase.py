@@ -15,8 +15,8 @@ from app.service.sandboxes import Outcome, Service
 from app.store.database.pool import Database
 from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable
 from tests.support.sql import connected
-from tests.support.stream import META as ACTOR
 from tests.support.stream import BEGIN, TENANT, requested, seen
+from tests.support.stream import META as ACTOR
 
 CANARY = "canary-7f3a91"
 
