@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
+from itertools import pairwise
 from uuid import UUID, uuid4
 
 import msgspec
@@ -172,4 +173,4 @@ async def test_times_of_one_stream_rise(database: Database, servers: list[Engine
         command = RecordSighting(SIGHTING) if state % 2 else RecordSilence(begun.state_since, "no")
         await servers[state % 2].execute("second", command, META)
     times = [one.at for one in await history(database, begun.id)]
-    assert all(later - earlier >= timedelta(0) for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier >= timedelta(0) for earlier, later in pairwise(times))

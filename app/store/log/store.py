@@ -221,7 +221,7 @@ def _stored(rows: Sequence[asyncpg.Record]) -> list[StoredEvent]:
     found: list[StoredEvent] = []
     last = stream_id = None
     for position, raw, *rest in rows:
-        # asyncpg has a UUID class of its own. Converting costs a third of a read, and neighbours are often of one stream.
+        # asyncpg has a UUID class of its own. Converting costs a third of a read; neighbours are often of one stream.
         if stream_id is None or raw != last:
             last, stream_id = raw, UUID(int=raw.int)
         found.append(StoredEvent(position, stream_id, *rest))

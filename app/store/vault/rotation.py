@@ -125,8 +125,7 @@ async def rotate(
         await asyncio.sleep(2 * notice)
         await _check_in_use(database, new)
         done += await rewrap_keys(database, master, new)
-    async with database.transaction() as connection:
-        await connection.fetch(_DRAIN)
+    await database.fetch(_DRAIN)
     done = await _pass(database, sealer, report, done)
     return Rotated(old, new, done)
 
@@ -156,10 +155,10 @@ async def _pass(database: Database, sealer: Sealer, report: Callable[[int], None
     return done
 
 
-async def follow_master_key(database: Database, sealer: Sealer) -> None:
+async def follow_master_key(database: Database, sealer: Sealer, *, every: float = NOTICE_SECONDS) -> None:
     """Ask every few seconds which master key is in use, for as long as the server runs."""
     while True:
-        await asyncio.sleep(NOTICE_SECONDS)
+        await asyncio.sleep(every)
         try:
             found = (await read_installation(database)).master_key_id
             if found is not None and found != sealer.key_id:
