@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 from uuid import UUID, uuid4
 
 import msgspec
@@ -105,7 +106,7 @@ async def waiting(dsn: str, until: Until, count: int = 1) -> None:
         await until(waits)
 
 
-async def unfinished(connection, key: str = "key") -> UUID:
+async def unfinished(connection: Any, key: str = "key") -> UUID:
     """The first statement of somebody who has not committed yet."""
     stream_id = uuid4()
     await connection.execute("BEGIN")

@@ -157,16 +157,16 @@ async def test_the_last_words_are_sent(dsn: str, remote: Signal):
         assert await heard(claimer)
 
 
-async def test_last_words_to_a_database_that_is_gone_are_given_up(database: Database):
-    signal = Signal(database)
+async def test_last_words_to_a_database_that_is_gone_are_given_up():
+    gone = Database("postgresql://postgres@127.0.0.1:1/none")
+    signal = Signal(gone)
     running = asyncio.create_task(signal.run())
     await asyncio.sleep(0)
-    await database.close()
-    signal._database = Database("postgresql://postgres@127.0.0.1:1/none")
     signal.poke(uuid4())
     running.cancel()
     async with asyncio.timeout(20):
         await asyncio.gather(running, return_exceptions=True)
+    await gone.close()
 
 
 async def test_an_append_pokes(service: Service, signal: Signal):

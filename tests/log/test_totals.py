@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -27,7 +26,7 @@ CALLS = "SELECT calls FROM pg_stat_user_functions WHERE funcname = 'log_horizon'
 
 
 @pytest.fixture
-async def listing(database: Database) -> AsyncIterator[Listing]:
+async def listing(database: Database) -> Listing:
     """Asks for the horizon each time, so that a base stands where the test has brought the log."""
     return Listing(database, EventLog(database, remember=0))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -113,7 +113,7 @@ def _dsn(sockets: Path) -> str:
 
 
 @contextmanager
-def pair() -> Iterator[Pair]:
+def pair() -> Generator[Pair]:
     """A migrated primary and its standby, in folders of their own."""
     home = Path(tempfile.mkdtemp(prefix="sandledger-pair-"))
     home.chmod(0o711)
