@@ -2,11 +2,21 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup engine engine-stop demo run test lint format bench clean
+.PHONY: help setup engine engine-stop demo run test proof lint format bench clean
 .NOTPARALLEL:
 
 # Recipes that use the engine get its address this way.
 with_engine = eval "$$(.ci/engine env 2>/dev/null)"
+
+# The old command of its own, or the new one of the Docker client.
+have_compose = { command -v docker-compose || docker compose version; } >/dev/null 2>&1
+
+# What tests use of the machine. Without an engine those that need it are skipped, unless REQUIRE_ENGINE=1.
+define ready_for_tests
+@.ci/engine start || { [ -z "$${REQUIRE_ENGINE:-}" ] && echo "Tests that need an engine will be skipped."; }
+@$(have_compose) || [ "$$(id -u)" != 0 ] || .ci/apt docker-compose || echo "The test of compose.yaml needs Docker Compose."
+@command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || [ "$$(id -u)" != 0 ] || .ci/apt pgbouncer || echo "The test of poolers needs pgbouncer."
+endef
 
 # Whether nobody holds this lock of the embedded PostgreSQL (app/store/embedded/server.py says which they are).
 free = { [ ! -e .state/postgres/$(1).lock ] || flock -n .state/postgres/$(1).lock true; }
@@ -34,9 +44,13 @@ demo: setup engine ## See it work: sandboxes, crashes and their history, in abou
 run: setup engine ## Serve the API on this machine
 	@$(with_engine); .venv/bin/sandledger serve
 
-test: setup ## Run every test; ARGS="..." goes to pytest, REQUIRE_ENGINE=1 forbids skipping for want of an engine
-	@.ci/engine start || { [ -z "$${REQUIRE_ENGINE:-}" ] && echo "Tests that need an engine will be skipped."; }
-	@$(with_engine); .venv/bin/python -m pytest $(ARGS)
+test: setup ## Run every test in parallel; ARGS="..." goes to pytest (ARGS=-n0: one process), REQUIRE_ENGINE=1 forbids skipping for want of an engine
+	$(ready_for_tests)
+	@$(with_engine); .venv/bin/python -m pytest -n auto --dist worksteal -m "not proof" --durations=20 $(ARGS)
+
+proof: setup ## Run the tests that take minutes, one after the other; ARGS and REQUIRE_ENGINE as for test
+	$(ready_for_tests)
+	@$(with_engine); .venv/bin/python -m pytest -m proof $(ARGS) || { code=$$?; [ $$code = 5 ] || exit $$code; echo "No test is marked as a proof."; }
 
 lint: setup ## Check style, format, types and import arrows
 	.venv/bin/ruff check .

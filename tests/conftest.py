@@ -1,14 +1,17 @@
-"""Shared parts: a real PostgreSQL for the session, a fresh migrated database a test, a real engine where one runs."""
+"""Shared parts: a real PostgreSQL for each process, a fresh migrated database for each test, a real engine if one runs.
+
+The suite runs in one process (`pytest`) or in several (`pytest -n 3`, pytest-xdist). Servers: `tests.support.clusters`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import tempfile
+import signal as signals
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import aiodocker
 import asyncpg
@@ -18,17 +21,20 @@ from app.domain.engine.decide import Sighting
 from app.domain.stream import Actor, ActorKind, Meta
 from app.service.engines import Engines
 from app.service.sandboxes import Service
+from app.store.database.dsn import address
 from app.store.database.migrate import migrate
 from app.store.database.pool import Database
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer
-from tests.support import drift
+from tests.support import clusters, drift
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLATION = uuid.UUID("0198f000-0000-7000-8000-00000000aaaa")
 SIGHTING = Sighting("default", "fake", "fake-engine", "fake-mark", "1", "1")
 STATION = Meta(Actor(ActorKind.RECONCILER, "station", "test"), "test")
+SERVER = "sandledger_server"
+"""The login of servers."""
 
 
 def _run(dsn: str, *statements: str) -> None:
@@ -43,24 +49,55 @@ def _run(dsn: str, *statements: str) -> None:
     asyncio.run(run())
 
 
+_FOLDER = pytest.StashKey[Path]()
+"""The folder of this run's servers, in the process that made it."""
+MAX_WORKERS = 8
+"""All of them share one engine."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder, unless this process was started by the one that made it."""
+    if not hasattr(config, "workerinput"):
+        config.stash[_FOLDER] = clusters.make_folder()
+        # SIGTERM (of `timeout`, of CI) ends the run as Ctrl-C does. Otherwise nobody would stop the servers.
+        signals.signal(signals.SIGTERM, signals.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each worker of pytest-xdist where the folder is."""
+    node.workerinput["clusters"] = str(node.config.stash[_FOLDER])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` means. One process more than there are cores: many tests wait for an engine or for a timer."""
+    return min(len(os.sched_getaffinity(0)) + 1, MAX_WORKERS)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Runs after a failed or interrupted run too, when all workers have ended."""
+    if folder := config.stash.get(_FOLDER, None):
+        clusters.end(folder)
+
+
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[EmbeddedPostgres]:
-    """The embedded server, in a folder of its own."""
-    home = Path(tempfile.mkdtemp(prefix="sandledger-test-"))
-    home.chmod(0o711)  # PostgreSQL runs as an account of its own and must be able to pass through
-    server = EmbeddedPostgres.start(home)
+def postgres(pytestconfig: pytest.Config) -> Iterator[EmbeddedPostgres]:
+    """The embedded server of this process."""
+    worker: dict[str, str] = getattr(pytestconfig, "workerinput", {})
+    folder = Path(worker["clusters"]) if worker else pytestconfig.stash[_FOLDER]
+    server = EmbeddedPostgres.start(clusters.home(folder, worker.get("workerid", "main")))
     try:
         yield server
     finally:
         server.stop()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def template(postgres: EmbeddedPostgres) -> str:
     """A migrated database to copy from."""
     _run(postgres.dsn, "CREATE DATABASE template_test")
-    asyncio.run(migrate(on_database(postgres.dsn, "template_test")))
+    asyncio.run(migrate(on_database(postgres.dsn, "template_test"), admit=address(as_server(postgres.dsn))))
     return "template_test"
 
 
@@ -70,11 +107,26 @@ def on_database(dsn: str, name: str) -> str:
     return f"{head.rpartition('/')[0]}/{name}" + (f"?{query}" if query else "")
 
 
+def cloned(name: str, template: str) -> tuple[str, ...]:
+    """Statements that copy a migrated database, with what belongs to the database itself and is not copied."""
+    return (
+        f"CREATE DATABASE {name} TEMPLATE {template}",
+        # For plain connections of tests; servers pin their own.
+        f"ALTER DATABASE {name} SET search_path = sandledger, public",
+        f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC",
+    )
+
+
+def as_server(dsn: str) -> str:
+    """The same database, as servers log in."""
+    return dsn.replace("postgres@", f"{SERVER}@")
+
+
 @pytest.fixture
 def dsn(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
-    """A fresh database. At the end every stream in it must fold to its head row."""
+    """A fresh database, as its owner. At the end every stream in it must fold to its head row."""
     name = f"t_{uuid.uuid4().hex}"
-    _run(postgres.dsn, f"CREATE DATABASE {name} TEMPLATE {template}")
+    _run(postgres.dsn, *cloned(name, template))
     address = on_database(postgres.dsn, name)
     try:
         yield address
@@ -86,7 +138,7 @@ def dsn(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
 @pytest.fixture
 async def database(dsn: str) -> AsyncIterator[Database]:
     """The application's pool on the fresh database."""
-    opened = Database(dsn)
+    opened = Database(as_server(dsn))
     yield opened
     await opened.close()
 

@@ -1,130 +1,98 @@
-"""`create_app`: the router from the tables, Litestar around it, the edge around that. No globals, nothing at import."""
+"""`create_app`: the controllers, Litestar around them, and the two layers around that. Nothing happens at import.
+
+A new endpoint is one handler in one file; a new resource is one line below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Final, cast
 
-from litestar import Litestar, Request, Response, route
-from litestar.enums import HttpMethod
-from litestar.handlers import HTTPRouteHandler
-from litestar.response.base import ASGIResponse
-from msgspec import Struct
+from litestar import Litestar
+from litestar.config.cors import CORSConfig
+from litestar.di import Provide
+from litestar.middleware import AbstractMiddleware
+from litestar.router import Router
+from litestar.routes import HTTPRoute
 
-from app.api import document, page
-from app.api.call import Call
+from app.api import docs, openapi
+from app.api.answers import Answer
+from app.api.auth import built_in
+from app.api.bodies import StrictBody
 from app.api.context import ApiContext
-from app.api.edge import Edge, call_of
+from app.api.controller import ApiController, bound
+from app.api.edge import Edge, Gate
 from app.api.errors import allowed, problem_of
-from app.api.health import ServerState
-from app.api.operations import BOTH_MOUNTS, CONTRACT, SERVER, Operation
+from app.api.health import Server
+from app.api.history import History
+from app.api.lifecycle import Lifecycle
+from app.api.metrics import Metrics
+from app.api.request import ApiRequest, check, principal
 from app.api.sandboxes import Sandboxes
-from app.api.unserved import UNSERVED, Refusing
+from app.api.unserved import refusing
 
-Endpoint: TypeAlias = Callable[[Call], Awaitable[ASGIResponse]]
-AnyRequest: TypeAlias = Request[Any, Any, Any]
-
-
-class Route(Struct, frozen=True):
-    """One method on one path, mounted."""
-
-    method: str
-    path: str
-    endpoint: Endpoint
-    command: str | None = None
-    open: bool = False
+BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (Sandboxes, Lifecycle, History)
+"""Served below `/v1` and at the root, as in the contract."""
+V1_ONLY: Final[tuple[type[ApiController], ...]] = (Metrics,)
+ROOT_ONLY: Final[tuple[type[ApiController], ...]] = (Server, docs.Docs)
+_CORS: Final = CORSConfig(
+    allow_methods=["DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"],
+    expose_headers=[
+        "ETag",
+        "Idempotency-Replayed",
+        "Location",
+        "Preference-Applied",
+        "Retry-After",
+        "X-Request-ID",
+    ],
+)
 
 
 def create_app(context: ApiContext) -> Litestar:
     """The ASGI application. Opens nothing and starts nothing; the context's owner does."""
-    routes = list(_routes(context))
+    authenticate = context.authenticate or built_in(context.api_key, context.sealer)
+    both = [bound(each, context) for each in BOTH_MOUNTS]
     app = Litestar(
-        list(_handlers(routes)),
-        openapi_config=None,
+        [
+            Router("/v1", route_handlers=[*both, *(bound(each, context) for each in V1_ONLY), *refusing()]),
+            Router("/", route_handlers=[*both, *refusing()], include_in_schema=False),
+            *(bound(each, context) for each in ROOT_ONLY),
+        ],
+        request_class=ApiRequest,
+        before_request=cast("Any", check),
+        dependencies={"principal": Provide(cast("Any", principal), sync_to_thread=False)},
+        dto=StrictBody,
+        return_dto=None,
+        exception_handlers={Exception: cast("Any", _refuse)},
+        cors_config=None if authenticate is None else _CORS,
+        openapi_config=openapi.config(docs.router(), docs.LocalSwagger(), docs.Document()),
+        request_max_body_size=None,
         logging_config=None,
         debug=False,
         pdb_on_exception=False,
-        exception_handlers={Exception: _refuse},
     )
-    open_paths = frozenset(each.path for each in routes if each.open)
-    app.asgi_handler = Edge(app.asgi_handler, context, open_paths)
+    router = app.asgi_handler
+    cors = router if isinstance(router, AbstractMiddleware) else None
+    gate = Gate(
+        router if cors is None else cors.app, authenticate, _open_paths(app), loopback_only=context.loopback_only
+    )
+    if cors is not None:
+        cors.app = gate
+    app.asgi_handler = Edge(cors or gate, context, _methods(app))
     return app
 
 
-def _endpoints(context: ApiContext) -> Mapping[str, Endpoint]:
-    sandboxes, server = Sandboxes(context), ServerState(context)
-    return {
-        "createSandbox": sandboxes.create,
-        "listSandboxes": sandboxes.list,
-        "getSandbox": sandboxes.get,
-        "deleteSandbox": sandboxes.delete,
-        "patchSandboxMetadata": sandboxes.patch_metadata,
-        "pauseSandbox": sandboxes.pause,
-        "resumeSandbox": sandboxes.resume,
-        "renewSandboxExpiration": sandboxes.renew,
-        "listSandboxEvents": sandboxes.events,
-        "reportMetricsEvent": sandboxes.report_metrics,
-        "health": server.health,
-        "ready": server.ready,
-        "version": server.version,
-    }
+def _methods(app: Litestar) -> dict[str, str]:
+    """Path -> value of `Allow`. Litestar's own answer to OPTIONS names the methods that were there when it was made."""
+    return {each.path_format: allowed(list(each.methods)) for each in app.routes if isinstance(each, HTTPRoute)}
 
 
-def _routes(context: ApiContext) -> Iterator[Route]:
-    endpoints = _endpoints(context)
-    for operation in (*CONTRACT, *SERVER):
-        for mount in operation.mounts:
-            yield _mounted(operation, mount, endpoints[operation.name])
-    for part in UNSERVED:
-        for path, methods in part.routes.items():
-            for method in methods:
-                refused = Operation(name="", method=method, path=path, summary=part.what, answers={})
-                for mount in BOTH_MOUNTS:
-                    yield _mounted(refused, mount, Refusing(part))
-    described = document.build()
-    for path, endpoint in page.endpoints(described).items():
-        yield Route("GET", path, endpoint, open=True)
+def _open_paths(app: Litestar) -> frozenset[str]:
+    routes = [each for each in app.routes if isinstance(each, HTTPRoute) and not each.path_parameters]
+    return frozenset(each.path for each in routes if any(handler.opt.get("open") for handler in each.route_handlers))
 
 
-def _mounted(operation: Operation, mount: str, endpoint: Endpoint) -> Route:
-    return Route(operation.method, f"{mount}{operation.path}", endpoint, operation.command, operation.open)
-
-
-def _handlers(routes: list[Route]) -> Iterator[HTTPRouteHandler]:
-    methods: dict[str, list[str]] = {}
-    for each in routes:
-        methods.setdefault(each.path, []).append(each.method)
-    for path, taken in methods.items():
-        # First, or Litestar has already made one of its own, which does not know of HEAD.
-        yield _handler(Route("OPTIONS", path, _Options(allowed(taken))))
-    for each in routes:
-        yield _handler(each)
-
-
-def _handler(mounted: Route) -> HTTPRouteHandler:
-    async def handle(request: AnyRequest) -> ASGIResponse:
-        call = call_of(request.scope)
-        call.find_sandbox(request.scope["path_params"])
-        call.command = mounted.command
-        await call.check_length()
-        return await mounted.endpoint(call)
-
-    path = mounted.path.replace("*}", ":path}")
-    typed = "/".join(part.replace("}", ":str}") if ":" not in part else part for part in path.split("/"))
-    return route(typed, http_method=[HttpMethod(mounted.method)], status_code=200)(handle)
-
-
-class _Options:
-    def __init__(self, allow: str) -> None:
-        self._allow = allow
-
-    async def __call__(self, _call: Call) -> ASGIResponse:
-        return ASGIResponse(status_code=204, headers=[("allow", self._allow)], media_type="text/plain")
-
-
-def _refuse(request: AnyRequest, error: Exception) -> Response[bytes]:
-    call = call_of(request.scope)
-    problem = call.problem = problem_of(error, call.request_id)
-    return Response(
-        problem.body, status_code=problem.status, headers=dict(problem.headers), media_type="application/json"
-    )
+def _refuse(request: ApiRequest, error: Exception) -> Answer[bytes]:
+    handler = cast("dict[str, Any]", cast("object", request.scope)).get("route_handler")
+    fields = None if handler is None else handler.parsed_fn_signature.parameters
+    problem = request.call.problem = problem_of(error, request.call.request_id, fields)
+    return Answer(problem.body, *problem.headers, status=problem.status)

@@ -1,7 +1,8 @@
-"""One request, as the endpoints see it: who calls, what they sent, and whether they are still there.
+"""One request from its head to its answer: what the outer layer and the handlers both need to know of it.
 
-Header and query values are parsed on demand and strictly: what does not follow the rule is refused with the name of
-the place, never with its content.
+A `Call` is made by `app.api.edge` before any routing, so it exists for every answer, also for one to a path that does
+not exist. It counts what arrives of the body: an answer may only leave the connection open when the whole body has
+arrived, because the next request begins where the body ends.
 """
 
 from __future__ import annotations
@@ -10,87 +11,104 @@ import asyncio
 import hashlib
 import re
 import uuid
-from collections.abc import Sequence
-from typing import Any, Final
-from urllib.parse import parse_qsl
+from contextlib import suppress
+from typing import Final, Protocol, cast
 from uuid import UUID
 
-from litestar.types import HTTPScope, Receive, ReceiveMessage
+from litestar.types import HTTPScope, Receive, ReceiveMessage, Scope, WebSocketScope
 
 from app import __version__
-from app.api.errors import INVALID_HEADER, Problem, wrong
-from app.domain.sandbox.decide import unknown
-from app.domain.sandbox.events import Actor, Meta
-from app.errors import NotFound
+from app.api.auth import API_KEY, Principal
+from app.api.errors import Problem
+from app.domain.stream import Meta
 
-API_KEY: Final = "open-sandbox-api-key"
-IDEMPOTENCY_KEY: Final = "idempotency-key"
 REQUEST_ID: Final = "x-request-id"
-SINGLE: Final = frozenset({API_KEY, IDEMPOTENCY_KEY, REQUEST_ID, "content-type", "content-length"})
-"""Headers that may stand once. Others may be repeated and then count as one list (RFC 9110, section 5.3)."""
-
-_VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+SINGLE: Final = frozenset({API_KEY, "idempotency-key", REQUEST_ID, "content-type", "content-length", "host"})
+"""Headers that must not be repeated. Others may be, and then count as one list (RFC 9110, section 5.3)."""
+KEY: Final = "sandledger.call"
+"""Where the scope holds the call."""
+LINGER_SECONDS: Final = 2.0
+LINGER_BYTES: Final = 8 * 1024 * 1024
+_PENDING_BYTES = 64 * 1024
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
-_LINGER_BYTES = 8 * 1024 * 1024
-_LINGER_S = 2.0
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Limits(Protocol):
+    """Bounds of a body."""
+
+    @property
+    def body_limit(self) -> int:
+        """Bytes."""
+        ...
+
+    @property
+    def body_idle_seconds(self) -> float:
+        """Between two pieces of it."""
+        ...
+
+    @property
+    def body_total_seconds(self) -> float:
+        """Until its end."""
+        ...
 
 
 class Call:
     """Lives as long as the request."""
 
     __slots__ = (
-        "_idle",
-        "_limit",
-        "_query",
-        "actor",
-        "command",
+        "_receive",
+        "ended",
         "headers",
+        "joined",
+        "limits",
+        "principal",
         "problem",
-        "receive",
         "repeated",
         "request_id",
         "sandbox_id",
         "scope",
+        "stalled",
     )
 
-    def __init__(self, scope: HTTPScope, receive: Receive, actor: Actor, limit: int, idle: float = 30) -> None:
-        """`actor` is who it will be once the key has been found right.
-
-        `limit` bounds the body in bytes, `idle` the seconds between two pieces of it.
-        """
+    def __init__(self, scope: HTTPScope | WebSocketScope, receive: Receive, limits: Limits) -> None:
+        """Reads the head only."""
+        self.limits = limits
         self.scope = scope
-        self.receive = receive
-        self.actor = actor
+        self._receive = receive
         self.headers: dict[str, str] = {}
         self.repeated: str | None = None
-        """A header that must stand once and does not."""
-        self.command: str | None = None
-        """Method and route of a command whose refusal is recorded; None for reads."""
-        self.sandbox_id: UUID | None = None
+        """A header of `SINGLE` that stands more than once."""
+        self.joined = False
+        """Whether another header was repeated, so that `headers` says it differently than the scope."""
+        self.principal: Principal | None = None
+        """Who calls; None until the gate has let the request in, and on open paths."""
         self.problem: Problem | None = None
         """What the answer refuses with, if it does."""
-        self._limit = limit
-        self._idle = idle
-        self._query: dict[str, list[str]] | None = None
+        self.sandbox_id: UUID | None = None
+        """The sandbox that a create is about; other commands name it in the path."""
+        self.stalled = False
+        """Whether the body stopped coming."""
         headers = self.headers
         for raw_name, raw_value in scope["headers"]:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
             if name in headers:
                 if name in SINGLE:
                     self.repeated = name
+                self.joined = True
                 value = f"{headers[name]}, {value}"
             headers[name] = value
         sent = headers.get(REQUEST_ID, "").strip()
-        self.request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        self.request_id = sent if sent and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         """The client's own if it is 1 to 128 visible ASCII characters, else a new one."""
+        self.ended = "transfer-encoding" not in headers and headers.get("content-length", "0").strip() == "0"
+        """Whether the whole body has arrived."""
 
     @property
-    def prefix(self) -> str:
-        """`/v1`, or nothing on the un-prefixed mount."""
-        return "/v1" if self.scope["path"].startswith("/v1/") else ""
+    def who(self) -> Principal:
+        """Who calls. Only behind the gate, and not on open paths."""
+        assert self.principal is not None, "the gate lets nobody through without a principal"
+        return self.principal
 
     @property
     def client(self) -> str | None:
@@ -99,146 +117,93 @@ class Call:
         return peer[0] if peer else None
 
     def meta(self, idempotency_key: str | None = None) -> Meta:
-        """What stands beside every event that this request leads to."""
+        """What is stored beside every event that this request leads to."""
         digest = None if idempotency_key is None else hashlib.sha256(idempotency_key.encode()).hexdigest()
-        return Meta(self.actor, __version__, self.request_id, client=self.client, idempotency_key=digest)
-
-    def sandbox(self) -> UUID:
-        """The id in the path.
-
-        Raises:
-            NotFound: it is none, so no sandbox can have it.
-        """
-        if self.sandbox_id is None:
-            raise NotFound(unknown("").code, "Sandbox ids are UUIDs; there is no sandbox with the id in this path.")
-        return self.sandbox_id
-
-    def find_sandbox(self, parameters: dict[str, Any]) -> None:
-        """Take the id from the path, if it has one."""
-        text = parameters.get("sandboxId", "")
-        if _UUID.fullmatch(text):
-            self.sandbox_id = UUID(text)
-
-    def idempotency_key(self) -> str | None:
-        """The key, if the client sent one."""
-        key = self.headers.get(IDEMPOTENCY_KEY)
-        if key is not None and not _VISIBLE.fullmatch(key):
-            raise Problem(400, INVALID_HEADER, "Idempotency-Key must be 1 to 255 visible ASCII characters.")
-        return key
+        return Meta(self.who.actor, __version__, self.request_id, client=self.client, idempotency_key=digest)
 
     # Body
 
-    async def check_length(self) -> None:
-        """Refuse by the announced length, before anything is kept."""
-        announced = self.headers.get("content-length")
-        if announced is not None and announced.isdecimal() and int(announced[:18]) > self._limit:
-            raise await self._too_large()
+    async def receive(self) -> ReceiveMessage:
+        """ASGI's `receive`, noting the end of the body."""
+        message = await self._receive()
+        self.ended = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
 
-    async def body(self) -> bytes:
-        """All of it, also when it comes in chunks of unannounced length."""
+    async def read(self) -> bytes:
+        """The whole body.
+
+        Raises:
+            Problem: 413, 408, or 400 when the client leaves.
+        """
         chunks: list[bytes] = []
         size = 0
+        limit = self.limits.body_limit
+        until = asyncio.get_running_loop().time() + self.limits.body_total_seconds
         while True:
-            message = await self._next_piece()
+            message = await self._piece(until)
             if message["type"] != "http.request":
                 raise Problem(400, "GENERAL::BAD_REQUEST", "The connection ended before the body did.")
-            chunk, more = message.get("body", b""), message.get("more_body", False)
+            chunk = message.get("body", b"")
             size += len(chunk)
-            if size > self._limit:
-                raise await self._too_large(ended=not more)
+            if size > limit:
+                raise too_large(limit)
             chunks.append(chunk)
-            if not more:
+            if self.ended:
                 return b"".join(chunks)
 
-    async def _next_piece(self) -> ReceiveMessage:
+    async def _piece(self, until: float) -> ReceiveMessage:
+        now, idle = asyncio.get_running_loop().time(), self.limits.body_idle_seconds
         try:
-            async with asyncio.timeout(self._idle):
+            async with asyncio.timeout_at(min(now + idle, until)):
                 return await self.receive()
         except TimeoutError:
+            self.stalled = True
             raise Problem(
-                408,
-                "GENERAL::REQUEST_TIMEOUT",
-                f"Nothing of the body came for {self._idle:g} s.",
-                headers=[("connection", "close")],
+                408, "GENERAL::REQUEST_TIMEOUT", f"The body stopped coming, or took too long. Waited {idle:g} s."
             ) from None
 
-    async def _too_large(self, *, ended: bool = False) -> Problem:
-        """413. A socket that is closed while the client still sends is reset, and the answer may never be read; so
-        what is not absurdly large is read first, and thrown away.
-        """
-        try:
-            async with asyncio.timeout(_LINGER_S):
-                ended = ended or await self._thrown_away(_LINGER_BYTES)
-        except TimeoutError:
-            pass
-        return Problem(
-            413,
-            "GENERAL::BODY_TOO_LARGE",
-            f"A body may have at most {self._limit} bytes.",
-            headers=[] if ended else [("connection", "close")],
-        )
+    async def arrived(self) -> bool:
+        """Take what of the body is here already, without waiting. Says whether that was the rest of it.
 
-    async def _thrown_away(self, most: int) -> bool:
-        """Read on. Says whether that was all."""
+        A client that sent a small body is refused without losing its connection. One that waits for `100 Continue` has
+        sent none; taking a piece would ask it to begin.
+        """
+        if not self.ended and not self.stalled and "expect" not in self.headers:
+            await self._discard(0, _PENDING_BYTES)
+        return self.ended
+
+    async def linger(self) -> None:
+        """Throw the rest of the body away, within bounds, after the answer and before the connection is closed.
+
+        A socket that is closed while the client still sends is reset, and the client may never read the answer.
+        """
+        if not self.stalled:
+            await self._discard(LINGER_SECONDS, LINGER_BYTES)
+
+    async def _discard(self, seconds: float, most: int) -> None:
         size = 0
-        while size <= most:
-            message = await self.receive()
-            if message["type"] != "http.request":
-                return False
-            size += len(message.get("body", b""))
-            if not message.get("more_body", False):
-                return True
-        return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.ended and size <= most:
+                    message = await self.receive()
+                    size += len(message.get("body", b"")) if message["type"] == "http.request" else 0
 
     async def disconnected(self) -> None:
         """Return when the client has gone. Only after the body was read, or where there is none."""
-        while (await self.receive())["type"] != "http.disconnect":
+        while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    # Query
 
-    @property
-    def query(self) -> dict[str, list[str]]:
-        """Decoded; 422 when it is no UTF-8."""
-        if self._query is None:
-            self._query = {}
-            raw = self.scope["query_string"]
-            if raw:
-                try:
-                    pairs = parse_qsl(raw.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=1000)
-                except ValueError:
-                    raise wrong("query", rule="must be percent-encoded UTF-8 with at most 1000 fields") from None
-                for name, value in pairs:
-                    self._query.setdefault(name, []).append(value)
-        return self._query
+def uuid_in(text: str) -> UUID | None:
+    """The sandbox id that a path names; None when it is none."""
+    return UUID(text) if _UUID.fullmatch(text) else None
 
-    def many(self, name: str) -> Sequence[str] | None:
-        """A repeatable parameter; None when absent."""
-        return self.query.get(name)
 
-    def one(self, name: str) -> str | None:
-        """A parameter that may stand once."""
-        values = self.query.get(name)
-        if values is None:
-            return None
-        if len(values) > 1:
-            raise wrong("query", name, rule="may be given once")
-        return values[0]
+def too_large(limit: int) -> Problem:
+    """413."""
+    return Problem(413, "GENERAL::BODY_TOO_LARGE", f"A body may have at most {limit} bytes.")
 
-    def flag(self, name: str) -> bool:
-        """A boolean parameter, false when absent."""
-        text = self.one(name)
-        if text is None:
-            return False
-        if (value := _TRUTH.get(text.lower())) is None:
-            raise wrong("query", name, rule="must be true or false")
-        return value
 
-    def whole(self, name: str, low: int, high: int, default: int) -> int:
-        """A whole number within bounds."""
-        text = self.one(name)
-        if text is None:
-            return default
-        if not _WHOLE.fullmatch(text) or not low <= int(text) <= high:
-            raise wrong("query", name, rule=f"must be a whole number from {low} to {high}")
-        return int(text)
+def call_of(scope: Scope) -> Call:
+    """The call that a request inside the router belongs to."""
+    return cast("dict[str, Call]", cast("object", scope))[KEY]

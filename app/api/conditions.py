@@ -11,18 +11,15 @@ import re
 
 from msgspec import Struct
 
-from app.api.call import Call
 from app.api.errors import INVALID_HEADER, Problem
-from app.domain.sandbox.decide import unknown
 from app.domain.sandbox.state import Sandbox
 from app.errors import PreconditionFailed
-from app.service.sandboxes import Service
 
 _TAG = r'(W/)?"([\x21\x23-\x7e\x80-\xff]*)"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
 _EACH_TAG = re.compile(_TAG)
 _VERSION = re.compile(r"[1-9][0-9]{0,9}")
-# Possessive throughout: spaces may stand almost anywhere, and with backtracking each would double the ways to fail.
+# Possessive throughout. Spaces may stand almost anywhere, and with backtracking each would double the ways to fail.
 _WORD = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _VALUE = rf'(?:"((?:[^"\\]|\\.)*+)"|({_WORD}))'
 _BESIDE = rf"{_WORD}(?:[ \t]*+=[ \t]*+{_VALUE}?+)?+"
@@ -31,9 +28,9 @@ _PREFERENCE = re.compile(
 )
 
 
-def etag(box: Sandbox) -> str:
-    """The strong entity tag of a state."""
-    return f'"{box.version}"'
+def etag(sandbox: Sandbox) -> tuple[str, str]:
+    """The header with the strong entity tag of a state."""
+    return ("etag", f'"{sandbox.version}"')
 
 
 def _tags(header: str, name: str) -> list[tuple[bool, str]]:
@@ -43,60 +40,58 @@ def _tags(header: str, name: str) -> list[tuple[bool, str]]:
     return [(bool(weak), opaque) for weak, opaque in _EACH_TAG.findall(header)]
 
 
-async def expected_version(call: Call, service: Service, tenant: str) -> int | None:
-    """What `If-Match` demands of the sandbox in the path; None = nothing, beyond that it exists.
+def demanded(if_match: str | None) -> frozenset[int] | None:
+    """The versions that `If-Match` allows; None = any."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    tags = _tags(if_match, "If-Match")
+    return frozenset(int(tag) for weak, tag in tags if not weak and _VERSION.fullmatch(tag))
 
-    One tag goes straight into the append's guard. Of several, the one that fits now does.
+
+def present(sandbox: Sandbox, versions: frozenset[int]) -> int:
+    """The version that the sandbox is at, if it is one of these.
 
     Raises:
-        PreconditionFailed: none of the tags can match.
+        PreconditionFailed: it is not.
     """
-    header = call.headers.get("if-match")
-    if header is None or header.strip() == "*":
-        return None
-    versions = {int(tag) for weak, tag in _tags(header, "If-Match") if not weak and _VERSION.fullmatch(tag)}
-    if len(versions) == 1:
-        return versions.pop()
-    loaded = await service.view.load(call.sandbox(), tenant)
-    if loaded is None:
-        raise unknown(call.sandbox())
-    present = loaded[0].version
-    if present not in versions:
+    if sandbox.version not in versions:
         raise PreconditionFailed(
             "SANDLEDGER::VERSION_MISMATCH",
-            f"No tag of If-Match names the sandbox's version, which is {present}; read its ETag again.",
+            f"No tag of If-Match names the sandbox's version, which is {sandbox.version}; read its ETag again.",
         )
-    return present
+    return sandbox.version
 
 
-def not_modified(call: Call, box: Sandbox) -> bool:
+def not_modified(if_none_match: str | None, sandbox: Sandbox) -> bool:
     """Whether `If-None-Match` names the present state."""
-    header = call.headers.get("if-none-match")
-    if header is None:
+    if if_none_match is None:
         return False
-    if header.strip() == "*":
+    if if_none_match.strip() == "*":
         return True
-    return any(tag == str(box.version) for _, tag in _tags(header, "If-None-Match"))
+    return any(tag == str(sandbox.version) for _, tag in _tags(if_none_match, "If-None-Match"))
 
 
 class Preferences(Struct, frozen=True):
-    """What of `Prefer` this server knows."""
+    """The part of `Prefer` that this server follows."""
 
     respond_async: bool = False
     wait: int | None = None
     """Seconds."""
 
     @property
-    def applied(self) -> str | None:
-        """The value of `Preference-Applied`."""
+    def applied(self) -> list[tuple[str, str]]:
+        """The header `Preference-Applied`, or no header."""
         asked = ["respond-async"] if self.respond_async else []
-        return ", ".join([*asked, *([] if self.wait is None else [f"wait={self.wait}"])]) or None
+        value = ", ".join([*asked, *([] if self.wait is None else [f"wait={self.wait}"])])
+        return [("preference-applied", value)] if value else []
 
 
-def preferences(call: Call, longest: int) -> Preferences:
-    """Read `Prefer`; of a preference that is given twice, the first counts. `wait` is cut to `longest`."""
+def preferences(header: str | None, longest: int) -> Preferences:
+    """Read `Prefer`. Of a preference that stands twice, the first counts. `wait` is cut to `longest`."""
+    if not header:
+        return Preferences()
     found: dict[str, str] = {}
-    header, at = call.headers.get("prefer", ""), 0
+    at = 0
     while at < len(header):
         match = _PREFERENCE.match(header, at)
         if match is None:

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from msgspec import Struct, field
 
+from app.api.auth import Authenticate
 from app.runtime.driver import Driver
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
@@ -27,11 +28,14 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     signal: Signal
     database: Database
     driver: Driver
-    """Only asked who it is and what it can do; the worker does the rest."""
+    """Only asked for its name and what it can do; the worker does the rest."""
     installation: UUID
     api_key: str | None = None
-    """None or blank = every request is accepted."""
-    tenant: str = "default"
+    """None or blank = every request is accepted that `app.api.auth` does not refuse."""
+    authenticate: Authenticate | None = None
+    """Whose a key is. None = there is one key, `api_key`, or none."""
+    loopback_only: bool = True
+    """Without keys: whether the header `Host` must name the loopback."""
     max_sandbox_timeout_seconds: int | None = None
     wait_seconds_max: int = 300
     """Longest `Prefer: wait`."""
@@ -40,8 +44,12 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     body_limit: int = 1024 * 1024
     body_idle_seconds: float = 30
     """How long a body may pause on its way."""
+    body_total_seconds: float = 120
+    """How long a body may take altogether."""
     metadata_max_entries: int | None = 256
     worker_alive: Callable[[], bool] | None = None
     """Whether this process's worker runs. None = it has none, and needs no engine."""
+    ready_cache_seconds: float = 2
+    """How long an answer of `/ready` holds."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the process is asked to stop; requests that wait then answer what they have."""

@@ -6,19 +6,23 @@ that only the sealer sees; the event has names and keyed digests.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import msgspec
+import uuid_utils.compat
 
+from app.api.call import Call
 from app.api.context import ApiContext
-from app.api.errors import INVALID_PARAMETER, Issue, malformed
+from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, Issue, Problem, malformed
 from app.api.image import check_image
-from app.api.schema import CreateSandbox
+from app.api.sandbox_wire import CreateSandbox
 from app.domain.sandbox.decide import LATEST
 from app.domain.sandbox.events import Requested
 from app.domain.sandbox.spec import (
+    ALL_GPUS,
     RESTORED_EXTENSION_PREFIX,
     Platform,
     SandboxSpec,
@@ -27,16 +31,18 @@ from app.domain.sandbox.spec import (
     parse_limits,
 )
 from app.errors import Invalid, Unsupported
+from app.service.sandboxes import Outcome
 from app.store.vault.seal import Secrets
 
+_VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 _RESERVED_ENV = "OPENSANDBOX_LIFECYCLE"
 _POOL = "poolRef"
 _RENEW = "access.renew.extend.seconds"
 _ISOLATION = "bootstrap.execd.isolation"
 _RENEW_BOUNDS = (300, 86400)
-_LONGEST_STRING = 128 * 1024 - 1
-"""Bytes of one argument or of one `NAME=value` (Linux's MAX_ARG_STRLEN, less the NUL). A container that is given more
-starts, and its first program dies of "argument list too long", which no engine reports."""
+_MAX_STRING_BYTES = 128 * 1024 - 1
+"""Of one argument or of one `NAME=value` (Linux's MAX_ARG_STRLEN, less the NUL). A container that is given more starts,
+and its first program dies of "argument list too long", which no engine reports."""
 
 
 def check_shape(request: CreateSandbox) -> None:
@@ -59,7 +65,7 @@ def _issues(request: CreateSandbox) -> Iterator[Issue]:
     if _given(extensions.get(_POOL)):
         for name, value in (("lifecycle", request.lifecycle), ("snapshotId", request.snapshot_id)):
             if value is not None:
-                yield _issue(name, "may not stand beside extensions.poolRef")
+                yield _issue(name, "must not stand beside extensions.poolRef")
         return
     if request.credential_proxy is not None and request.credential_proxy.enabled and request.network_policy is None:
         yield _issue("credentialProxy", "needs networkPolicy")
@@ -95,7 +101,7 @@ def _template_issues(request: CreateSandbox) -> Iterator[Issue]:
     }
     for name, value in beside.items():
         if value is not None:
-            yield _issue(name, "may not stand beside templateId")
+            yield _issue(name, "must not stand beside templateId")
     if request.timeout is None:
         yield _issue("timeout", "is required with templateId", "missing")
 
@@ -151,7 +157,7 @@ def check_timeout(timeout: int | None, longest: int | None) -> None:
     except OverflowError:
         fits = False
     if not fits:
-        raise Invalid(INVALID_PARAMETER, "timeout may not reach beyond the year 9998; leave it out for no end.")
+        raise Invalid(INVALID_PARAMETER, "timeout must not reach beyond the year 9998; leave it out for no end.")
 
 
 def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], context: ApiContext) -> Platform | None:
@@ -165,17 +171,16 @@ def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], con
     asked = request.platform
     platform = None if asked is None else check_platform(Platform(asked.os, asked.arch))
     check_timeout(request.timeout, context.max_sandbox_timeout_seconds)
-    parse_limits(request.resource_limits or {})
     check_image(image)
     _check_strings(entrypoint, request.env or {})
     return platform
 
 
 def _check_strings(entrypoint: list[str], env: dict[str, str | None]) -> None:
-    if any(len(argument.encode()) > _LONGEST_STRING for argument in entrypoint):
-        raise Invalid(INVALID_PARAMETER, f"An element of entrypoint may have at most {_LONGEST_STRING} bytes.")
-    if any(len(f"{name}={value}".encode()) > _LONGEST_STRING for name, value in env.items() if value is not None):
-        raise Invalid(INVALID_PARAMETER, f"An entry of env, NAME=value, may have at most {_LONGEST_STRING} bytes.")
+    if any(len(argument.encode()) > _MAX_STRING_BYTES for argument in entrypoint):
+        raise Invalid(INVALID_PARAMETER, f"An element of entrypoint may have at most {_MAX_STRING_BYTES} bytes.")
+    if any(len(f"{name}={value}".encode()) > _MAX_STRING_BYTES for name, value in env.items() if value is not None):
+        raise Invalid(INVALID_PARAMETER, f"An entry of env, NAME=value, may have at most {_MAX_STRING_BYTES} bytes.")
 
 
 def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tuple[Requested, Secrets | None]:
@@ -201,11 +206,35 @@ def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tup
         registry_auth=image.auth is not None,
         platform=platform,
         extensions={k: v for k, v in (request.extensions or {}).items() if k.startswith(RESTORED_EXTENSION_PREFIX)},
-        timeout_s=request.timeout,
     )
-    fingerprint = digest(msgspec.json.encode(request, order="sorted"), "request")
-    event = Requested(context.tenant, context.driver.name, spec, fingerprint, request.metadata or {})
+    limits = parse_limits(spec.resource_limits)
+    gpus = limits.get("gpu")
+    event = Requested(
+        spec,
+        digest(msgspec.json.encode(request, order="sorted"), "request"),
+        request.metadata or {},
+        request.timeout,
+        cpu_nanos=limits.get("cpu"),
+        memory_bytes=limits.get("memory"),
+        gpus=None if gpus == ALL_GPUS else gpus,
+        gpus_all=gpus == ALL_GPUS,
+    )
     if not env and image.auth is None:
         return event, None
     login = image.auth
     return event, Secrets(env, login and login.username, login and login.password)
+
+
+async def begin(context: ApiContext, call: Call, request: CreateSandbox, idempotency_key: str | None) -> Outcome:
+    """Accept a create: the only place of this package that calls `service.create`.
+
+    Raises:
+        Problem, Rejected: a rule is broken, or the key came with another body.
+    """
+    if idempotency_key is not None and not _VISIBLE.fullmatch(idempotency_key):
+        raise Problem(400, INVALID_HEADER, "Idempotency-Key must be 1 to 255 visible ASCII characters.")
+    sandbox_id = uuid_utils.compat.uuid7()
+    event, secrets = accept(request, sandbox_id, context)
+    sealed = None if secrets is None else context.sealer.seal(sandbox_id, secrets)
+    meta = call.meta(idempotency_key)
+    return await context.service.create(sandbox_id, call.who.tenant, event, sealed, meta, key=meta.idempotency_key)

@@ -1,162 +1,203 @@
-"""The outermost layer: what holds for every answer, whatever path, and before any routing.
+"""The two layers around Litestar's router that hold for every answer, whatever the path.
 
-In this order: the request id (taken or made), the preflight of browsers, headers that must not be repeated, the API
-key, and only then the router. Whatever comes out, also from the router's own errors, leaves through `_Answer`, which
-adds the request id, and records refused commands *before* the refusal is sent.
+Litestar runs middleware and guards after routing, so neither sees a request for a path or a method that does not
+exist. Both layers are therefore plain ASGI, and nothing else in this package is.
 
-Keys are compared in constant time. Exempt are exact paths, so `/healthz` needs a key. No key configured = everybody
-may do everything; the server refuses to listen beyond loopback that way.
+`Edge` is the outermost. It makes the `Call` with the request id, answers HEAD as GET without its body (Litestar wants
+a handler of its own for each), adds the request id, and records refused commands before the refusal is sent. Refusals
+of callers without a key are not recorded: a flood of wrong keys must not fill a table. When the record cannot be
+written because the database is away, the refusal is still answered.
 
-Browsers of other origins may call, without credentials, when a key is configured: a page then needs to be told the
-key. Without one no cross-origin header is ever sent, or any page that a developer visits could use the server on their
-own machine; for the same reason bodies must say that they are JSON, which no simple cross-origin request can.
+An answer to a request whose body has not arrived whole says `Connection: close`. The rest of the body is then thrown
+away for two seconds at most, and the connection is closed. Otherwise a caller without a key could announce a huge body,
+send none of it, and hold the connection for ever.
 
-Refusals are recorded for authenticated callers only: a flood of wrong keys must not fill a table. When the record
-cannot be written because the database is away, the refusal is still answered.
+`Gate` lies inside Litestar's CORS layer, because a preflight has no key and a 401 must be readable by the page. It
+lets a request through with its principal, see `app.api.auth`. Browsers of other origins may call, without
+credentials, when keys exist. Without keys no cross-origin header is ever sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
-from typing import Final, cast
+from collections.abc import Mapping
+from typing import Any, Final, cast
 
 import msgspec
-from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
+from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send, WebSocketScope
 
-from app.api.call import API_KEY, Call
+from app.api.auth import ANONYMOUS, API_KEY, Authenticate, check_keyless, principal_of
+from app.api.call import KEY, Call, call_of, uuid_in
 from app.api.context import ApiContext
-from app.api.errors import INVALID_HEADER, Problem, problem_of, unauthorised
-from app.domain.sandbox.events import Actor, ActorKind
+from app.api.errors import INVALID_HEADER, Problem, problem_of
 from app.errors import StoreUnavailable
 
 _LOG = logging.getLogger(__name__)
-_RECORD_WITHIN_S = 5.0
-_EXPOSED = "ETag, Idempotency-Replayed, Location, Preference-Applied, Retry-After, X-Request-ID"
-_ORIGIN: Final = (b"access-control-allow-origin", b"*")
-_PREFLIGHT: Final = [
-    (b"access-control-allow-methods", b"DELETE, GET, HEAD, PATCH, POST, PUT"),
-    (b"access-control-allow-headers", b"*"),
-    (b"access-control-max-age", b"600"),
-]
+_RECORD_WITHIN_SECONDS = 5.0
 _UNRECORDED_FROM = 500
 _UNSERVED = 501
-
-
-def call_of(scope: Scope) -> Call:
-    """The call that a request inside the router belongs to."""
-    return cast("dict[str, Call]", cast("object", scope))["sandledger.call"]
+_CLOSE: Final = (b"connection", b"close")
 
 
 class Edge:
-    """Wraps Litestar's router."""
+    """The outermost layer."""
 
-    def __init__(self, inner: ASGIApp, context: ApiContext, open_paths: frozenset[str]) -> None:
-        """`open_paths` need no key."""
-        key = (context.api_key or "").strip()
+    def __init__(self, inner: ASGIApp, context: ApiContext, methods: Mapping[str, str]) -> None:
+        """Around the CORS layer, the gate and the router. `methods` gives each route's `Allow`."""
         self._inner = inner
+        self._methods = methods
         self._context = context
-        self._open_paths = open_paths
-        self._key = key.encode() or None
-        fingerprint = context.sealer.digest(key.encode(), "api-key")[:12] if key else "none"
-        self._actor = Actor(ActorKind.API_KEY, fingerprint, "default" if key else "anonymous")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
+        if scope["type"] == "websocket":
+            await self._inner(
+                cast("WebSocketScope", cast("object", _routed(Call(scope, receive, self._context)))), receive, send
+            )
+            return
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
-        context = self._context
-        call = Call(scope, receive, self._actor, context.body_limit, context.body_idle_seconds)
-        answer = _Answer(context, call, send, cross_origin=self._key is not None)
-        if self._key is not None and _is_preflight(call):
-            await answer.send_all(204, _PREFLIGHT)
-            return
-        problem = self._admit(call)
-        if problem is not None:
-            await answer.refuse(problem)
-            return
+        call = Call(scope, receive, self._context)
+        routed = _routed(call)
+        answer = _Answering(self._context, call, routed, self._methods, send)
         try:
-            await self._inner(_routed(call), receive, answer)
+            await self._inner(cast("HTTPScope", cast("object", routed)), call.receive, answer)
         except Exception as error:
             if answer.started:
                 raise
-            await answer.refuse(problem_of(error, call.request_id))
-
-    def _admit(self, call: Call) -> Problem | None:
-        if call.repeated is not None:
-            return Problem(400, INVALID_HEADER, f"The header {call.repeated} may be given once.")
-        if self._key is None or call.scope["path"] in self._open_paths:
-            return None
-        key = call.headers.get(API_KEY)
-        if not key:
-            return unauthorised("MISSING_API_KEY", "The header OPEN-SANDBOX-API-KEY is missing.")
-        if not hmac.compare_digest(key.encode("latin-1"), self._key):
-            return unauthorised("INVALID_API_KEY", "The API key is not valid.")
-        return None
+            await _refuse(problem_of(error, call.request_id), answer)
 
 
-def _is_preflight(call: Call) -> bool:
-    return call.scope["method"] == "OPTIONS" and {"origin", "access-control-request-method"} <= call.headers.keys()
-
-
-def _routed(call: Call) -> HTTPScope:
-    """The scope for the router: HEAD is GET whose body is not sent, and the call rides along."""
-    routed: dict[str, object] = {**call.scope, "sandledger.call": call}
-    if call.scope["method"] == "HEAD":
+def _routed(call: Call) -> dict[str, Any]:
+    """The scope for the router. The call rides along, HEAD becomes GET, repeated headers become one."""
+    scope = cast("dict[str, Any]", cast("object", call.scope))
+    routed = {**scope, KEY: call}
+    if scope.get("method") == "HEAD":
         routed["method"] = "GET"
-    return cast("HTTPScope", cast("object", routed))
+    if call.joined:
+        routed["headers"] = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in call.headers.items()]
+    return routed
 
 
-class _Answer:
+class Gate:
+    """Lets a request in, or refuses it."""
+
+    def __init__(
+        self, inner: ASGIApp, authenticate: Authenticate | None, open_paths: frozenset[str], *, loopback_only: bool
+    ) -> None:
+        """Around the router. `authenticate` is None when there are no keys; `open_paths` need none, exactly as
+        they stand.
+        """
+        self._inner = inner
+        self._authenticate = authenticate
+        self._loopback_only = loopback_only
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" or scope["type"] == "websocket":
+            try:
+                self._admit(call_of(scope))
+            except Problem as problem:
+                await _refuse(problem, send, websocket=scope["type"] == "websocket")
+                return
+        await self._inner(scope, receive, send)
+
+    def _admit(self, call: Call) -> None:
+        if call.repeated is not None:
+            raise Problem(400, INVALID_HEADER, f"The header {call.repeated} must not be repeated.")
+        if self._authenticate is None:
+            method = call.scope["method"] if call.scope["type"] == "http" else "CONNECT"
+            check_keyless(call.headers, method, loopback_only=self._loopback_only)
+            call.principal = ANONYMOUS
+        elif call.scope["type"] == "http" and call.scope["path"] in self._open_paths:
+            # A right key shows more there; a wrong one is as good as none.
+            call.principal = self._authenticate(call.headers.get(API_KEY, ""))
+        else:
+            call.principal = principal_of(call.headers, self._authenticate)
+
+
+class _Answering:
     """The `send` of one request."""
 
-    def __init__(self, context: ApiContext, call: Call, send: Send, *, cross_origin: bool) -> None:
+    def __init__(
+        self, context: ApiContext, call: Call, routed: dict[str, Any], methods: Mapping[str, str], send: Send
+    ) -> None:
         self.started = False
         self._context = context
         self._call = call
+        self._routed = routed
+        self._methods = methods
         self._send = send
-        self._headers = [(b"x-request-id", call.request_id.encode())]
-        if cross_origin and "origin" in call.headers:
-            self._headers += [_ORIGIN, (b"access-control-expose-headers", _EXPOSED.encode())]
+        self._head = call.scope["type"] == "http" and call.scope["method"] == "HEAD"
+        self._closing = False
 
     async def __call__(self, message: Message) -> None:
-        """Add what every answer has; drop the body that HEAD does not get."""
+        """Add what every answer has."""
         if message["type"] == "http.response.start":
-            await self._record()
-            self.started = True
-            message["headers"] = [*message["headers"], *self._headers]
-        elif message["type"] == "http.response.body" and self._call.scope["method"] == "HEAD":
-            message["body"] = b""
+            await self._start(message)
+        elif message["type"] == "http.response.body":
+            if self._head:
+                message["body"] = b""
+            if self._closing and not message.get("more_body", False):
+                await self._send({"type": "http.response.body", "body": message["body"], "more_body": True})
+                await self._call.linger()
+                message["body"] = b""
+            await self._send(message)
+        else:
+            await self._send(message)
+
+    async def _start(self, message: Any) -> None:
+        call = self._call
+        if call.problem is not None:
+            await self._record(call.problem)
+        self.started = True
+        headers = [*message["headers"], (b"x-request-id", call.request_id.encode())]
+        if self._routed["method"] == "OPTIONS":
+            allow = self._methods.get(self._routed.get("path_template", ""), "").encode()
+            headers = [(name, allow if name == b"allow" else value) for name, value in headers]
+        if not call.ended and not await call.arrived():
+            self._closing = True
+            headers.append(_CLOSE)
+        message["headers"] = headers
         await self._send(message)
 
-    async def send_all(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes = b"") -> None:
-        """A whole answer."""
-        await self({"type": "http.response.start", "status": status, "headers": headers})
-        await self({"type": "http.response.body", "body": body, "more_body": False})
-
-    async def refuse(self, problem: Problem) -> None:
-        """A whole error answer, from outside the router."""
-        body = problem.body
-        headers = [(name.encode(), value.encode("latin-1")) for name, value in problem.headers]
-        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self.send_all(problem.status, headers, body)
-
-    async def _record(self) -> None:
-        call, problem = self._call, self._call.problem
-        if problem is None or call.command is None:
+    async def _record(self, problem: Problem) -> None:
+        call, command = self._call, _command(self._routed)
+        if command is None or call.principal is None:
             return
         if problem.status >= _UNRECORDED_FROM and problem.status != _UNSERVED:
             return
         try:
-            async with asyncio.timeout(_RECORD_WITHIN_S):
+            async with asyncio.timeout(_RECORD_WITHIN_SECONDS):
                 await self._context.refusals.record(
-                    self._context.tenant,
-                    call.sandbox_id,
-                    call.command,
+                    call.principal.tenant,
+                    call.sandbox_id or uuid_in(self._routed.get("path_params", {}).get("sandboxId", "")),
+                    command,
                     (problem.status, problem.code, problem.message),
                     msgspec.to_builtins(call.meta()),
                 )
         except (StoreUnavailable, TimeoutError) as error:
             _LOG.warning("request %s: refusal %s is not recorded: %s", call.request_id, problem.code, error)
+
+
+async def _refuse(problem: Problem, send: Send, *, websocket: bool = False) -> None:
+    """A whole error answer, from outside the router."""
+    if websocket:  # a handshake that is closed before it is accepted is answered with 403
+        await send({"type": "websocket.close", "code": 1008, "reason": problem.code})
+        return
+    body = problem.body
+    headers = [(name.encode(), value.encode("latin-1")) for name, value in problem.headers]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _command(routed: dict[str, Any]) -> str | None:
+    """Method and route of what changes sandboxes; None for all else, and for what no route takes."""
+    path = routed.get("path_template", "").removeprefix("/v1")
+    if routed["method"] == "GET" or not path.startswith("/sandboxes"):
+        return None
+    return f"{routed['method']} {path.replace('{sandboxId}', '{id}')}"

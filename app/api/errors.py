@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import msgspec
-from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.enums import ParamType
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException, ValidationException
+from litestar.params import ParameterKwarg
+from litestar.typing import FieldDefinition
 from msgspec import UNSET, Struct, UnsetType
 
-from app.errors import Rejected, StoreUnavailable, UnknownEvent
+from app.domain.text import printable
+from app.errors import Rejected, StoreBusy, StoreUnavailable, UnknownEvent
 
 _LOG = logging.getLogger(__name__)
 _PLACE = re.compile(r"^(?P<rule>.*?)(?: - at `(?:key` in `)?\$(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -96,7 +101,35 @@ def from_msgspec(error: msgspec.ValidationError) -> Problem:
     missing = _MISSING.search(rule)
     if missing is not None:
         return wrong(*loc, missing[1], rule="is required", kind="missing")
-    return wrong(*loc, rule=rule[:1].lower() + rule[1:])
+    return wrong(*loc, rule=_lower(rule))
+
+
+def from_parameters(error: ValidationException, fields: Mapping[str, FieldDefinition]) -> Problem:
+    """422 from Litestar's words about parameters, 400 when one of them is a header.
+
+    Litestar names the handler's parameter; clients know the name on the wire.
+    """
+    issues: list[Issue] = []
+    found = cast("list[dict[str, Any]]", error.extra) if isinstance(error.extra, list) else []
+    for each in found:
+        field = fields.get(str(each.get("key", "")).partition(".")[0])
+        definition = None if field is None else field.kwarg_definition
+        if not isinstance(definition, ParameterKwarg) or field is None:
+            continue
+        name, rule = definition.name or field.name, _lower(str(each["message"]))
+        if definition.param_type is ParamType.HEADER:
+            return Problem(400, INVALID_HEADER, f"The header {name} {rule}.")
+        issues.append(Issue((definition.param_type.value, name), rule, "value_error"))
+    return malformed(*issues) if issues else wrong("query", rule="does not fit")
+
+
+def _lower(rule: str) -> str:
+    return rule[:1].lower() + rule[1:]
+
+
+def forbidden(code: str, message: str) -> Problem:
+    """403."""
+    return Problem(403, code, message)
 
 
 def unauthorised(code: str, message: str) -> Problem:
@@ -104,19 +137,21 @@ def unauthorised(code: str, message: str) -> Problem:
     return Problem(401, code, message, headers=[("www-authenticate", 'ApiKey header="OPEN-SANDBOX-API-KEY"')])
 
 
-def problem_of(error: BaseException, request_id: str) -> Problem:
-    """What to answer. Logs what nobody expected."""
+def problem_of(error: BaseException, request_id: str, fields: Mapping[str, FieldDefinition] | None = None) -> Problem:
+    """What to answer. Logs what nobody expected. `fields` are the parameters of the handler, if one was found."""
     match error:
         case Problem():
             return error
         case Rejected():
-            return Problem(error.status, error.code, error.message)
+            return Problem(error.status, error.code, printable(error.message))
         case StoreUnavailable():
             _LOG.warning("request %s: %s", request_id, error)
             return Problem(
                 503,
                 "GENERAL::STORE_UNAVAILABLE",
-                "The database is not reachable at the moment; try again.",
+                "This server is busy: all its database connections are in use; try again."
+                if isinstance(error, StoreBusy)
+                else "The database is not reachable at the moment; try again.",
                 headers=[("retry-after", "2")],
             )
         case UnknownEvent():
@@ -124,15 +159,17 @@ def problem_of(error: BaseException, request_id: str) -> Problem:
             return Problem(
                 503,
                 "SANDLEDGER::NEWER_HISTORY",
-                "What is asked for was written by a newer version, which this one cannot read; upgrade this server, or "
-                "ask one that has been.",
+                "A newer version wrote what you ask for, and this version cannot read it. To see it, upgrade this "
+                "server, or call one that runs the newer version.",
             )
         case NotFoundException():
-            return Problem(404, "GENERAL::NOT_FOUND", "There is no such path; /openapi.json lists what there is.")
+            return Problem(404, "GENERAL::NOT_FOUND", "There is no such path. /openapi.json lists the paths.")
         case MethodNotAllowedException():
             allow = allowed((error.headers or {}).get("allow", "").split(", "))
             message = f"This path takes {allow}."
             return Problem(405, "GENERAL::METHOD_NOT_ALLOWED", message, headers=[("allow", allow)])
+        case ValidationException():
+            return from_parameters(error, fields or {})
         case HTTPException() if error.status_code < 500:  # noqa: PLR2004
             return Problem(error.status_code, "GENERAL::BAD_REQUEST", "The request is not well-formed HTTP.")
         case _:

@@ -12,8 +12,8 @@ import re
 from app.api.errors import INVALID_PARAMETER
 from app.errors import Invalid
 
-_MOST = 255
-"""Characters of host and path each; the engines' own bound."""
+_MAX_CHARACTERS = 255
+"""Of host and path each; the engines' own bound."""
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*+(?<!-))?"
 _HOST = rf"(?:{_LABEL}(?:\.{_LABEL})*+|\[[0-9a-fA-F:]+\])(?::[0-9]{{1,5}})?"
 _PART = r"[a-z0-9]++(?:(?:\.|__?|-++)[a-z0-9]++)*+"
@@ -31,8 +31,8 @@ def check_image(uri: str) -> None:
         Invalid: it is none; the text is not repeated, it may hold a password.
     """
     # Far longer than any reference: not worth matching.
-    found = None if len(uri) > 4 * _MOST else _REFERENCE.fullmatch(uri)
-    if found is None or max(len(found["host"] or ""), len(found["path"])) > _MOST:
+    found = None if len(uri) > 4 * _MAX_CHARACTERS else _REFERENCE.fullmatch(uri)
+    if found is None or max(len(found["host"] or ""), len(found["path"])) > _MAX_CHARACTERS:
         raise Invalid(
             INVALID_PARAMETER,
             "image.uri must be an image reference such as registry.example/team/name:tag, in lower case, without "

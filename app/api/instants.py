@@ -10,7 +10,7 @@ from app.api.errors import INVALID_PARAMETER, wrong
 from app.errors import Invalid
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MOST_SECONDS = 2e10
+_MAX_EPOCH_SECONDS = 2e10
 """Epoch numbers beyond this are milliseconds, as the public server's parser takes them."""
 
 
@@ -28,7 +28,7 @@ def of_epoch_or_text(value: datetime | float) -> datetime:
     try:
         if isinstance(value, datetime):
             return in_utc(value)
-        return _EPOCH + timedelta(seconds=value if abs(value) <= _MOST_SECONDS else value / 1000)
+        return _EPOCH + timedelta(seconds=value if abs(value) <= _MAX_EPOCH_SECONDS else value / 1000)
     except (OverflowError, ValueError):
         raise Invalid(INVALID_PARAMETER, "expiresAt must lie between the years 1 and 9999.") from None
 

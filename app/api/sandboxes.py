@@ -1,187 +1,213 @@
-"""The endpoints of sandboxes: decode, ask the service, encode."""
+"""Sandboxes: create, list, read, delete, change metadata."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-from uuid import uuid5
+from collections.abc import Mapping
+from itertools import takewhile
+from uuid import UUID
 
-import msgspec
-import uuid_utils.compat
-from litestar.response.base import ASGIResponse
+from litestar import delete, get, patch, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import JSONBody
 from msgspec import UNSET
 
-from app.api import schema as wire
-from app.api.body import Body
-from app.api.call import Call
-from app.api.conditions import Preferences, etag, expected_version, not_modified, preferences
-from app.api.context import ApiContext
-from app.api.creation import accept
-from app.api.instants import of_epoch_or_text, parse_instant
-from app.api.lists import list_query
+from app.api import sandbox_wire as wire
+from app.api.answers import Answer, unchanged
+from app.api.commands import execute, sandbox_of
+from app.api.conditions import etag, not_modified, preferences
+from app.api.controller import ApiController
+from app.api.creation import begin
+from app.api.errors import wrong
+from app.api.filters import (
+    DEFAULT_PAGE_SIZE,
+    CursorText,
+    Limit,
+    Metadata,
+    Page,
+    PageNumber,
+    PageSize,
+    States,
+    list_page,
+)
+from app.api.instants import parse_instant
+from app.api.openapi import APPLIED, BODY, COMMAND, ETAG, Documented, header, may_refuse
+from app.api.parameters import (
+    AsOf,
+    IdempotencyKey,
+    IfMatch,
+    IfNoneMatch,
+    IncludeTerminal,
+    Prefer,
+    SandboxId,
+)
+from app.api.request import ApiRequest
 from app.api.waiting import until
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.decide import unknown, visible
+from app.domain.sandbox.decide import visible
 from app.domain.sandbox.state import Phase, Sandbox, fold
-from app.service.sandboxes import Outcome
-from app.store.log.store import StoredEvent
+from app.domain.sandbox.status import Attempt
+from app.views.listing import TooFar
 
 _UNBOUNDED = 2**31
-_encode = msgspec.json.Encoder().encode
 
 
-def answer(body: Any, *headers: tuple[str, str], status: int = 200) -> ASGIResponse:
-    """A struct as JSON."""
-    return ASGIResponse(body=_encode(body), headers=headers, status_code=status)
+class Sandboxes(ApiController):
+    """The collection and its members."""
 
+    path = "/sandboxes"
+    tags = ("sandboxes",)
 
-def empty(status: int, *headers: tuple[str, str]) -> ASGIResponse:
-    """No body."""
-    return ASGIResponse(headers=headers, status_code=status, media_type="text/plain")
+    @post(
+        operation_id="createSandbox",
+        operation_class=Documented,
+        summary="Create a sandbox",
+        status_code=202,
+        response_description="Accepted.",
+        response_headers=[
+            header("Location", "Path of the new sandbox."),
+            ETAG,
+            APPLIED,
+            header("Idempotency-Replayed", "`true` when an earlier request made the sandbox."),
+        ],
+        responses=may_refuse(
+            "SANDBOX::INVALID_PARAMETER",
+            "SANDBOX::INVALID_METADATA_LABEL",
+            "DOCKER::INVALID_ENTRYPOINT",
+            "SANDLEDGER::IDEMPOTENCY_KEY_REUSED",
+            "SANDBOX::API_NOT_SUPPORTED",
+            *BODY,
+        ),
+    )
+    async def create(
+        self,
+        request: ApiRequest,
+        data: JSONBody[wire.CreateSandbox],
+        idempotency_key: IdempotencyKey = None,
+        prefer: Prefer = None,
+    ) -> Answer[wire.CreatedSandbox]:
+        """The answer comes as soon as the request is committed, with state `Pending`. The container follows."""
+        wishes = preferences(prefer, self.context.wait_seconds_max)
+        outcome = await begin(self.context, request.call, data, idempotency_key)
+        sandbox = outcome.sandbox
+        if wishes.wait:
+            sandbox = await until(self.context, request.call, sandbox, _provisioned, wishes.wait)
+        replayed = [("idempotency-replayed", "true")] if outcome.replayed else []
+        location = ("location", f"{request.mount}/sandboxes/{sandbox.id}")
+        pending = sandbox.phase is Phase.PENDING and bool(wishes.wait)
+        attempt = await self.context.service.view.attempt(sandbox.id) if pending else None
+        return Answer(wire.created_body(sandbox, attempt), location, etag(sandbox), *wishes.applied, *replayed)
 
-
-class Sandboxes:
-    """On a context; each public method is an endpoint."""
-
-    def __init__(self, context: ApiContext) -> None:
-        """Keep it."""
-        self._context = context
-        self._service = context.service
-        self._tenant = context.tenant
-        self._create_body = Body(wire.CreateSandbox)
-        self._renew_body = Body(wire.RenewExpiration)
-        self._patch_body: Body[wire.MetadataPatch] = Body(wire.MetadataPatch)
-        self._metrics_body = Body(wire.MetricsEvent)
-
-    async def create(self, call: Call) -> ASGIResponse:
-        """202 when the events are committed; with `Prefer: wait`, when it runs or will not."""
-        context = self._context
-        key = call.idempotency_key()
-        wishes = preferences(call, context.wait_seconds_max)
-        request = await self._create_body.of(call)
-        sandbox_id = uuid_utils.compat.uuid7()
-        if key is not None:  # the same from every replica, so the database finds the repetition
-            sandbox_id = uuid5(context.installation, f"{self._tenant}\0{key}")
-        event, secrets = accept(request, sandbox_id, context)
-        call.sandbox_id = sandbox_id
-        sealed = None if secrets is None else context.sealer.seal(sandbox_id, secrets)
-        outcome = await self._service.create(sandbox_id, event, sealed, call.meta(key))
-        box = await until(context, call, outcome.sandbox, _provisioned, wishes.wait or 0)
-        headers = [("location", f"{call.prefix}/sandboxes/{box.id}"), ("etag", etag(box)), *_applied(wishes)]
-        if outcome.replayed:
-            headers.append(("idempotency-replayed", "true"))
-        return answer(wire.created_body(box), *headers, status=202)
-
-    async def list(self, call: Call) -> ASGIResponse:
-        """A page."""
-        asked = list_query(call, self._tenant)
-        page = await self._context.listing.page(asked.wanted, size=asked.size, offset=asked.offset, after=asked.after)
-        pages = -(-page.total // asked.size)
-        return answer(
+    @get(
+        operation_id="listSandboxes",
+        operation_class=Documented,
+        summary="List sandboxes, newest first",
+        response_description="A page.",
+        responses=may_refuse("INVALID_METADATA_FORMAT", "GENERAL::VALIDATION_ERROR", "SANDBOX::API_NOT_SUPPORTED"),
+    )
+    async def list(
+        self,
+        request: ApiRequest,
+        *,
+        states: States = None,
+        metadata: Metadata = None,
+        page: PageNumber = 1,
+        page_size: PageSize = DEFAULT_PAGE_SIZE,
+        cursor: CursorText = None,
+        limit: Limit = DEFAULT_PAGE_SIZE,
+        include_terminal: IncludeTerminal = False,
+    ) -> Answer[wire.SandboxList]:
+        """Sandboxes of the caller's tenant that have not ended."""
+        size = limit if request.given("limit") else page_size
+        asked = Page(request.given, states, metadata, page, size, cursor, include_terminal)
+        wanted, offset, after, number = list_page(asked, request.tenant)
+        try:
+            found = await self.context.listing.page(wanted, size=size, offset=offset, after=after)
+        except TooFar as error:
+            raise wrong("query", "page", rule=str(error)) from None
+        pending = [sandbox.id for sandbox in found.sandboxes if sandbox.phase is Phase.PENDING]
+        attempts: Mapping[UUID, Attempt] = await self.context.service.view.attempts(pending) if pending else {}
+        pages = -(-found.total // size)
+        return Answer(
             wire.SandboxList(
-                tuple(map(wire.sandbox_body, page.boxes)),
-                wire.Pagination(asked.page, asked.size, page.total, pages, page.next is not None),
-                UNSET if page.next is None else str(page.next),
+                tuple(wire.sandbox_body(sandbox, attempts.get(sandbox.id)) for sandbox in found.sandboxes),
+                wire.Pagination(
+                    number, size, found.total, pages, found.next is not None, found.is_lower_bound or UNSET
+                ),
+                UNSET if found.next is None else str(found.next),
             )
         )
 
-    async def get(self, call: Call) -> ASGIResponse:
-        """One sandbox, as it is or as it was."""
-        sandbox_id = call.sandbox()
-        as_of = call.one("asOf") if call.query else None
+    @get(
+        "/{sandboxId:str}",
+        operation_id="getSandbox",
+        operation_class=Documented,
+        summary="Read a sandbox",
+        response_description="The sandbox.",
+        response_headers=[ETAG],
+        responses={
+            304: ResponseSpec(None, description="The sandbox is still at that version."),
+            **may_refuse("DOCKER::SANDBOX_NOT_FOUND", "GENERAL::VALIDATION_ERROR"),
+        },
+    )
+    async def get(
+        self,
+        request: ApiRequest,
+        sandbox_id: SandboxId,
+        include_terminal: IncludeTerminal = False,
+        as_of: AsOf = None,
+        if_none_match: IfNoneMatch = None,
+    ) -> Answer[wire.SandboxBody]:
+        """The sandbox as it is now, or as it was."""
+        identity, tenant, service = sandbox_of(sandbox_id), request.tenant, self.context.service
         if as_of is None:
-            loaded = await self._service.view.load(sandbox_id, self._tenant)
-            box = None if loaded is None else loaded[0]
+            loaded = await service.view.load(identity, tenant)
+            sandbox = None if loaded is None else loaded[0]
         else:
             instant = parse_instant("asOf", as_of)
-            history = await self._service.history(sandbox_id, self._tenant)
-            box = fold(fact for fact in history if fact.at <= instant)
-        if box is None or not call.flag("includeTerminal"):
-            box = visible(box, sandbox_id)
-        if not_modified(call, box):
-            return empty(304, ("etag", etag(box)))
-        return answer(wire.sandbox_body(box), ("etag", etag(box)))
+            history = await service.history(identity, tenant)
+            # Cut at the first later event: where the clock stepped back, a filter by time would leave holes.
+            sandbox = fold(takewhile(lambda event: event.at <= instant, history))
+        if sandbox is None or not include_terminal:
+            sandbox = visible(sandbox, identity)
+        if not_modified(if_none_match, sandbox):
+            return unchanged(etag(sandbox))
+        now = as_of is None and sandbox.phase is Phase.PENDING
+        attempt = await service.view.attempt(identity) if now else None
+        return Answer(wire.sandbox_body(sandbox, attempt), etag(sandbox))
 
-    async def delete(self, call: Call) -> ASGIResponse:
-        """204 when it has ended for clients; the worker removes the container."""
-        await self._execute(call, cmd.Terminate())
-        return empty(204)
-
-    async def patch_metadata(self, call: Call) -> ASGIResponse:
-        """The sandbox with its new metadata."""
-        patch = await self._patch_body.of(call)
-        most = self._context.metadata_max_entries
-        outcome = await self._execute(call, cmd.PatchMetadata(patch, _UNBOUNDED if most is None else most))
-        return answer(wire.sandbox_body(outcome.sandbox), ("etag", etag(outcome.sandbox)))
-
-    async def renew(self, call: Call) -> ASGIResponse:
-        """The end that now holds."""
-        request = await self._renew_body.of(call)
-        wanted = of_epoch_or_text(request.expires_at)
-        command = cmd.Renew(wanted, self._context.max_sandbox_timeout_seconds)
-        box = (await self._execute(call, command)).sandbox
-        assert box.expires_at is not None, "a renewal of what never expires is refused"
-        return answer(wire.RenewedExpiration(box.expires_at), ("etag", etag(box)))
-
-    async def pause(self, call: Call) -> ASGIResponse:
-        """202; by then it is Paused, if the engine is quick."""
-        return await self._power(call, cmd.Pause(), Phase.PAUSING)
-
-    async def resume(self, call: Call) -> ASGIResponse:
-        """202; by then it is Running, if the engine is quick."""
-        return await self._power(call, cmd.Resume(), Phase.RESUMING)
-
-    async def _power(self, call: Call, command: cmd.Command, under_way: Phase) -> ASGIResponse:
-        wishes = preferences(call, self._context.wait_seconds_max)
-        box = (await self._execute(call, command)).sandbox
-        seconds: float = 0 if wishes.respond_async else self._context.power_wait_seconds
-        if wishes.wait is not None:
-            seconds = wishes.wait
-        done: Callable[[Sandbox], bool] = lambda seen: seen.phase is not under_way  # noqa: E731
-        box = await until(self._context, call, box, done, seconds)
-        return empty(202, ("etag", etag(box)), *_applied(wishes))
-
-    async def _execute(self, call: Call, command: cmd.Command) -> Outcome:
-        sandbox_id = call.sandbox()
-        expected = await expected_version(call, self._service, self._tenant)
-        return await self._service.execute(sandbox_id, command, call.meta(), tenant=self._tenant, if_match=expected)
-
-    async def events(self, call: Call) -> ASGIResponse:
-        """A page of history, of live and ended ones."""
-        sandbox_id = call.sandbox()
-        after = call.whole("after", 0, 2**31 - 1, 0)
-        limit = call.whole("limit", 1, 1000, 100)
-        since = await self._context.listing.since(sandbox_id, self._tenant)
-        if since is None:
-            raise unknown(sandbox_id)
-        found = await self._service.log.history(sandbox_id, self._tenant, after=after, since=since, limit=limit + 1)
-        page = found[:limit]
-        return answer(wire.EventList(tuple(map(_event_body, page)), page[-1].version if len(found) > limit else UNSET))
-
-    async def report_metrics(self, call: Call) -> ASGIResponse:
-        """Checked and accepted."""
-        await self._metrics_body.of(call)
-        return empty(204)
-
-
-def _provisioned(box: Sandbox) -> bool:
-    return box.phase is not Phase.PENDING
-
-
-def _applied(wishes: Preferences) -> list[tuple[str, str]]:
-    return [] if wishes.applied is None else [("preference-applied", wishes.applied)]
-
-
-def _event_body(stored: StoredEvent) -> wire.EventBody:
-    actor = stored.meta["actor"]
-    return wire.EventBody(
-        position=stored.position,
-        version=stored.version,
-        type=stored.type,
-        recorded_at=stored.recorded_at,
-        actor=wire.ActorBody(actor["kind"], actor["id"], actor["name"]),
-        data=stored.data,
-        occurred_at=stored.data.get("occurred_at") or UNSET,
-        request_id=stored.meta.get("request_id") or UNSET,
-        cause=stored.meta.get("cause") or UNSET,
+    @delete(
+        "/{sandboxId:str}",
+        operation_id="deleteSandbox",
+        operation_class=Documented,
+        summary="Delete a sandbox",
+        response_description="The sandbox has ended.",
+        responses=may_refuse(*COMMAND),
     )
+    async def delete(self, request: ApiRequest, sandbox_id: SandboxId, if_match: IfMatch = None) -> Answer[None]:
+        """The sandbox has ended when this answers. Its container is removed after that. Its history stays."""
+        await execute(self.context, request, sandbox_id, cmd.Terminate(), if_match)
+        return Answer(None)
+
+    @patch(
+        "/{sandboxId:str}/metadata",
+        operation_id="patchSandboxMetadata",
+        operation_class=Documented,
+        summary="Change metadata",
+        response_description="The sandbox.",
+        response_headers=[ETAG],
+        responses=may_refuse(
+            "SANDBOX::INVALID_METADATA_LABEL", "INVALID_METADATA_LABEL", "SANDBOX::INVALID_PARAMETER", *COMMAND, *BODY
+        ),
+    )
+    async def patch_metadata(
+        self, request: ApiRequest, sandbox_id: SandboxId, data: JSONBody[wire.MetadataPatch], if_match: IfMatch = None
+    ) -> Answer[wire.SandboxBody]:
+        """Merge patch of depth one (RFC 7396): a string sets, null removes."""
+        most = self.context.metadata_max_entries
+        command = cmd.PatchMetadata(data, _UNBOUNDED if most is None else most)
+        sandbox = (await execute(self.context, request, sandbox_id, command, if_match)).sandbox
+        return Answer(wire.sandbox_body(sandbox), etag(sandbox))
+
+
+def _provisioned(sandbox: Sandbox) -> bool:
+    return sandbox.phase is not Phase.PENDING

@@ -5,16 +5,18 @@ One table. Whoever serves a route takes its line away.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
-from litestar.response.base import ASGIResponse
+from litestar import route
+from litestar.enums import HttpMethod
+from litestar.handlers import HTTPRouteHandler
 from msgspec import Struct
 
-from app.api.call import Call
+from app.api.answers import Answer
 from app.errors import Unsupported
 
-_ONE = "/sandboxes/{sandboxId}"
+_ONE = "/sandboxes/{sandboxId:str}"
 _ALL: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -26,42 +28,46 @@ class Part(Struct, frozen=True):
     """Path -> methods."""
     code: str = "SANDBOX::API_NOT_SUPPORTED"
 
-    @property
-    def refusal(self) -> Unsupported:
-        """As raised."""
-        return Unsupported(self.code, f"{self.what} are not served yet.")
-
 
 UNSERVED: Final = (
-    Part("Endpoints", {f"{_ONE}/endpoints/{{port}}": ("GET",)}),
-    Part("Proxied requests", {f"{_ONE}/proxy/{{port}}": _ALL, f"{_ONE}/proxy/{{port}}/{{rest*}}": _ALL}),
+    Part("Endpoints", {f"{_ONE}/endpoints/{{port:str}}": ("GET",)}),
+    Part("Proxied requests", {f"{_ONE}/proxy/{{port:str}}": _ALL, f"{_ONE}/proxy/{{port:str}}/{{rest:path}}": _ALL}),
     Part("Network policies", {f"{_ONE}/networkpolicy": ("GET", "PUT", "PATCH", "DELETE")}),
     Part("Diagnostics", {f"{_ONE}/diagnostics/{kind}": ("GET",) for kind in ("logs", "events", "inspect", "summary")}),
     Part(
         "Snapshots",
-        {f"{_ONE}/snapshots": ("POST",), "/snapshots": ("GET",), "/snapshots/{snapshotId}": ("GET", "DELETE")},
+        {f"{_ONE}/snapshots": ("POST",), "/snapshots": ("GET",), "/snapshots/{snapshotId:str}": ("GET", "DELETE")},
         "SNAPSHOT::NOT_IMPLEMENTED",
     ),
     Part(
         "Pools",
-        {"/pools": ("POST", "GET"), "/pools/{name}": ("GET", "PUT", "DELETE")},
+        {"/pools": ("POST", "GET"), "/pools/{name:str}": ("GET", "PUT", "DELETE")},
         "KUBERNETES::POOL_NOT_SUPPORTED",
     ),
     Part(
         "Templates",
-        {"/templates": ("POST", "GET"), "/templates/{templateId}": ("GET", "DELETE")},
+        {"/templates": ("POST", "GET"), "/templates/{templateId:str}": ("GET", "DELETE")},
         "FSB::API_NOT_SUPPORTED",
     ),
 )
 
 
-class Refusing:
-    """The endpoint of a part."""
+def refusing() -> Iterator[HTTPRouteHandler]:
+    """A handler for each route: 501, whoever asks for whatever."""
+    for part in UNSERVED:
+        for path, methods in part.routes.items():
+            yield _handler(part, path, methods)
 
-    def __init__(self, part: Part) -> None:
-        """Of this one."""
-        self._part = part
 
-    async def __call__(self, _call: Call) -> ASGIResponse:
-        """501, whoever asks for whatever."""
-        raise self._part.refusal
+def _handler(part: Part, path: str, methods: tuple[str, ...]) -> Any:
+    @route(
+        path,
+        http_method=[HttpMethod(method) for method in methods],
+        status_code=200,
+        include_in_schema=False,
+        sync_to_thread=False,
+    )
+    def refuse() -> Answer[None]:
+        raise Unsupported(part.code, f"{part.what} are not served yet.")
+
+    return refuse

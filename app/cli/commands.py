@@ -14,14 +14,14 @@ import click
 import uvloop
 
 from app import __version__
-from app.cli import doctor, logs, timeline
+from app.cli import doctor, logs, status, timeline
+from app.cli import engines as engine_commands
 from app.cli import keys as key_commands
-from app.cli.demo import play
+from app.cli.demonstration.play import play
 from app.errors import SandledgerError
 from app.server.assembly import open_database
 from app.server.process import Role, run
-from app.settings import Settings, load, redacted_dsn
-from app.store.database.migrate import migrate as run_migrations
+from app.settings import Settings, load
 
 T = TypeVar("T")
 _CONFIG = click.option(
@@ -79,11 +79,12 @@ def cli() -> None:
 @cli.command()
 @_CONFIG
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="all", show_default=True)
-def serve(config: Path | None, role: str) -> None:
+@click.option("--no-migrate", is_flag=True, help="Do not touch the schema; exit when it is older than this version.")
+def serve(config: Path | None, role: str, *, no_migrate: bool) -> None:
     """Run the API and the worker, or one of them."""
     settings = settings_of(config)
     logs.configure(settings.log)
-    go(lambda: run(settings, Role(role), say), loop=settings.server.loop)
+    go(lambda: run(settings, Role(role), say, upgrade=not no_migrate), loop=settings.server.loop)
 
 
 @cli.command()
@@ -93,14 +94,8 @@ def migrate(config: Path | None) -> None:
     settings = settings_of(config)
 
     async def work() -> None:
-        dsn = settings.store.postgresql.dsn
-        if dsn is None:
-            async with open_database(settings, say) as store:
-                say(f"{store.where}: up to date")
-            return
-        done = await run_migrations(dsn)
-        change = "is up to date" if done.before == done.after else f"migrated from {done.before or 'empty'}"
-        say(f"{redacted_dsn(dsn)}: {change}, at {done.after}")
+        async with open_database(settings, say, patient=True) as store:
+            say(f"{store.where}: the schema is up to date")
 
     go(work)
 
@@ -121,6 +116,38 @@ def events(config: Path | None, sandbox: UUID, *, as_json: bool) -> None:
     """Print the event history of SANDBOX, live or gone."""
     settings = settings_of(config)
     go(lambda: timeline.print_history(settings, sandbox, say, as_json=as_json))
+
+
+@cli.command(name="status")
+@_CONFIG
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def show_status(config: Path | None, *, as_json: bool) -> None:
+    """Show engines, queue, deadlines, stuck sandboxes and the log; exit 1 when something is wrong."""
+    settings = settings_of(config)
+    sys.exit(0 if go(lambda: status.show(settings, say, as_json=as_json)) else 1)
+
+
+@cli.group()
+def engines() -> None:
+    """The engines that the log knows."""
+
+
+@engines.command(name="ls")
+@_CONFIG
+@click.option("--json", "as_json", is_flag=True, help="One JSON array.")
+def list_engines(config: Path | None, *, as_json: bool) -> None:
+    """List engines with their state."""
+    settings = settings_of(config)
+    go(lambda: engine_commands.show(settings, say, as_json=as_json))
+
+
+@engines.command(name="trust")
+@_CONFIG
+@click.argument("name")
+def trust_engine(config: Path | None, name: str) -> None:
+    """Follow the log again although engine NAME holds objects from beyond its end, e.g. after a restored backup."""
+    settings = settings_of(config)
+    go(lambda: engine_commands.trust(settings, name, say))
 
 
 @cli.group()

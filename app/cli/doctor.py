@@ -10,6 +10,7 @@ from msgspec import Struct
 from sqlalchemy import func, select
 
 from app.errors import SandledgerError
+from app.runtime.driver import EngineInfo
 from app.server.assembly import docker_driver, open_database
 from app.server.listener import listen
 from app.settings import Settings, check_exposure
@@ -31,6 +32,15 @@ class Finding(Struct, frozen=True):
     subject: str
     fine: bool
     text: str
+    warning: bool = False
+    """A server starts and works, and yet somebody should know."""
+
+    @property
+    def mark(self) -> str:
+        """The word at the start of the line."""
+        if not self.fine:
+            return "FAIL"
+        return "WARN" if self.warning else "ok  "
 
 
 async def examine(settings: Settings, say: Say) -> bool:
@@ -40,10 +50,10 @@ async def examine(settings: Settings, say: Say) -> bool:
         _attempt("port", lambda: _port(settings)),
         _attempt("exposure", lambda: check_exposure(settings) or "not open to the world without a key"),
         *await _store(settings, say),
-        await _engine(settings),
+        *await _engine(settings),
     ]
     for finding in findings:
-        say(f"{'ok  ' if finding.fine else 'FAIL'}  {finding.subject:<11} {finding.text}")
+        say(f"{finding.mark}  {finding.subject:<12} {finding.text}")
     return all(finding.fine for finding in findings)
 
 
@@ -52,7 +62,7 @@ async def _store(settings: Settings, say: Say) -> list[Finding]:
     try:
         async with open_database(settings, say, upgrade=False) as store:
             found.append(Finding("database", fine=True, text=store.where))
-            done = await migrate(store.dsn, apply=False)
+            done = await migrate(store.owner_dsn, apply=False)
             ready = done.before == done.head or not done.known
             newer = "" if done.known else ", written by a newer version"
             advice = "" if ready else "; run `sandledger migrate`, or start a server, which does it"
@@ -89,7 +99,7 @@ async def _inside(settings: Settings, database: Database) -> list[Finding]:
     return found
 
 
-async def _engine(settings: Settings) -> Finding:
+async def _engine(settings: Settings) -> list[Finding]:
     """Also when there is no database to ask who we are: the engine's answer does not depend on it."""
     try:
         driver = docker_driver(settings, UUID(int=0))
@@ -98,8 +108,21 @@ async def _engine(settings: Settings) -> Finding:
         finally:
             await driver.close()
     except SandledgerError as error:
-        return Finding("engine", fine=False, text=str(error))
-    return Finding("engine", fine=True, text=f"{info.name} {info.version} at {info.address}")
+        return [Finding("engine", fine=False, text=str(error))]
+    engine = Finding("engine", fine=True, text=f"{info.kind} {info.version} at {info.address}")
+    return [engine, *_live_restore(info)]
+
+
+def _live_restore(info: EngineInfo) -> list[Finding]:
+    if info.live_restore is None:
+        return []
+    if info.live_restore:
+        return [Finding("live-restore", fine=True, text="on: sandboxes outlive a restart of the engine")]
+    text = (
+        "off: a restart or crash of the engine ends all sandboxes on it; "
+        'set "live-restore": true in its daemon.json and reload it (`systemctl reload docker`)'
+    )
+    return [Finding("live-restore", fine=True, text=text, warning=True)]
 
 
 def _port(settings: Settings) -> str:

@@ -59,6 +59,12 @@ async def ensure_busybox_image(docker: aiodocker.Docker, reference: str = "sandl
     return reference
 
 
+def root_filesystem() -> bytes:
+    """A tar of the root file system that the local image is made of."""
+    busybox = _find_busybox()
+    return _root_file_system(busybox.read_bytes(), _applets(busybox))
+
+
 async def _present(docker: aiodocker.Docker, reference: str) -> bool:
     try:
         await docker.images.inspect(reference)
@@ -70,8 +76,7 @@ async def _present(docker: aiodocker.Docker, reference: str) -> bool:
 
 
 def _image_archive(reference: str, architecture: str) -> bytes:
-    busybox = _find_busybox()
-    layer = _root_file_system(busybox.read_bytes(), _applets(busybox))
+    layer = root_filesystem()
     config = msgspec.json.encode(
         {
             "architecture": architecture,

@@ -7,7 +7,9 @@ import logging.handlers
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from app.domain.text import printable
 from app.settings import LogSettings
 
 _FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s"
@@ -15,7 +17,7 @@ _FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s"
 
 def configure(settings: LogSettings) -> None:
     """Set up the root logger. Libraries that print requests or parameters stay at WARNING."""
-    formatter = logging.Formatter(_FORMAT, "%Y-%m-%dT%H:%M:%S")
+    formatter = _OneLine(_FORMAT, "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     root = logging.getLogger()
     root.setLevel(settings.level.value)
@@ -28,6 +30,19 @@ def configure(settings: LogSettings) -> None:
     if settings.file_enabled:
         access.handlers = [_handler(settings, settings.access_file_path, formatter)]
         access.propagate = False
+
+
+class _OneLine(logging.Formatter):
+    """Escapes control characters: messages repeat what engines and images say. Only a traceback has lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - theirs
+        """The line."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - theirs
+        """The traceback, line by line."""
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
 def _handler(settings: LogSettings, path: Path, formatter: logging.Formatter) -> logging.Handler:

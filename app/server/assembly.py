@@ -8,18 +8,26 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeAlias
 from uuid import UUID
 
+import msgspec
 from litestar import Litestar
 from msgspec import Struct
 
 from app.api.app import create_app
 from app.api.context import ApiContext
+from app.domain.sandbox.deadlines import Limits
+from app.domain.sandbox.quantity import parse_memory, parse_nano_cpus
+from app.errors import SettingsError
 from app.runtime.docker import DockerOptions, connect
+from app.runtime.docker.options import CAPABILITIES
 from app.runtime.driver import Driver
+from app.service.engines import Engines
 from app.service.sandboxes import Service
-from app.settings import Settings, redacted_dsn
+from app.settings import Settings, is_loopback, redacted_dsn
+from app.store.database.dsn import address
 from app.store.database.installation import claim_master_key
-from app.store.database.migrate import migrate
-from app.store.database.pool import Database
+from app.store.database.migrate import Migration, migrate
+from app.store.database.pool import KEPT_BACK, Database
+from app.store.database.waiting import wait_until_there
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
@@ -38,9 +46,14 @@ class Store(Struct, frozen=True):
     """A running, migrated PostgreSQL."""
 
     dsn: str
+    """As servers log in."""
+    owner_dsn: str
+    """As migrations log in; the same when only one is configured."""
     where: str
     """Which, for people; no password."""
     embedded: EmbeddedPostgres | None = None
+    schema: Migration | None = None
+    """As it was found and left."""
 
 
 class Opened(Struct, frozen=True):
@@ -54,6 +67,7 @@ class Opened(Struct, frozen=True):
     driver: Driver
     signal: Signal
     service: Service
+    engines: Engines
 
 
 def docker_driver(settings: Settings, installation: UUID) -> Driver:
@@ -64,7 +78,13 @@ def docker_driver(settings: Settings, installation: UUID) -> Driver:
         network_mode=docker.network_mode,
         api_timeout=docker.api_timeout,
         pull_timeout=docker.pull_timeout_seconds,
+        capabilities=CAPABILITIES if docker.capabilities is None else docker.capabilities,
         drop_capabilities=docker.drop_capabilities,
+        init=docker.init,
+        default_cpu_nanos=_quantity("default_cpu", docker.default_cpu, parse_nano_cpus),
+        default_memory_bytes=_quantity("default_memory", docker.default_memory, parse_memory),
+        max_cpu_nanos=_quantity("max_cpu", docker.max_cpu, parse_nano_cpus),
+        max_memory_bytes=_quantity("max_memory", docker.max_memory, parse_memory),
         apparmor_profile=docker.apparmor_profile,
         seccomp_profile=docker.seccomp_profile,
         no_new_privileges=docker.no_new_privileges,
@@ -76,6 +96,13 @@ def docker_driver(settings: Settings, installation: UUID) -> Driver:
     return connect(options, docker.host)
 
 
+def _quantity(key: str, text: str | None, parse: Callable[[str], int]) -> int | None:
+    try:
+        return None if text is None else parse(text)
+    except ValueError as error:
+        raise SettingsError(f"docker.{key} = {text!r}: {error}") from None
+
+
 def work_policy(settings: Settings) -> WorkPolicy:
     """The worker's numbers."""
     worker = settings.sandledger.worker
@@ -84,49 +111,94 @@ def work_policy(settings: Settings) -> WorkPolicy:
         lease=worker.lease_seconds,
         backoff_base=worker.backoff_base_seconds,
         backoff_max=worker.backoff_max_seconds,
-        poison_attempts=worker.poison_attempts,
-        poison_after=worker.poison_seconds,
         missing_grace=worker.missing_grace_seconds,
-        resync_every=worker.resync_seconds,
+        sweep_every=worker.sweep_seconds,
         orphan_grace=worker.orphan_grace_seconds,
         orphan_dry_run=worker.orphan_dry_run,
         expiry_lease=worker.expiry_lease_seconds,
     )
 
 
+def deadline_limits(settings: Settings) -> Limits:
+    """How long a transition may last."""
+    limits = settings.sandledger.deadlines
+    return Limits(
+        pending_s=limits.pending_seconds,
+        pausing_s=limits.pausing_seconds,
+        resuming_s=limits.resuming_seconds,
+        stopping_s=limits.stopping_seconds,
+    )
+
+
 @asynccontextmanager
-async def open_database(settings: Settings, say: Say, *, upgrade: bool = True) -> AsyncGenerator[Store]:
-    """Start or join the embedded one, or take the configured one; migrate it unless told to leave it as it is."""
+async def open_database(
+    settings: Settings, say: Say, *, upgrade: bool = True, patient: bool = False
+) -> AsyncGenerator[Store]:
+    """Start or join the embedded one, or take the configured one; migrate it unless told to leave it as it is.
+
+    `patient` waits for a configured one that is not there yet.
+    """
     async with AsyncExitStack() as stack:
-        dsn, embedded = settings.store.postgresql.dsn, None
-        if dsn is None:
-            state_dir = settings.sandledger.state_dir
-            embedded = await asyncio.to_thread(EmbeddedPostgres.start, state_dir, say)
-            stack.callback(embedded.stop)
-            dsn, where = embedded.dsn, f"embedded PostgreSQL in {embedded.data_dir}"
-        else:
-            where = redacted_dsn(dsn)
-        done = await migrate(dsn, apply=upgrade)
+        store = await _store(settings, say, stack, settings.sandledger.start_wait_seconds if patient else 0)
+        done = await migrate(
+            store.owner_dsn,
+            apply=upgrade,
+            admit=address(store.dsn) if store.owner_dsn != store.dsn else None,
+            say=say,
+        )
         if done.after != done.before:
             say(f"database: migrated from {done.before or 'empty'} to {done.after}")
         if upgrade and not done.known:
             say(f"database: schema {done.before} was written by a newer version; using it as it is")
-        yield Store(dsn, where, embedded)
+        yield msgspec.structs.replace(store, schema=done)
+
+
+def _check_schema(store: Store) -> None:
+    """Told to leave the schema alone, a server starts only on one that it can use."""
+    found = store.schema
+    if found is not None and found.known and found.after != found.head:
+        raise SettingsError(
+            f"the database schema is at {found.after or 'nothing'}, this version needs {found.head}: run `sandledger "
+            "migrate`, or start without --no-migrate"
+        )
+
+
+async def _store(settings: Settings, say: Say, stack: AsyncExitStack, seconds: float) -> Store:
+    pool = settings.store.postgresql
+    if pool.dsn is None:
+        embedded = await asyncio.to_thread(EmbeddedPostgres.start, settings.sandledger.state_dir, say)
+        stack.callback(embedded.stop)
+        where = f"embedded PostgreSQL in {embedded.data_dir}"
+        return Store(embedded.server_dsn, embedded.dsn, where, embedded)
+    owner = pool.migrate_dsn or pool.dsn
+    # Only for the owner's: the migration may yet have to make the login of the other.
+    await wait_until_there(
+        owner, f"PostgreSQL at {redacted_dsn(owner)}", seconds, say, limit=pool.connect_timeout_seconds
+    )
+    return Store(pool.dsn, owner, redacted_dsn(pool.dsn))
+
+
+def database_of(settings: Settings, store: Store) -> Database:
+    """The connections of this process, within `max_pool_size`."""
+    pool = settings.store.postgresql
+    return Database(
+        store.dsn,
+        min_size=pool.min_pool_size,
+        max_size=pool.max_pool_size - KEPT_BACK,
+        connect_timeout=pool.connect_timeout_seconds,
+        pool_timeout=pool.pool_timeout_seconds,
+    )
 
 
 @asynccontextmanager
-async def opened(settings: Settings, say: Say, make_driver: MakeDriver = docker_driver) -> AsyncGenerator[Opened]:
+async def opened(
+    settings: Settings, say: Say, make_driver: MakeDriver = docker_driver, *, upgrade: bool = True
+) -> AsyncGenerator[Opened]:
     """Everything below the two shells."""
-    pool = settings.store.postgresql
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_database(settings, say))
-        database = Database(
-            store.dsn,
-            min_size=pool.min_pool_size,
-            max_size=pool.max_pool_size,
-            connect_timeout=pool.connect_timeout_seconds,
-            pool_timeout=pool.pool_timeout_seconds,
-        )
+        store = await stack.enter_async_context(open_database(settings, say, upgrade=upgrade, patient=True))
+        _check_schema(store)
+        database = database_of(settings, store)
         stack.push_async_callback(database.close)
         ours = settings.sandledger
         keys, _ = await asyncio.to_thread(
@@ -136,11 +208,14 @@ async def opened(settings: Settings, say: Say, make_driver: MakeDriver = docker_
         installation, in_use = found.id, found.master_key_id or keys.ids[0]
         own_keys = await open_keys(database, keys, in_use)
         sealer = Sealer(keys, own_keys.digest, key_id=in_use)
+        if database.login is not None and database.login.warning is not None:
+            say(f"warning: {database.login.warning}")
         driver = make_driver(settings, installation)
         stack.push_async_callback(driver.close)
         news = Signal(database)
-        service = Service(database, news, driver.can)
-        yield Opened(settings, database, store, installation, sealer, driver, news, service)
+        service = Service(database, news, deadline_limits(settings))
+        engines = Engines(database, news, installation, service.engines)
+        yield Opened(settings, database, store, installation, sealer, driver, news, service, engines)
 
 
 def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Litestar:
@@ -149,7 +224,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
     return create_app(
         ApiContext(
             service=parts.service,
-            listing=Listing(parts.database),
+            listing=Listing(parts.database, parts.service.log),
             refusals=Refusals(parts.database),
             sealer=parts.sealer,
             signal=parts.signal,
@@ -157,6 +232,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
             driver=parts.driver,
             installation=parts.installation,
             api_key=settings.server.api_key,
+            loopback_only=is_loopback(settings.server.host),
             max_sandbox_timeout_seconds=settings.server.max_sandbox_timeout_seconds,
             wait_seconds_max=settings.sandledger.api.wait_seconds_max,
             body_limit=settings.sandledger.api.body_limit_bytes,

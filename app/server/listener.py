@@ -56,7 +56,8 @@ def uvicorn_server(settings: Settings, app: Litestar) -> Listener:
             limit_concurrency=server.limit_concurrency or None,
             backlog=server.backlog,
             timeout_graceful_shutdown=server.timeout_graceful_shutdown,
-            http="h11" if server.http == "h11" else HttpProtocol,
+            # Whatever `server.http` names: only this protocol bounds heads, in bytes and in time.
+            http=HttpProtocol,
             ws="none",
             lifespan="off",
             proxy_headers=False,  # a local caller could otherwise forge the client address in the log

@@ -24,10 +24,11 @@ from sqlalchemy import literal, select
 
 from app import __version__
 from app.errors import RuntimeUnavailable, SettingsError, StoreUnavailable
-from app.server.assembly import MakeDriver, Opened, Say, api_app, docker_driver, opened, work_policy
+from app.server.assembly import MakeDriver, Opened, Say, api_app, deadline_limits, docker_driver, opened, work_policy
 from app.server.listener import listen, uvicorn_server
 from app.settings import Settings, check_exposure
 from app.store.database.statement import Statement
+from app.store.vault.rotation import follow_master_key
 from app.work.worker import Worker
 
 _LOG = logging.getLogger(__name__)
@@ -44,15 +45,21 @@ class Role(StrEnum):
     WORKER = "worker"
 
 
-async def _banner(parts: Opened, address: str | None, say: Say) -> None:
+async def _engine_line(parts: Opened, worker: Worker | None) -> str:
+    if worker is None:
+        return "none needed here; the workers have theirs"
     try:
         async with asyncio.timeout(_BANNER_S):
             info = await parts.driver.check()
-        engine = f"{info.name} {info.version} at {info.address}"
     except TimeoutError:
-        engine = f"NO ANSWER within {_BANNER_S:.0f} s, creates will wait"
+        return f"NO ANSWER within {_BANNER_S:.0f} s, creates will wait"
     except RuntimeUnavailable as error:
-        engine = f"NOT REACHABLE yet, creates will wait: {error}"
+        return f"NOT REACHABLE yet, creates will wait: {error}"
+    return f"{info.kind} {info.version} at {info.address}"
+
+
+async def _banner(parts: Opened, worker: Worker | None, address: str | None, say: Say) -> None:
+    engine = await _engine_line(parts, worker)
     say(f"sandledger {__version__}")
     if address is not None:
         key = "-H 'OPEN-SANDBOX-API-KEY: <your key>' " if parts.settings.server.api_key else ""
@@ -83,8 +90,10 @@ class _Stop:
         self.asked.set()
 
 
-async def run(settings: Settings, role: Role, say: Say, make_driver: MakeDriver = docker_driver) -> None:
-    """Serve until a signal.
+async def run(
+    settings: Settings, role: Role, say: Say, make_driver: MakeDriver = docker_driver, *, upgrade: bool = True
+) -> None:
+    """Serve until a signal. `upgrade` brings the schema to this version first.
 
     Raises:
         SettingsError, StoreUnavailable: the start did not work; the message says what to do.
@@ -97,16 +106,18 @@ async def run(settings: Settings, role: Role, say: Say, make_driver: MakeDriver 
     async with AsyncExitStack() as stack:
         if listener is not None:
             stack.callback(listener.close)
-        parts = await stack.enter_async_context(opened(settings, say, make_driver))
+        parts = await stack.enter_async_context(opened(settings, say, make_driver, upgrade=upgrade))
         worker = None
         if role is not Role.API:
             worker = Worker(
                 database=parts.database,
                 service=parts.service,
                 signal=parts.signal,
+                engines=parts.engines,
                 driver=parts.driver,
                 sealer=parts.sealer,
                 policy=work_policy(settings),
+                limits=deadline_limits(settings),
                 worker_id=f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}",
             )
         await _run(parts, worker, listener, stop, say)
@@ -117,6 +128,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
     async with asyncio.TaskGroup() as tasks:
         news = tasks.create_task(parts.signal.run(), name="signal")
         watch = tasks.create_task(_keep_embedded(parts), name="embedded-postgres")
+        keys = tasks.create_task(follow_master_key(parts.database, parts.sealer), name="master-key")
         working = None if worker is None else tasks.create_task(worker.run(), name="worker")
         http = serving = None
         address = None
@@ -126,7 +138,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
             listener.listen(parts.settings.server.backlog)  # the banner's curl line works from the moment it is read
             host, port = listener.getsockname()[:2]
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        await _banner(parts, address, say)
+        await _banner(parts, worker, address, say)
         await stop.asked.wait()
         if http is not None and serving is not None:
             http.should_exit = True
@@ -135,7 +147,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
             await worker.stop(parts.settings.server.timeout_graceful_shutdown)
             await working
         # Last words of the worker still go out to others before the signal ends.
-        for task in (news, watch):
+        for task in (news, watch, keys):
             task.cancel()
 
 

@@ -1,34 +1,42 @@
-"""The HTTP parser's protocol, with four manners that uvicorn's lacks.
+"""The protocol of one connection: what uvicorn's lacks, before there is a request.
 
 * A request's head is bounded. Parts of a header are joined as they come, so an endless one costs time with the square
-  of its length and memory with its length, of a caller who has shown no key. Beyond `MOST_HEAD` bytes the connection
-  ends with 431. The bound is looked at once per read, so a head that arrives in one piece may be longer by one read
-  (256 KiB); it is a bound on harm, not a measure.
-* A head has `head_within_s` seconds. Half a head, or a connection that says nothing, would otherwise be kept for ever,
+  of its length and memory with its length, of a caller who has shown no key. Beyond `MAX_HEAD_BYTES` the connection
+  ends with 431. The bound is checked once per read, so a head that arrives in one piece may be longer by one read
+  (256 KiB); it bounds the harm and is no exact measure.
+* A head has `head_within_seconds`. Half a head, or a connection that says nothing, would otherwise be kept for ever,
   and as many of them as `limit_concurrency` allows would shut everybody else out.
-* What follows an answer is bounded too: the rest of a body that nobody reads, such as that of a request without a key,
-  and trailers, which are headers again. Beyond `MOST_SPILT` bytes the connection ends without a word.
+* What follows an answer is bounded too, in case that something else than our application answered: beyond
+  `MAX_SPILT_BYTES` the connection ends without a word. (Our application closes such connections itself, see
+  `app.api.edge`.)
 * What is no HTTP is refused in the shape of every other error, with a request id (nothing of the caller's is read:
   what would have been their id is in a head that could not be parsed).
-
-h11, the other parser that the settings allow, bounds a head at 64 KiB by itself.
+* A request beyond `limit_concurrency` first takes the place of a connection that has no request: one whose head is not
+  complete, or an idle one. Otherwise callers without a key could shut everybody out by opening connections and saying
+  nothing. When every other connection has a request, the answer is 503 with `Retry-After`, in the same shape.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import Final
+from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.errors import Problem
 
-MOST_HEAD: Final = 64 * 1024
-MOST_SPILT: Final = 1024 * 1024
+MAX_HEAD_BYTES: Final = 64 * 1024
+MAX_SPILT_BYTES: Final = 1024 * 1024
 _MALFORMED: Final = Problem(400, "GENERAL::BAD_REQUEST", "The request is not well-formed HTTP.")
 _TOO_LARGE: Final = Problem(
-    431, "GENERAL::HEADERS_TOO_LARGE", f"Request line and headers may have at most {MOST_HEAD} bytes."
+    431, "GENERAL::HEADERS_TOO_LARGE", f"Request line and headers may have at most {MAX_HEAD_BYTES} bytes."
+)
+_CROWDED: Final = Problem(
+    503,
+    "GENERAL::TOO_MANY_CONNECTIONS",
+    "The server has too many connections; try again.",
+    headers=[("retry-after", "1")],
 )
 _REASONS: Final = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 
@@ -36,7 +44,8 @@ _REASONS: Final = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 class HttpProtocol(HttpToolsProtocol):
     """One connection."""
 
-    head_within_s = 30.0
+    head_within_seconds = 30.0
+    idle_since: float = 0.0
     _head: int | None = 0
     """Bytes read of a head that is not complete; None while a body is read."""
     _spilt: int = 0
@@ -45,9 +54,16 @@ class HttpProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     """Until when the present head has to be complete; between requests it is uvicorn's keep-alive that ends it."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """As uvicorn makes it. The limit is taken out of uvicorn's hands, whose refusal is plain text."""
+        super().__init__(*arguments, **named)
+        self._limit, self.limit_concurrency = self.limit_concurrency, None
+        self._served = cast("Any", self).app
+
     def connection_made(self, transport: asyncio.Transport) -> None:
         """The first head is awaited."""
         super().connection_made(transport)
+        self.idle_since = asyncio.get_running_loop().time()
         self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -57,7 +73,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _begin_head(self) -> None:
         if self._deadline is None:
-            self._deadline = self.loop.call_later(self.head_within_s, self.transport.close)
+            self._deadline = self.loop.call_later(self.head_within_seconds, self.transport.close)
 
     def _end_head(self) -> None:
         if self._deadline is not None:
@@ -72,21 +88,48 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._head is not None:
-            if self._head > MOST_HEAD:
-                self.logger.warning("A request with more than %s bytes of headers was refused.", MOST_HEAD)
+            if self._head > MAX_HEAD_BYTES:
+                self.logger.warning("A request with more than %s bytes of headers was refused.", MAX_HEAD_BYTES)
                 self._refuse(_TOO_LARGE)
             elif self._head > 0:
                 self._begin_head()
         elif self.cycle.response_complete:
             self._spilt += len(data)
-            if self._spilt > MOST_SPILT:
+            if self._spilt > MAX_SPILT_BYTES:
                 self.transport.close()
 
     def on_headers_complete(self) -> None:
         """The head is over."""
         self._end_head()
         self._head, self._spilt = None, 0
+        self.app: Any = _crowded if self._is_crowded() else self._served
         super().on_headers_complete()
+
+    def _is_crowded(self) -> bool:
+        limit = self._limit
+        if limit is None or (len(self.connections) <= limit and len(self.tasks) < limit):
+            return False
+        return len(self.tasks) >= limit or not self._take_a_place()
+
+    def _take_a_place(self) -> bool:
+        """Close the connection that has waited longest without a request, if there is one."""
+        others = [each for each in cast("set[HttpProtocol]", self.connections) if each is not self]
+        idle = [each for each in others if each.is_idle and not each.transport.is_closing()]
+        if not idle:
+            return False
+        min(idle, key=lambda each: each.idle_since).transport.close()
+        return True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way on this connection."""
+        cycle: Any = self.cycle  # None before the first request
+        return cycle is None or bool(cycle.response_complete)
+
+    def on_response_complete(self) -> None:
+        """Idle again, unless another request waits already."""
+        self.idle_since = asyncio.get_running_loop().time()
+        super().on_response_complete()
 
     def on_message_complete(self) -> None:
         """The next head begins."""
@@ -98,16 +141,24 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(_MALFORMED)
 
     def _refuse(self, problem: Problem) -> None:
-        body = problem.body
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", uuid.uuid4().hex.encode()),
-            (b"connection", b"close"),
-        ]
+        headers = [*self.server_state.default_headers, *_headers(problem)]
         head = b"".join(b"%s: %s\r\n" % header for header in headers)
         self.transport.write(
-            f"HTTP/1.1 {problem.status} {_REASONS[problem.status]}\r\n".encode() + head + b"\r\n" + body
+            f"HTTP/1.1 {problem.status} {_REASONS[problem.status]}\r\n".encode() + head + b"\r\n" + problem.body
         )
         self.transport.close()
+
+
+def _headers(problem: Problem) -> list[tuple[bytes, bytes]]:
+    return [
+        *((name.encode(), value.encode()) for name, value in problem.headers),
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(problem.body)).encode()),
+        (b"x-request-id", uuid.uuid4().hex.encode()),
+        (b"connection", b"close"),
+    ]
+
+
+async def _crowded(_scope: Any, _receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": _CROWDED.status, "headers": _headers(_CROWDED)})
+    await send({"type": "http.response.body", "body": _CROWDED.body, "more_body": False})

@@ -5,30 +5,45 @@ from __future__ import annotations
 from uuid import UUID
 
 import asyncpg
+from sqlalchemy import BigInteger, bindparam, func, select
 
 from app.domain.engine import events as ev
-from app.domain.engine.decide import Command, RecordSighting, Sighting, begin, decide
-from app.domain.engine.state import Engine, evolve, stream_of
+from app.domain.engine.decide import LOG_WENT_BACK, Command, RecordSighting, Sighting, Trust, begin, decide
+from app.domain.engine.state import Engine, EngineState, evolve, stream_of
 from app.domain.stream import PLATFORM_TENANT, Meta
-from app.service.streams import Draft, advance, refuse_newer
-from app.store.database.pool import Database
+from app.errors import SettingsError
+from app.service.streams import Draft, advance, decoded, refuse_newer
+from app.store.database.statement import Connections, Statement
 from app.store.log.append import append, append_statement, create_statement
 from app.store.log.signal import Signal
+from app.store.log.store import EventLog
 from app.store.tables import engines as table
 from app.views import engines
 from app.views.engines import EnginesView
 
 KIND = ev.REGISTRY.kind
+_MAX_POSITION = 2**47
+"""The keys of the announced horizon have room for 48 bits."""
+_SKIP = Statement(select(func.sandledger.log_skip_to(bindparam("position", type_=BigInteger)).label("position")))
 _CREATE = create_statement(KIND, engines.begin)
 _MOVE = append_statement(KIND, table, engines.move)
+
+
+def position_beyond(engine: Engine) -> int | None:
+    """The position beyond the log's end that an object on the engine bears. None = the log did not go back."""
+    word = engine.trouble.rpartition(" ")[2]
+    if engine.state is not EngineState.MISMATCH or not engine.trouble.startswith(f"{LOG_WENT_BACK}:"):
+        return None
+    return min(int(word), _MAX_POSITION) if word.isascii() and word.isdigit() else None
 
 
 class Engines:
     """Commands about engines."""
 
-    def __init__(self, database: Database, signal: Signal, installation: UUID, view: EnginesView) -> None:
+    def __init__(self, database: Connections, signal: Signal, installation: UUID, view: EnginesView) -> None:
         """On an open database."""
         self._database = database
+        self._log = EventLog(database)
         self._signal = signal
         self._installation = installation
         self.view = view
@@ -53,6 +68,11 @@ class Engines:
         assert written is not None, "the guard of a new stream always has its row"
         self._changed(engine_id)
         return advance(evolve, None, draft.recorded(written))
+
+    async def history(self, name: str, *, after: int = 0, limit: int = 1000) -> list[ev.Recorded]:
+        """Events of one engine whose version is above `after`, in order."""
+        stored = await self._log.history(stream_of(self._installation, name), PLATFORM_TENANT, after=after, limit=limit)
+        return [decoded(ev.REGISTRY, one) for one in stored]
 
     async def execute(self, name: str, command: Command, meta: Meta) -> Engine:
         """Decide and append; the state afterwards.
@@ -86,6 +106,27 @@ class Engines:
             if written is not None:
                 self._changed(engine_id)
                 return advance(evolve, before, draft.recorded(written))
+
+    async def trust(self, name: str, meta: Meta) -> Engine:
+        """An operator says that the log, although it went back, is to be followed from here on.
+
+        The log first leaves the positions behind that the objects on the engine bear. So no event gets a position that
+        an event of the lost part had, and the objects are no sign of a lost part any more.
+
+        Raises:
+            SettingsError: there is no such engine, or its log did not go back.
+        """
+        engine = await self.load(name)
+        if engine is None:
+            raise SettingsError(f"no engine named {name} is registered; `sandledger engines ls` shows the names")
+        found = position_beyond(engine)
+        if found is None:
+            raise SettingsError(
+                f"engine {name} is {engine.state}{f' ({engine.trouble})' if engine.trouble else ''}; only an engine "
+                f"whose trouble is {LOG_WENT_BACK} can be trusted"
+            )
+        await self._database.fetch(_SKIP, position=found)
+        return await self.execute(name, Trust(), meta)
 
     def _changed(self, engine_id: UUID) -> None:
         self.view.forget()

@@ -56,8 +56,16 @@ from app.views.current import CurrentView
 from app.views.engines import EnginesView
 
 KIND = ev.REGISTRY.kind
-_ASKS_FOR_WORK = (cmd.Pause, cmd.Resume, cmd.Terminate, cmd.Expire, cmd.EndTransition, cmd.RecordPlaced)
-"""Commands after which a reconciler has something to do. What a reconciler records itself is not among them."""
+_ASKS_FOR_WORK = (
+    cmd.Pause,
+    cmd.Resume,
+    cmd.Terminate,
+    cmd.Expire,
+    cmd.EndTransition,
+    cmd.RecordPlaced,
+    cmd.RecordFetched,
+)
+"""Commands after which a reconciler has something to do. What it records about its own claim is not among them."""
 
 __all__ = ["Outcome", "Service", "StaleVersion"]
 
@@ -295,5 +303,5 @@ def _check_abilities(sandbox: Sandbox, attempt: _Attempt) -> None:
         return
     engine = next((engine for engine in attempt.engines if engine.name == sandbox.engine), None)
     can = Capabilities() if engine is None else engine.capabilities
-    if can.pause is Pausing.NONE:
+    if can.pause == Pausing.NONE:
         raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "The engine of this sandbox cannot pause sandboxes.")

@@ -73,7 +73,16 @@ def decoded(registry: Registry[E], stored: StoredEvent) -> Recorded[E]:
     """
     event = registry.decode(stored.type, stored.schema, stored.data)
     meta = read_meta(stored.meta)
-    return Recorded(stored.position, stored.stream_id, stored.tenant, stored.version, stored.recorded_at, event, meta)
+    return Recorded(
+        stored.position,
+        stored.stream_id,
+        stored.tenant,
+        stored.version,
+        stored.recorded_at,
+        event,
+        meta,
+        stored.schema,
+    )
 
 
 def refuse_newer(kind: str, stream_id: UUID, schema: int, registry: Registry[E]) -> None:

@@ -38,8 +38,8 @@ Environment = Annotated[
 Dsn = Annotated[
     str,
     Meta(
-        pattern=r"^(postgres|postgresql|postgresql\+asyncpg)://",
-        description="a URL that starts with postgresql://, postgres:// or postgresql+asyncpg://",
+        pattern=r"^\s*((postgres|postgresql|postgresql\+asyncpg)://|\w+\s*=)",
+        description="a URL that starts with postgresql://, postgres:// or postgresql+asyncpg://, or libpq's key=value",
         extra={"secret": True},
     ),
 ]
@@ -61,6 +61,7 @@ PreviousMasterKey = Annotated[
         extra={"secret": True, "env_only": "SANDLEDGER_PREVIOUS_MASTER_KEY"},
     ),
 ]
+Quantity = Annotated[str, Meta(pattern=r"^[0-9.]+[a-zA-Z]*\Z", description="a Kubernetes quantity such as 500m or 2Gi")]
 Insecure = Annotated[bool, Meta(extra={"env_only": "OPENSANDBOX_INSECURE_SERVER=YES"})]
 EngineAddress = Annotated[
     str,
@@ -128,7 +129,7 @@ class ServerSettings(Table, frozen=True):
     loop: Literal["auto", "uvloop", "asyncio"] = "auto"
     """Event loop."""
     http: Literal["auto", "httptools", "h11"] = "auto"
-    """HTTP parser."""
+    """Read for compatibility. Every value means httptools, whose heads are bounded in bytes and in time."""
     api_key: ApiKey | None = None
     """The key clients send; None = requests need no key. A blank key in file or environment becomes None."""
     max_sandbox_timeout_seconds: Annotated[int, Meta(ge=60, le=2**31 - 1)] | None = None
@@ -189,18 +190,21 @@ class DockerSettings(Table, frozen=True):
     """Seconds an engine call may take, pulls apart."""
     pull_timeout_seconds: Seconds = 600
     """Seconds an image pull may take."""
-    drop_capabilities: tuple[Text, ...] = (
-        "AUDIT_WRITE",
-        "MKNOD",
-        "NET_ADMIN",
-        "NET_RAW",
-        "SYS_ADMIN",
-        "SYS_MODULE",
-        "SYS_PTRACE",
-        "SYS_TIME",
-        "SYS_TTY_CONFIG",
-    )
-    """Linux capabilities taken from every container."""
+    capabilities: tuple[Text, ...] | None = None
+    """Linux capabilities that containers keep; all others are dropped. None = what engines give by default, without
+    AUDIT_WRITE, MKNOD and NET_RAW."""
+    drop_capabilities: tuple[Text, ...] = ()
+    """Linux capabilities that are taken from those."""
+    init: bool = False
+    """Run the engine's init as process 1 of every container. Images whose own entrypoint is an init fail under it."""
+    default_cpu: Quantity | None = None
+    """CPU limit of a request without one."""
+    default_memory: Quantity | None = None
+    """Memory limit of a request without one."""
+    max_cpu: Quantity | None = None
+    """Highest CPU limit; a request without one gets at most this."""
+    max_memory: Quantity | None = None
+    """Highest memory limit; a request without one gets at most this."""
     apparmor_profile: str = ""
     """Name of an AppArmor profile; empty = the engine's default."""
     seccomp_profile: str = ""
@@ -217,7 +221,7 @@ class DockerSettings(Table, frozen=True):
     """Environment of every sandbox; the request's own values win."""
 
 
-_FEWEST_CONNECTIONS = 3
+_FEWEST_CONNECTIONS = 5
 
 
 class PostgresqlSettings(Table, frozen=True):
@@ -225,10 +229,12 @@ class PostgresqlSettings(Table, frozen=True):
 
     dsn: Dsn | None = None
     """Which server; None = the embedded one. Kept as written."""
+    migrate_dsn: Dsn | None = None
+    """The same database as its owner, for migrations only; None = `dsn`."""
     min_pool_size: CountOrNone = 1
     """Connections that are kept open."""
     max_pool_size: Count = 10
-    """Connections at most."""
+    """Connections at most. Three of them are kept back: two for leases and wake-ups, one to listen."""
     connect_timeout_seconds: Seconds = 5
     """Seconds to wait for a new connection."""
     pool_timeout_seconds: Seconds = 5
@@ -239,7 +245,7 @@ class PostgresqlSettings(Table, frozen=True):
         if self.max_pool_size < _FEWEST_CONNECTIONS:
             raise ValueError(
                 f"max_pool_size ({self.max_pool_size}) must be at least {_FEWEST_CONNECTIONS}: one connection listens,"
-                " one guards a sweep, and the work needs another"
+                " two keep leases, one guards a sweep, and the work needs another"
             )
         if self.min_pool_size > self.max_pool_size:
             raise ValueError(f"min_pool_size ({self.min_pool_size}) exceeds max_pool_size ({self.max_pool_size})")
@@ -260,16 +266,12 @@ class WorkerSettings(Table, frozen=True):
     """Sandboxes one process works on at once."""
     lease_seconds: Seconds = 10
     """Seconds until work claimed by a silent worker is free again; renewed at a third of it."""
-    resync_seconds: Seconds = 300
-    """Seconds between two full comparisons with the engine."""
+    sweep_seconds: Seconds = 300
+    """Seconds between two full comparisons with the engine, by any one of its workers."""
     backoff_base_seconds: Seconds = 1
     """Longest wait, in seconds, before the first retry; doubles with each failure."""
     backoff_max_seconds: Seconds = 300
     """Longest wait, in seconds, before any retry."""
-    poison_attempts: Count = 10
-    """Counted failures a sandbox may have before it is given up, provided `poison_seconds` have passed too."""
-    poison_seconds: Grace = 900
-    """Seconds a sandbox has to have failed for before it is given up."""
     orphan_grace_seconds: Grace = 120
     """Age in seconds below which an object nobody knows is left alone."""
     missing_grace_seconds: Grace = 10
@@ -286,6 +288,19 @@ class WorkerSettings(Table, frozen=True):
                 f"backoff_base_seconds ({self.backoff_base_seconds:g}) exceeds"
                 f" backoff_max_seconds ({self.backoff_max_seconds:g})"
             )
+
+
+class DeadlineSettings(Table, frozen=True):
+    """`[sandledger.deadlines]`: how long a sandbox may stay in a phase that is a transition."""
+
+    pending_seconds: Seconds = 900
+    """Seconds until a sandbox that does not run yet has failed."""
+    pausing_seconds: Seconds = 60
+    """Seconds until a pause that does not happen is given up; the sandbox stays Running."""
+    resuming_seconds: Seconds = 60
+    """Seconds until a resume that does not happen is given up; the sandbox stays Paused."""
+    stopping_seconds: Seconds = 60
+    """Seconds until a removal that does not end is reported; each next report waits twice as long."""
 
 
 class ApiSettings(Table, frozen=True):
@@ -310,7 +325,10 @@ class SandledgerSettings(Table, frozen=True):
     """That key itself; wins over `master_key_file`."""
     previous_master_key: PreviousMasterKey | None = None
     """The key that was in use before a rotation; it only opens what it sealed."""
+    start_wait_seconds: Grace = 60
+    """Seconds that a server waits at its start for a database that is not there yet; 0 = not at all."""
     worker: WorkerSettings = WorkerSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
     api: ApiSettings = ApiSettings()
 
 

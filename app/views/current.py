@@ -7,7 +7,7 @@ appended to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
@@ -23,15 +23,16 @@ from sqlalchemy import (
     Text,
     Uuid,
     and_,
+    any_,
     bindparam,
     case,
     func,
     literal_column,
     select,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.events import EndCause
 from app.domain.sandbox.observed import Address, Waiting
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.sandbox.state import Desired, Ending, Failure, Runtime, RuntimeState, Sandbox
@@ -128,7 +129,7 @@ def _always(sandbox: Sandbox) -> dict[str, Any]:
         "generation": sandbox.generation,
         "run": sandbox.run,
         "gpus": sandbox.gpus,
-        "end_cause": sandbox.ending and sandbox.ending.cause.value,
+        "end_cause": sandbox.ending and sandbox.ending.cause,
         "ended_by": sandbox.ending and sandbox.ending.by,
     }
 
@@ -174,15 +175,16 @@ _LOAD = Statement(select(*COLUMNS, func.clock_timestamp().label("now")).where(_B
 _LOCK = Statement(select(*COLUMNS, func.clock_timestamp().label("now")).where(_BY_ID).with_for_update())
 _Q = reconcile_queue.c
 _NOW = func.clock_timestamp()
-_ATTEMPT = Statement(
+_ATTEMPTS = Statement(
     select(
+        _Q.stream_id,
         (_Q.lease_until > _NOW).label("claimed"),
         ((_Q.due_at <= _NOW) & _Q.lease_owner.is_(None)).label("waits_for_slot"),
         _Q.attempts,
         _Q.last_reason,
         _Q.last_error,
         _Q.progress,
-    ).where(_Q.stream_id == bindparam("id", type_=Uuid))
+    ).where(_Q.stream_id == any_(bindparam("ids", type_=ARRAY(Uuid))))
 )
 
 
@@ -208,17 +210,12 @@ class CurrentView:
 
     async def attempt(self, sandbox_id: UUID) -> Attempt | None:
         """How the queue stands about a Pending sandbox. None = it is not in the queue."""
-        row = await self._database.fetch_one(_ATTEMPT, id=sandbox_id)
-        if row is None:
-            return None
-        return Attempt(
-            bool(row["claimed"]),
-            bool(row["waits_for_slot"]),
-            row["attempts"],
-            row["last_reason"],
-            row["last_error"],
-            row["progress"],
-        )
+        return (await self.attempts([sandbox_id])).get(sandbox_id)
+
+    async def attempts(self, sandbox_ids: Sequence[UUID]) -> Mapping[UUID, Attempt]:
+        """The same of several; those that are not in the queue are left out."""
+        rows = await self._database.fetch(_ATTEMPTS, ids=list(sandbox_ids))
+        return {UUID(int=stream_id.int): Attempt(bool(claimed), *rest) for stream_id, claimed, *rest in rows}
 
 
 Fetch = Callable[..., Any]
@@ -294,6 +291,6 @@ def _from_row(row: asyncpg.Record) -> Sandbox:
         address=None if address is None else _decode_address(address),
         waiting=None if waiting is None else _decode_waiting(waiting),
         failure=None if failure is None else _decode_failure(failure),
-        ending=None if ended_at is None else Ending(ended_at, EndCause(row["end_cause"]), row["ended_by"]),
+        ending=None if ended_at is None else Ending(ended_at, row["end_cause"], row["ended_by"]),
         closed_at=row["closed_at"],
     )

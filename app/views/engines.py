@@ -1,4 +1,8 @@
-"""The `engines` row as head of the stream. Placement and status read the few rows at most once a second."""
+"""The `engines` row as head of the stream. Placement and status read the few rows at most once a second.
+
+Two columns are not folded from events, because they move all the time: `last_seen_at`, written by every worker that has
+reached the engine and found it to be the right one, and `swept_at`, through which one worker at a time takes the sweep.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,27 @@ from uuid import UUID
 
 import asyncpg
 import msgspec
-from sqlalchemy import Boolean, Text, Uuid, bindparam, case, func, select, update
+from msgspec import Struct
+from sqlalchemy import (
+    Boolean,
+    DateTime,
+    Double,
+    Interval,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    func,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 
 from app.domain.engine.events import Capacity
 from app.domain.engine.state import Engine, EngineState
 from app.domain.sandbox.observed import Capabilities
-from app.store.database.pool import Database
-from app.store.database.statement import Statement
+from app.store.database.statement import Connections, Statement
 from app.store.log.append import Effect, Parts, head_columns, insert_head, update_head
 from app.store.tables import engines
 
@@ -30,6 +48,7 @@ _ALWAYS = (
     _E.epoch,
     _E.state,
     _E.trouble,
+    _E.trusted_position,
     _E.labels,
     _E.capabilities,
     _E.capacity,
@@ -40,13 +59,26 @@ COLUMNS = tuple(column for column in engines.c if column.name not in ("last_seen
 """The folded columns."""
 _ALL = Statement(select(*COLUMNS).order_by(_E.name))
 _LOAD = Statement(select(*COLUMNS, func.clock_timestamp().label("now")).where(_E.id == bindparam("id", type_=Uuid)))
-_SEEN = Statement(
+_STANDINGS = Statement(
+    select(*COLUMNS, _E.last_seen_at, _E.swept_at, func.clock_timestamp().label("now")).order_by(_E.name)
+)
+_NOW = select(func.clock_timestamp()).scalar_subquery()
+_SECOND = literal_column("interval '1 second'", Interval)
+_NAMED = _E.name == bindparam("name", type_=Text)
+
+
+def _older(column: Any, seconds: str) -> Any:
+    return or_(column.is_(None), column <= _NOW - bindparam(seconds, type_=Double) * _SECOND)
+
+
+_SEEN = Statement(update(engines).where(_NAMED, _older(_E.last_seen_at, "age")).values(last_seen_at=_NOW))
+_CLAIM_SWEEP = Statement(
+    update(engines).where(_NAMED, _older(_E.swept_at, "age")).values(swept_at=_NOW).returning(_E.swept_at)
+)
+_RETURN_SWEEP = Statement(
     update(engines)
-    .where(_E.name == bindparam("name", type_=Text))
-    .values(
-        last_seen_at=func.clock_timestamp(),
-        swept_at=case((bindparam("swept", type_=Boolean), func.clock_timestamp()), else_=_E.swept_at),
-    )
+    .where(_NAMED, _E.swept_at == bindparam("claimed", type_=DateTime(timezone=True)))
+    .values(swept_at=None)
 )
 _encode = msgspec.json.Encoder().encode
 _decode_labels = msgspec.json.Decoder(dict[str, str]).decode
@@ -82,6 +114,7 @@ def values(engine: Engine) -> dict[str, Any]:
         "epoch": engine.epoch,
         "state": engine.state.value,
         "trouble": engine.trouble,
+        "trusted_position": engine.trusted_position,
         "labels": _encode(engine.labels).decode(),
         "capabilities": _encode(engine.capabilities).decode(),
         "capacity": _encode(engine.capacity).decode(),
@@ -90,10 +123,27 @@ def values(engine: Engine) -> dict[str, Any]:
     }
 
 
-class EnginesView:
-    """Reads of engines."""
+class Standing(Struct, frozen=True):
+    """An engine at the moment of reading."""
 
-    def __init__(self, database: Database) -> None:
+    engine: Engine
+    now: datetime
+    last_seen_at: datetime | None
+    """When a worker last reached it and found it to be the right one."""
+    swept_at: datetime | None
+    """When the last sweep began; None = none yet, or it failed."""
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since a worker last reached it."""
+        since = self.last_seen_at or self.engine.state_since
+        return (self.now - since).total_seconds()
+
+
+class EnginesView:
+    """Reads of engines, and the two columns that are not folded."""
+
+    def __init__(self, database: Connections) -> None:
         """On an open database."""
         self._database = database
         self._known: tuple[Engine, ...] = ()
@@ -124,9 +174,23 @@ class EnginesView:
         row = await self._database.fetch_one(_LOAD, id=engine_id)
         return None if row is None else (from_row(row), row["now"])
 
-    async def saw(self, name: str, *, swept: bool = False) -> None:
-        """A worker reached the engine just now."""
-        await self._database.fetch(_SEEN, name=name, swept=swept)
+    async def standings(self) -> Sequence[Standing]:
+        """All engines as they are now, with what is not folded."""
+        rows = await self._database.fetch(_STANDINGS)
+        return [Standing(from_row(row), row["now"], row["last_seen_at"], row["swept_at"]) for row in rows]
+
+    async def saw(self, name: str, *, throttle: float) -> None:
+        """A worker reached the engine just now. Written when the last time is more than `throttle` seconds ago."""
+        await self._database.fetch(_SEEN, name=name, age=throttle)
+
+    async def claim_sweep(self, name: str, *, age: float) -> datetime | None:
+        """Take the sweep of an engine when the last one began at least `age` seconds ago. None = it is not due."""
+        row = await self._database.fetch_one(_CLAIM_SWEEP, name=name, age=age)
+        return None if row is None else row["swept_at"]
+
+    async def return_sweep(self, name: str, claimed: datetime) -> None:
+        """The sweep did not end well: it is due again, unless another began since."""
+        await self._database.fetch(_RETURN_SWEEP, name=name, claimed=claimed)
 
 
 def from_row(row: asyncpg.Record) -> Engine:
@@ -150,4 +214,5 @@ def from_row(row: asyncpg.Record) -> Engine:
         server_version=row["server_version"],
         api_version=row["api_version"],
         trouble=row["trouble"],
+        trusted_position=row["trusted_position"],
     )

@@ -12,36 +12,64 @@ class WorkPolicy(Struct, frozen=True):
 
     concurrency: int = 16
     """Sandboxes one worker works on at once."""
-    tenant_share: int = 8
-    """Rows one tenant may get in one round of claiming, a lane; further rounds follow while slots are free."""
+    tenant_slots: int | None = None
+    """Slots that one tenant may hold; None = `concurrency`. `spare_slots` stay for the others in any case."""
+    spare_slots: int = 4
+    """Slots beyond `concurrency`, which a tenant that holds its share already does not get."""
     lease: float = 10
     """After this long without a sign of life of its holder a claim is free again. Extended at a third."""
-    probe: float = 1
-    """How often the holder of a long step asks whether something else is wanted by now."""
     poll: float = 1
     """Longest wait for news; a lost notification costs no more than this."""
+    claim_every: float = 0.01
+    """Shortest time from one claim statement to the next; what becomes due meanwhile is claimed together."""
     backoff_base: float = 1
     backoff_max: float = 300
     removal_retry_max: float = 300
     """Longest wait between two tries to remove; removal never gives up."""
-    poison_attempts: int = 10
-    """Counted failures before a sandbox is given up, provided `poison_after` has passed as well."""
-    poison_after: float = 900
     breaker_base: float = 1
     breaker_max: float = 30
     """Longest wait between two questions to an engine that is not there."""
     missing_grace: float = 10
     """How long an engine has to say "none" before it is believed."""
-    resync_every: float = 300
-    resync_tick: float = 10
-    """How often it is asked whether a sweep is due, or owed since one failed or the engine was away."""
+    engine_check: float = 5
+    """Longest wait for an engine that is asked who it is; one that hangs is noticed by this."""
+    engine_beat: float = 5
+    """How often an engine that is well is asked who it is."""
+    engine_probe: float = 1
+    """How often an engine that is away, or is not the right one, is asked. Work resumes this soon after an outage."""
+    seen_throttle: float = 3
+    """`engines.last_seen_at` is written when it is older than this."""
+    dark_after: float = 15
+    """An engine that no worker has reached for this long is dark."""
+    sweep_every: float = 300
+    """How often an engine is compared as a whole, by any one of its workers."""
+    sweep_tick: float = 10
+    """How often a worker asks whether a sweep is due."""
+    sweep_page: int = 500
+    """Sandboxes that a sweep reads in one statement."""
+    sweep_confirm: float = 60
+    """A worker that saw orphans or leftovers compares once more after this."""
+    exit_settle: float = 0.5
+    """An exit that is younger than this may be a restart from outside that is under way."""
+    place_again: float = 5
+    """How long a sandbox rests for which no engine had room, when no engine comes."""
+    newer_wait: float = 30
+    """How long a stream that a newer version has written to is left alone."""
+    pulls: int = 8
+    """Images that one worker has pulled at once."""
+    tenant_pulls: int = 6
+    """Pulls of them that one tenant may have."""
+    progress_every: float = 1
+    """How often the progress of a pull is written, and its sandboxes are kept waiting."""
+    stall_after: float = 60
+    """A loop that has not gone round for this long stands still, and the worker is not alive."""
     stranded_after: float = 30
     """Age at which a sandbox that wants work and has no queue row is called a bug."""
     orphan_grace: float = 120
     orphan_dry_run: bool = False
     hint_window: float = 0.05
     """Hints of this long go to the queue together."""
-    uncut: float = 10
+    create_grace: float = 10
     """How long a stop waits for creates under way, which are not cut; an engine that hangs must not hold it up."""
     expiry_lease: float = 4
     expiry_concurrency: int = 8
@@ -50,6 +78,16 @@ class WorkPolicy(Struct, frozen=True):
     def heartbeat(self) -> float:
         """How often leases are extended."""
         return self.lease / 3
+
+    @property
+    def slots(self) -> int:
+        """Slots in all."""
+        return self.concurrency + self.spare_slots
+
+    @property
+    def share(self) -> int:
+        """Slots that one tenant may hold."""
+        return min(self.tenant_slots or self.concurrency, self.concurrency)
 
     @property
     def grace(self) -> timedelta:

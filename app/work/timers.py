@@ -7,7 +7,9 @@ question under way, then shuts the scheduler down from another thread, because A
 its thread may hold while it waits for the loop.
 
 **How it fails.** APScheduler does not guard all calls of a store; an exception there would end its thread for good. So
-`ask` never raises: it has a fallback for every question. Jobs that fail are logged and fire again by their trigger.
+`ask` never raises: it has a fallback for every question. Jobs that fail are logged and fire again by their trigger. A
+job that never ends is not started again, and one slot of the executor is gone. `alive` is false when the thread has
+ended or has asked nothing for a while, and when a job runs for longer than any job may.
 """
 
 # APScheduler 3 ships without types.
@@ -93,6 +95,12 @@ class LoopExecutor(BaseExecutor):
         self._loop = loop
         self._slots = asyncio.Semaphore(concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._running: dict[str, float] = {}
+
+    @property
+    def longest(self) -> float:
+        """For how many seconds the job that began first has been running; 0 when none runs."""
+        return time.monotonic() - min(self._running.values()) if self._running else 0.0
 
     @property
     def waiting(self) -> int:
@@ -110,6 +118,7 @@ class LoopExecutor(BaseExecutor):
     async def _run(self, job: Any) -> None:
         try:
             async with self._slots:
+                self._running[job.id] = time.monotonic()
                 await job.func(*job.args)
         except Exception as error:  # noqa: BLE001 - one job's error is its own
             self._run_job_error(job.id, error, error.__traceback__)
@@ -118,6 +127,8 @@ class LoopExecutor(BaseExecutor):
             raise
         else:
             self._run_job_success(job.id, [])
+        finally:
+            self._running.pop(job.id, None)
 
     async def drain(self, grace: float) -> None:
         """Let what was submitted finish, then cancel it."""
@@ -131,8 +142,9 @@ class LoopExecutor(BaseExecutor):
 class Timers:
     """The scheduler of one worker."""
 
-    def __init__(self, concurrency: int) -> None:
-        """Inside a running loop."""
+    def __init__(self, concurrency: int, *, stuck_after: float = 600) -> None:
+        """Inside a running loop. A job that runs for `stuck_after` seconds counts as stuck."""
+        self._stuck_after = stuck_after
         loop = asyncio.get_running_loop()
         self.bridge = Bridge(loop)
         self.executor = LoopExecutor(loop, concurrency)
@@ -163,8 +175,10 @@ class Timers:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread has asked for work lately."""
-        return time.monotonic() - self.bridge.heard_at < 2 * _ANSWER_S + _IDLE_S
+        """Whether the thread is there and has asked for work lately, and no job is stuck."""
+        thread = self._scheduler._thread  # noqa: SLF001 - it has no public name
+        heard = time.monotonic() - self.bridge.heard_at < 2 * _ANSWER_S + _IDLE_S
+        return thread is not None and thread.is_alive() and heard and self.executor.longest < self._stuck_after
 
     async def stop(self, grace: float) -> None:
         """Nothing more is begun; running jobs may finish."""

@@ -1,20 +1,23 @@
 """A worker: the loops that bring sandboxes to their goals. Any number of them may run on one database.
 
-**Loops.** Claiming, with one task per claimed sandbox; the heartbeat of the claims; hints from the engine; and the
-timers (expiry, sweeps, partitions). `Signal.run` is the process's own business, not the worker's.
+**Loops.** Claiming, with one task per claimed sandbox; the heartbeat of the claims; the pulls (`app.work.fetches`); the
+station of the engine; and the scheduler (deadlines, sweeps, partitions). `Signal.run` is the process's own business,
+not the worker's.
 
-**Claiming.** As many rows as there are free slots, at once when there is news in this process or another, else every
-`poll`. One slot in eight is kept for the background lane, counted over rounds, so that sweeps cannot starve. While the
-breaker is open nothing is claimed; the engine is asked again when its time has come.
+**Claiming.** As many rows as there are free slots, when somebody has said that there is work, else every `poll`. From
+one claim to the next at least `claim_every` passes, so what becomes due together is claimed together. One tenant holds
+at most `policy.share` of the slots; the others find some free. One slot in eight is kept for the background lane,
+counted over rounds, so that sweeps cannot starve. While the station is closed, only sandboxes that no engine has taken
+yet are claimed: placing them asks no engine, and says what they wait for.
 
 **Stop.** `stop(grace)`: no more claims; runs under way get the grace, then are cancelled, finish what must not be cut
-(create and start), and hand their claims back; leases are kept alive meanwhile. Cancelling `run` is a stop without
-grace. Nothing counts as an attempt and nothing is marked failed. A create that an engine does not answer within
-`uncut` seconds is left as a crash would leave it: its claim is not handed back, since the engine may still be making
-the object.
+(create and start), and hand their claims back; leases are kept alive meanwhile. Pulls are cancelled, and what waits for
+them is due at once, for others. Cancelling `run` is a stop without grace. Nothing counts as an attempt and nothing is
+marked failed. A create that an engine does not answer within `create_grace` seconds is left as a crash would leave it:
+its claim is not handed back, since the engine may still be making the object.
 
-**How it fails.** No error of one sandbox or of one round ends a loop. If a loop ends all the same, `run` raises and
-`alive` is false, so that whoever supervises the process knows.
+**How it fails.** No error of one sandbox or of one round ends a loop. If a loop ends all the same, `run` raises; if one
+stands still, it does not stamp any more. In both cases `alive` is false, so that whoever supervises the process knows.
 """
 
 from __future__ import annotations
@@ -23,28 +26,39 @@ import asyncio
 import logging
 import random
 import socket
+from collections import Counter
 
 from app import __version__
-from app.domain.sandbox.events import Actor, ActorKind
+from app.domain.sandbox.deadlines import Limits
+from app.domain.stream import Actor, ActorKind
 from app.errors import StoreUnavailable
 from app.runtime.driver import Driver
+from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
+from app.store.deadlines.rows import DeadlineRows
 from app.store.log.signal import Signal, Subscription
-from app.store.queue.reconcile import Claim, Queue
+from app.store.queue.reconcile import UNPLACED, Claim, Queue
+from app.store.queue.waiting import WaitingRows
 from app.store.vault.seal import Sealer
-from app.work.expiry import ExpiryJobs, ExpiryJobStore
+from app.work.fetches import Fetches
+from app.work.fire import Deadlines
 from app.work.policy import WorkPolicy
+from app.work.reconcile.actors import Actors
 from app.work.reconcile.leases import Leases
-from app.work.reconcile.reconciler import Actors, Reconciler
-from app.work.reconcile.troubles import Breaker
+from app.work.reconcile.outcomes import Outcomes
+from app.work.reconcile.reconciler import Reconciler
 from app.work.reconcile.workloads import Workloads
-from app.work.resync import Resync
+from app.work.scheduler import DeadlineStore
+from app.work.station import Station
+from app.work.sweep import Sweeper
 from app.work.timers import Timers
+from app.work.watchdog import Watchdog
 
+LOOP = "claims"
 _BACKGROUND_SHARE = 8
-_PARTITIONS_S = 3600.0
 _CONTENDED_S = 0.01
+_PARTITIONS_S = 3600.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -57,47 +71,76 @@ class Worker:
         database: Database,
         service: Service,
         signal: Signal,
+        engines: Engines,
         driver: Driver,
         sealer: Sealer,
         policy: WorkPolicy,
         worker_id: str,
         name: str | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        """`worker_id` is unique among workers; `name` is for people, by default the host's."""
+        """`worker_id` is unique among workers; `name` is for people, by default the host's. `limits`: the service's."""
         self._service = service
         self._signal = signal
         self._policy = policy
         self._background = 0
+        self.watchdog = Watchdog(policy.stall_after)
         worker = Actor(ActorKind.RECONCILER, worker_id, name or socket.gethostname())
-        runtime = Actor(ActorKind.RUNTIME, driver.name, driver.name)
+        actors = Actors(__version__, worker, Actor(ActorKind.RUNTIME, driver.name, driver.name))
+        meta = actors.meta(worker, None)
         self.queue = Queue(database, driver.name)
-        self.leases = Leases(self.queue, service.view, policy)
-        self.resync = Resync(database, driver, self.queue, signal, policy)
-        self.breaker = Breaker(driver, policy, recovered=self.resync.owe)
+        self.station = station = Station(driver=driver, engines=engines, connections=database, policy=policy, meta=meta)
+        self.sweeper = Sweeper(
+            station=station,
+            engines=engines,
+            connections=database,
+            queue=self.queue,
+            signal=signal,
+            policy=policy,
+            meta=meta,
+        )
+        self._deadlines = Deadlines(
+            DeadlineRows(database), service, limits or Limits(), timer_id=worker_id, app_version=__version__
+        )
+        self._timers: Timers | None = None
+        self.leases = Leases(self.queue, policy, self.watchdog)
+        self.fetches = Fetches(
+            station=station,
+            service=service,
+            rows=WaitingRows(database),
+            signal=signal,
+            policy=policy,
+            actors=actors,
+            watchdog=self.watchdog,
+        )
         self.reconciler = Reconciler(
             service=service,
-            driver=driver,
+            station=station,
             workloads=Workloads(database, sealer),
-            queue=self.queue,
-            breaker=self.breaker,
+            fetches=self.fetches,
+            outcomes=Outcomes(
+                service=service, station=station, queue=self.queue, signal=signal, policy=policy, actors=actors
+            ),
             policy=policy,
-            actors=Actors(__version__, worker, runtime),
+            actors=actors,
         )
-        timer = Actor(ActorKind.TIMER, worker_id, "expiry")
-        self._expiry = ExpiryJobs(database, service, policy, timer, __version__)
-        self._timers: Timers | None = None
         self._runs: set[asyncio.Task[None]] = set()
+        self._tenants: Counter[str] = Counter()
+        """Slots that each tenant holds."""
         self._hungry = False
         """There was more to claim than there were slots."""
+        self._claimed_at = float("-inf")
         self._stopping = asyncio.Event()
         self._grace = 0.0
         self._running = False
 
     @property
     def alive(self) -> bool:
-        """Everything runs and nobody has asked it to stop."""
+        """Every loop goes round, and nobody has asked it to stop."""
         timers = self._timers
-        return self._running and not self._stopping.is_set() and timers is not None and timers.alive
+        if not self._running or self._stopping.is_set() or timers is None:
+            return False
+        return timers.alive and self.station.alive and not self.watchdog.standing
 
     async def run(self) -> None:
         """Work until `stop` or a cancellation."""
@@ -108,14 +151,18 @@ class Worker:
             async with asyncio.TaskGroup() as loops:
                 others = [
                     loops.create_task(self.leases.run(), name="worker-leases"),
-                    loops.create_task(self.resync.follow_hints(), name="worker-hints"),
+                    loops.create_task(self.fetches.run(), name="worker-fetches"),
+                    loops.create_task(self.station.run(), name="worker-station"),
+                    loops.create_task(self.sweeper.follow_hints(), name="worker-hints"),
                 ]
                 try:
-                    with self._signal.subscribe() as news:
+                    with self._signal.subscribe_work() as news:
+                        self.station.when_usable(news.wake)
                         await self._claim_until_stopped(news)
                 finally:
                     self._running = False
                     await asyncio.gather(timers.stop(self._grace), self._drain(self._grace))
+                    await self.fetches.close()
                 for other in others:
                     other.cancel()
         finally:
@@ -129,10 +176,10 @@ class Worker:
     def _make_timers(self) -> Timers:
         policy = self._policy
         timers = Timers(policy.expiry_concurrency)
-        store = ExpiryJobStore(self._expiry, timers.bridge, timers.executor, policy.expiry_lease)
-        timers.add_store("expiry", store)
+        store = DeadlineStore(self._deadlines, timers.bridge, timers.executor, policy.expiry_lease)
+        timers.add_store("deadlines", store)
         timers.every(_PARTITIONS_S, self._ensure_partitions)
-        timers.every(min(policy.resync_tick, policy.resync_every), self.resync.tick)
+        timers.every(min(policy.sweep_tick, policy.sweep_every), self.sweeper.tick)
         return timers
 
     async def _ensure_partitions(self) -> None:
@@ -145,6 +192,7 @@ class Worker:
         stopping.add_done_callback(lambda _: news.wake())
         try:
             while not self._stopping.is_set():
+                self.watchdog.stamp(LOOP)
                 try:
                     if await self._round(news):
                         continue
@@ -158,40 +206,38 @@ class Worker:
 
     async def _round(self, news: Subscription) -> bool:
         """Claim once. True when there is more and there are slots for it."""
-        if self.breaker.open:
-            await self._recover()
-            if self.breaker.open:
-                return False
-        free = self._policy.concurrency - len(self._runs)
+        engines = [UNPLACED] if self.station.open else [self.station.name, UNPLACED]
+        free = self._policy.slots - len(self._runs)
         if free <= 0:
             self._hungry = True
             return False
-        claimed_at = asyncio.get_running_loop().time()
+        claimed_at = await self._paced()
         policy = self._policy
         found = await self.queue.claim(
-            free, lease=policy.lease, share=policy.tenant_share, background=self._for_background(free)
+            free,
+            lease=policy.lease,
+            tenant_slots=policy.share,
+            background=self._for_background(free),
+            held=self._tenants,
+            engines=engines,
         )
         for claim in found.claims:
             self._start(claim, claimed_at, news)
         more = found.due > len(found.claims)
-        self._hungry = more
+        self._hungry = more or found.above > 0
         if more and not found.claims:
             # Other workers hold the locks on what is due; by the time we are back they have moved on.
             await asyncio.sleep(random.uniform(0, _CONTENDED_S))  # noqa: S311
-        return more and len(self._runs) < policy.concurrency
+        return more and len(self._runs) < policy.slots
 
-    async def _recover(self) -> None:
-        """Ask the engine, unless a stop comes first: one that hangs takes its time to say nothing."""
-        asking = asyncio.create_task(self.breaker.recover())
-        stopping = asyncio.create_task(self._stopping.wait())
-        try:
-            await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if asking.done():
-                asking.result()
-        finally:
-            asking.cancel()
-            stopping.cancel()
-            await asyncio.gather(asking, stopping, return_exceptions=True)
+    async def _paced(self) -> float:
+        """The loop's time, when the next claim may be made."""
+        clock = asyncio.get_running_loop().time
+        early = self._claimed_at + self._policy.claim_every - clock()
+        if early > 0:
+            await asyncio.sleep(early)
+        self._claimed_at = clock()
+        return self._claimed_at
 
     def _for_background(self, free: int) -> int:
         """One slot in eight, counted over rounds; a lane that is empty leaves them to the other."""
@@ -201,12 +247,16 @@ class Worker:
 
     def _start(self, claim: Claim, claimed_at: float, news: Subscription) -> None:
         held = self.leases.hold(claim, claimed_at)
-        run = asyncio.create_task(self.reconciler.run(held), name=f"sandbox-{claim.sandbox_id}")
+        run = asyncio.create_task(self.reconciler.run(held), name=f"sandbox-{claim.stream_id}")
         held.run = run
         self._runs.add(run)
+        self._tenants[claim.tenant] += 1
 
         def ended(task: asyncio.Task[None]) -> None:
             self._runs.discard(task)
+            self._tenants[claim.tenant] -= 1
+            if not self._tenants[claim.tenant]:
+                del self._tenants[claim.tenant]
             self.leases.drop(held)
             if self._hungry:
                 news.wake()
@@ -221,7 +271,7 @@ class Worker:
             return
         for run in self._runs:
             run.cancel()
-        _, left = await asyncio.wait(self._runs, timeout=self._policy.uncut)
+        _, left = await asyncio.wait(self._runs, timeout=self._policy.create_grace)
         if left:
             self.leases.leave()
             _LOG.warning("%d creates that the engine does not answer are left to the end of their leases", len(left))

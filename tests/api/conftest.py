@@ -63,10 +63,10 @@ def app(context: ApiContext) -> Litestar:
     return create_app(context)
 
 
-def client(app: Litestar, **headers: str) -> httpx.AsyncClient:
+def client(app: Litestar, *, base_url: str = "http://api.test", **headers: str) -> httpx.AsyncClient:
     """Calls `app` without a socket."""
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=True, client=("192.0.2.7", 4711))
-    return httpx.AsyncClient(transport=transport, base_url="http://api.test", headers=headers)
+    return httpx.AsyncClient(transport=transport, base_url=base_url, headers=headers)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The application under uvicorn on a loopback port, in a thread with an event loop of its own, for real clients."""
+"""The application on production's listener, on a loopback port, in a thread with an event loop of its own, for real clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import uvicorn
 from app.api.app import create_app
 from app.api.context import ApiContext
 from app.runtime.fake import FakeDriver, FakeEngine
+from app.server.listener import uvicorn_server
 from app.service.sandboxes import Service
+from app.settings import Settings
 from app.store.database.pool import Database
 from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
@@ -63,8 +65,7 @@ def serving(dsn: str, **changes: Any) -> Iterator[Live]:
         context = ApiContext(**(parts | changes))
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(create_app(context), log_config=None, access_log=False, lifespan="off", ws="none")
-        server = _Server(config)
+        server = uvicorn_server(Settings(), create_app(context))
         hearing = asyncio.create_task(signal.run())
         serving = asyncio.create_task(server.serve([listener]))
         made.append(Live(asyncio.get_running_loop(), context, server, listener.getsockname()[1]))
@@ -97,11 +98,3 @@ def serving(dsn: str, **changes: Any) -> Iterator[Live]:
             made[0].server.should_exit = True
         runner.join(30)
     assert not failures, failures
-
-
-class _Server(uvicorn.Server):
-    """Signals belong to pytest."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield

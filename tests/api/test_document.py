@@ -11,10 +11,11 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from litestar import Litestar
+from litestar.handlers import HTTPRouteHandler
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from app.api.operations import BOTH_MOUNTS, CONTRACT, SERVER
+from app.api.app import BOTH_MOUNTS, ROOT_ONLY, V1_ONLY
 from tests.api.conftest import KEY, body
 from tests.api.live import Live, serving
 
@@ -31,12 +32,29 @@ EXAMPLES = 30
 
 @pytest.fixture
 def live(dsn: str) -> Iterator[Live]:
-    with serving(dsn, api_key=KEY, power_wait_seconds=0.1) as server:
+    with serving(dsn, api_key=KEY, power_wait_seconds=0.1, wait_seconds_max=0) as server:
         yield server
 
 
+BOTH = [
+    ("/sandboxes", "POST"),
+    ("/sandboxes", "GET"),
+    ("/sandboxes/{sandboxId}", "GET"),
+    ("/sandboxes/{sandboxId}", "DELETE"),
+    ("/sandboxes/{sandboxId}/metadata", "PATCH"),
+    ("/sandboxes/{sandboxId}/pause", "POST"),
+    ("/sandboxes/{sandboxId}/resume", "POST"),
+    ("/sandboxes/{sandboxId}/renew-expiration", "POST"),
+    ("/sandboxes/{sandboxId}/events", "GET"),
+]
+V1 = [("/metrics/events", "POST")]
+ROOT = [("/health", "GET"), ("/ready", "GET"), ("/version", "GET")]
+
+
 def operations() -> list[str]:
-    return [operation.name for operation in (*CONTRACT, *SERVER)]
+    """Every handler that is documented."""
+    handlers = [each for kind in (*BOTH_MOUNTS, *V1_ONLY, *ROOT_ONLY) for each in vars(kind).values()]
+    return [each.operation_id for each in handlers if isinstance(each, HTTPRouteHandler) and each.operation_id]
 
 
 @pytest.mark.parametrize("name", operations())
@@ -74,14 +92,14 @@ async def test_every_documented_path_is_served_and_the_other_way_round(http: htt
     document = (await http.get("/openapi.json")).json()
     assert document["openapi"] == "3.1.0"
     described = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
-    assert described == {(f"{op.mounts[0]}{op.path}", op.method) for op in (*CONTRACT, *SERVER)}
+    assert described == {(f"/v1{path}", method) for path, method in BOTH + V1} | set(ROOT)
+    ids = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
+    assert sorted(ids) == sorted(operations())
     served = {
         (route.path.replace(":str}", "}"), method) for route in app.routes for method in getattr(route, "methods", ())
     }
     assert described <= served
-    for operation in CONTRACT:
-        if operation.mounts == BOTH_MOUNTS:
-            assert (operation.path, operation.method) in served
+    assert set(BOTH) <= served
 
 
 async def test_shapes_say_what_is_checked(http: httpx.AsyncClient):
@@ -89,4 +107,46 @@ async def test_shapes_say_what_is_checked(http: httpx.AsyncClient):
     assert set(schemas["SandboxBody"]["required"]) == {"id", "image", "status", "entrypoint", "createdAt"}
     assert "null" not in str(schemas["SandboxBody"])
     assert schemas["ErrorBody"]["required"] == ["code", "message"]
-    assert schemas["CreateSandbox"]["properties"]["timeout"]["anyOf"][0]["minimum"] == 60
+    assert schemas["CreateSandbox"]["properties"]["timeout"]["minimum"] == 60
+
+
+async def test_the_examples_are_true(http: httpx.AsyncClient):
+    document = (await http.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    made = await http.post("/v1/sandboxes", json=schemas["CreateSandbox"]["examples"][0])
+    assert made.status_code == 202, made.text
+    renewal = schemas["RenewExpiration"]["examples"][0]
+    path = f"/v1/sandboxes/{made.json()['id']}"
+    assert (await http.post(f"{path}/renew-expiration", json=renewal)).json() == renewal
+    assert (await http.post("/v1/metrics/events", json=schemas["MetricsEvent"]["examples"][0])).status_code == 204
+    read = (await http.get(path)).json()
+    assert read.keys() == schemas["SandboxBody"]["examples"][0].keys()
+    assert (await http.get(f"{path}/events")).json()["items"][1].keys() == schemas["EventBody"]["examples"][0].keys()
+    assert all(schema["description"] for schema in schemas.values())
+
+
+async def test_every_operation_names_its_codes_and_says_what_it_does(http: httpx.AsyncClient):
+    document = (await http.get("/openapi.json")).json()
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert operation["summary"]
+            assert operation["description"]
+            for status, response in operation["responses"].items():
+                content = response.get("content", {}).get("application/json", {})
+                if int(status) >= 400 and content["schema"] == {"$ref": "#/components/schemas/ErrorBody"}:
+                    codes = [example["value"]["code"] for example in content["examples"].values()]
+                    assert codes == list(content["examples"])
+                    assert codes
+    pause = document["paths"]["/v1/sandboxes/{sandboxId}/pause"]["post"]["responses"]
+    assert "DOCKER::SANDBOX_NOT_RUNNING" in pause["409"]["content"]["application/json"]["examples"]
+    assert "content" not in pause["202"]
+    assert document["paths"]["/health"]["get"]["security"] == []
+    read = document["paths"]["/v1/sandboxes/{sandboxId}"]["get"]
+    assert read["responses"]["200"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/SandboxBody"
+    }
+    assert {each["name"]: each["in"] for each in read["parameters"]} == {
+        "sandboxId": "path", "includeTerminal": "query", "asOf": "query", "If-None-Match": "header",
+        "X-Request-ID": "header",
+    }  # fmt: skip
+    assert "null" not in str(read["parameters"])

@@ -19,12 +19,13 @@ from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
 from app.views.listing import Listing
 from tests.api.conftest import INSTALLATION, KEY, MakeContext, body, client, create
+from tests.support.sql import connected
 
 ANYWHERE = [
     ("GET", "/v1/sandboxes", 200),
     ("GET", "/health", 200),
     ("GET", "/v1/sandboxes?page=0", 422),
-    ("GET", f"/v1/sandboxes/{uuid4()}", 404),
+    ("GET", "/v1/sandboxes/6f1c2a5e-0b7d-4c39-9a57-d1e0c4b8a263", 404),
     ("GET", "/nowhere", 404),
     ("PUT", "/v1/sandboxes", 405),
     ("GET", "/v1/pools", 501),
@@ -118,20 +119,17 @@ async def test_other_origins(app: Litestar, make_context: MakeContext):
         assert refused.headers["access-control-allow-origin"] == "*"
         assert "access-control-allow-credentials" not in refused.headers
         assert "access-control-allow-origin" not in (await http.get("/health")).headers
-    async with client(create_app(make_context(api_key=None))) as http:
+    async with client(create_app(make_context(api_key=None)), base_url="http://localhost") as http:
         for answer in (await http.options("/v1/sandboxes", headers=asked), await http.get("/health", headers=asked)):
             assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 async def test_a_fault_of_ours_says_nothing_and_is_logged(
-    http: httpx.AsyncClient, database: Database, caplog: pytest.LogCaptureFixture
+    http: httpx.AsyncClient, dsn: str, caplog: pytest.LogCaptureFixture
 ):
     await create(http)
-    async with database.connection() as connection:
-        driver = await connection.driver()
-        await driver.execute("RESET ROLE")
-        await driver.execute("SET ROLE NONE; ALTER TABLE sandboxes RENAME COLUMN spec TO elsewhere")
-        await connection.invalidate()
+    async with connected(dsn, owner=True) as owner:
+        await owner.execute("ALTER TABLE sandboxes RENAME COLUMN spec TO elsewhere")
     with caplog.at_level(logging.ERROR):
         answer = await http.get("/v1/sandboxes", headers={"X-Request-ID": "broken-1"})
     assert answer.status_code == 500
@@ -141,10 +139,8 @@ async def test_a_fault_of_ours_says_nothing_and_is_logged(
     }
     assert answer.headers["x-request-id"] == "broken-1"
     assert "broken-1" in caplog.text
-    async with database.connection() as connection:
-        driver = await connection.driver()
-        await driver.execute("SET ROLE NONE; ALTER TABLE sandboxes RENAME COLUMN elsewhere TO spec")
-        await connection.invalidate()
+    async with connected(dsn, owner=True) as owner:
+        await owner.execute("ALTER TABLE sandboxes RENAME COLUMN elsewhere TO spec")
 
 
 async def test_without_a_database(make_context: MakeContext):
@@ -171,8 +167,8 @@ async def test_without_a_database(make_context: MakeContext):
 async def test_readiness(make_context: MakeContext):
     engine = FakeEngine()
     alive = True
-    context = make_context(driver=FakeDriver(engine, INSTALLATION), worker_alive=lambda: alive)
-    async with client(create_app(context)) as http:
+    context = make_context(driver=FakeDriver(engine, INSTALLATION), worker_alive=lambda: alive, ready_cache_seconds=0)
+    async with client(create_app(context), **{"open-sandbox-api-key": KEY}) as http:
         ready = await http.get("/ready")
         checks = {"database": "ok", "migrations": "ok", "engine": "ok", "worker": "ok"}
         assert (ready.status_code, ready.json()) == (200, {"status": "ready", "checks": checks})
@@ -193,11 +189,24 @@ async def test_an_api_without_worker_needs_no_engine(make_context: MakeContext):
         }
 
 
-async def test_the_page_loads_nothing(http: httpx.AsyncClient):
+async def test_the_page_works_without_internet(app: Litestar, http: httpx.AsyncClient):
+    """It loads its own server's files and nothing else, and a policy keeps it to that. No key is needed for any."""
     page = await http.get("/docs")
     assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert not re.search(r"<script|src=|@import|url\(|<link", page.text)
+    policy = dict(rule.strip().split(" ", 1) for rule in page.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["connect-src"] == "'self'"
+    assert not re.search("https?:", page.headers["content-security-policy"])
+    markup = re.sub(r'<script type="application/json".*?</script>', "", page.text, flags=re.DOTALL)
+    loaded = re.findall(r'(?:src|href)="([^"]*)"', markup)
+    assert loaded == ["/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/docs/start.js"]
+    assert not re.search(r"<script>|@import|url\(", markup)
+    async with client(app) as stranger:
+        for path in loaded:
+            file = await stranger.get(path)
+            assert file.status_code == 200
+            assert file.headers["content-type"].startswith("text/")
+            assert b"SwaggerUIBundle" in file.content or path.endswith(".css")
     for operation in ("renew-expiration", "Idempotency-Key", "CreateSandbox"):
         assert operation in page.text
 
@@ -229,3 +238,13 @@ async def test_metrics(http: httpx.AsyncClient):
         answer = await http.post("/v1/metrics/events", json=event | change)
         assert answer.status_code == 422
         assert "canary" not in answer.text
+
+
+async def test_a_busy_server_is_not_called_a_database_that_is_away(make_context: MakeContext, dsn: str):
+    busy = Database(dsn, max_size=1, pool_timeout=0.05)
+    parts: dict[str, Any] = {"service": Service(busy, Signal(busy)), "listing": Listing(busy), "database": busy}
+    async with client(create_app(make_context(**parts)), **{"open-sandbox-api-key": KEY}) as http, busy.connection():
+        answer = await http.get("/v1/sandboxes")
+    await busy.close()
+    assert (answer.status_code, answer.json()["code"]) == (503, "GENERAL::STORE_UNAVAILABLE")
+    assert "busy" in answer.json()["message"]

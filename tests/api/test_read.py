@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
 
+from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Exit, Power
 from app.service.sandboxes import Service
-from tests.api.conftest import create, observe, remove
+from tests.api.conftest import WORKER, create, observe, remove
 
 
 async def test_one_sandbox(http: httpx.AsyncClient, service: Service):
@@ -27,6 +28,20 @@ async def test_one_sandbox(http: httpx.AsyncClient, service: Service):
     assert answer.headers["etag"] == '"3"'
     assert answer.headers["content-type"] == "application/json"
     assert (await http.get(f"/sandboxes/{made['id'].upper()}")).content == answer.content
+
+
+async def test_what_an_engine_says_cannot_drive_a_terminal(http: httpx.AsyncClient, service: Service):
+    made = await create(http)
+    failure = cmd.RecordFailure("START_REJECTED", "no such device \x1b]0;owned\x07\x9b31m\u202e")
+    await service.execute(UUID(made["id"]), failure, WORKER)
+    path = f"/v1/sandboxes/{made['id']}"
+    told = [
+        (await http.get(path)).json()["status"]["message"],
+        (await http.get("/v1/sandboxes")).json()["items"][0]["status"]["message"],
+        (await http.get(f"{path}/events")).json()["items"][-1]["data"]["message"],
+    ]
+    for message in told:
+        assert "no such device \\x1b]0;owned\\x07\\x9b31m\\u202e" in message
 
 
 async def test_a_workload_that_ended_stays_visible(http: httpx.AsyncClient, service: Service):

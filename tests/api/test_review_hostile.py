@@ -19,6 +19,7 @@ from app.store.database.statement import Statement
 from app.store.tables import sandboxes
 from app.store.vault.seal import Sealer
 from tests.api.conftest import KEY, MakeContext, body, create
+from tests.support.sql import connected
 
 _COUNT = Statement(select(func.count()).select_from(sandboxes))
 _FINGERPRINTS = Statement(select(sandboxes.c.fingerprint))
@@ -35,10 +36,9 @@ _PATIENCE_S = 20
 """Not a measurement: with backtracking the first of these takes longer than the universe has."""
 _PREFER = """
 import sys
-from types import SimpleNamespace
 from app.api.conditions import preferences
 for line in sys.stdin.read().split("\\n"):
-    print(preferences(SimpleNamespace(headers={"prefer": line}), 300).wait)
+    print(preferences(line, 300).wait)
 """
 _COSTLY = ["x" + ";a=  " * 60 + "@", "x=" + " " * 60_000 + "@", " " * 60_000 + "@", 'a="' * 20_000, "@," * 30_000]
 
@@ -219,16 +219,14 @@ async def test_waiters_hold_no_connection(http: httpx.AsyncClient):
     assert {answer.status_code for answer in answers} == {202}
 
 
-async def test_a_database_that_hangs_does_not_prolong_a_wait(http: httpx.AsyncClient, database: Database):
+async def test_a_database_that_hangs_does_not_prolong_a_wait(http: httpx.AsyncClient, database: Database, dsn: str):
     waiting = asyncio.create_task(http.post("/v1/sandboxes", json=body(), headers={"Prefer": "wait=3"}))
     try:
         async with asyncio.timeout(12):  # a statement by itself is given longer
             while not await _rows(database):
                 pass
-            async with database.transaction() as holder:
-                driver = await holder.driver()
-                await driver.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
-                await driver.execute("LOCK TABLE sandboxes IN ACCESS EXCLUSIVE MODE")
+            async with connected(dsn, owner=True) as holder, holder.transaction():
+                await holder.execute("LOCK TABLE sandboxes IN ACCESS EXCLUSIVE MODE")
                 answer = await waiting
     finally:
         waiting.cancel()

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from litestar import Litestar
 
-from app.server.protocol import MOST_HEAD, MOST_SPILT, HttpProtocol
+from app.server.protocol import MAX_HEAD_BYTES, MAX_SPILT_BYTES, HttpProtocol
 from tests.api.conftest import KEY, body
 
 _READ = 256 * 1024
@@ -28,14 +28,21 @@ class _Server(uvicorn.Server):
 
 
 class _Hasty(HttpProtocol):
-    head_within_s = 0.3
+    head_within_seconds = 0.3
 
 
 @asynccontextmanager
-async def _listening(app: Litestar, protocol: type[HttpProtocol]) -> AsyncGenerator[int]:
+async def listening(
+    app: Litestar, protocol: type[HttpProtocol] = HttpProtocol, limit_concurrency: int | None = None
+) -> AsyncGenerator[int]:
+    """Port of the application behind our protocol."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = _Server(uvicorn.Config(app, http=protocol, log_config=None, lifespan="off", ws="none"))
+    server = _Server(
+        uvicorn.Config(
+            app, http=protocol, log_config=None, lifespan="off", ws="none", limit_concurrency=limit_concurrency
+        )
+    )
     listener.listen()
     serving = asyncio.create_task(server.serve([listener]))
     yield listener.getsockname()[1]
@@ -46,7 +53,7 @@ async def _listening(app: Litestar, protocol: type[HttpProtocol]) -> AsyncGenera
 @pytest.fixture
 async def port(app: Litestar) -> AsyncIterator[int]:
     """Of the application behind our protocol."""
-    async with _listening(app, HttpProtocol) as taken:
+    async with listening(app, HttpProtocol) as taken:
         yield taken
 
 
@@ -103,7 +110,7 @@ async def test_what_is_no_http_is_refused_like_everything_else(port: int, sent: 
 @pytest.mark.parametrize("start", [b"GET /", b"GET /health HTTP/1.1\r\nX-A: ", b"GET /health HTTP/1.1\r\n"])
 async def test_a_head_has_an_end(port: int, start: bytes):
     more = b"a: b\r\n" * 1000 if start.endswith(b"\r\n") else b"a" * 6000
-    heard = await _say(port, start, *[more] * ((MOST_HEAD + 2 * _READ) // len(more)))
+    heard = await _say(port, start, *[more] * ((MAX_HEAD_BYTES + 2 * _READ) // len(more)))
     if heard:  # else our own words on the way broke the connection before theirs arrived
         status, headers, problem = _parsed(heard)
         assert (status, problem["code"]) == (431, "GENERAL::HEADERS_TOO_LARGE")
@@ -111,18 +118,18 @@ async def test_a_head_has_an_end(port: int, start: bytes):
 
 
 async def test_a_head_of_some_size_is_fine(port: int):
-    sent = b"GET /health HTTP/1.1\r\nConnection: close\r\nX-A: " + b"a" * (MOST_HEAD - 100) + b"\r\n\r\n"
+    sent = b"GET /health HTTP/1.1\r\nConnection: close\r\nX-A: " + b"a" * (MAX_HEAD_BYTES - 100) + b"\r\n\r\n"
     assert _parsed(await _say(port, sent[:9], sent[9:]))[0] == 200
 
 
 async def test_heads_are_counted_one_by_one(port: int):
-    one = b"GET /health HTTP/1.1\r\nX-A: " + b"a" * (MOST_HEAD // 2) + b"\r\n\r\n"
+    one = b"GET /health HTTP/1.1\r\nX-A: " + b"a" * (MAX_HEAD_BYTES // 2) + b"\r\n\r\n"
     last = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
     assert (await _say(port, one, one, one, one, last)).count(b"HTTP/1.1 200 OK") == 5
 
 
 async def test_a_body_is_not_counted_as_a_head(port: int):
-    long = b" " * (4 * MOST_HEAD)
+    long = b" " * (4 * MAX_HEAD_BYTES)
     head = f"OPEN-SANDBOX-API-KEY: {KEY}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     head += f"Content-Length: {len(long)}\r\n\r\n"
     assert _parsed(await _say(port, b"POST /v1/sandboxes HTTP/1.1\r\n", head.encode(), long))[0] == 422
@@ -143,7 +150,7 @@ async def test_nobody_listens_for_ever_to_who_was_refused(port: int, head: bytes
         async with asyncio.timeout(20):
             assert (await reader.read(_READ)).startswith(b"HTTP/1.1 401")
             with pytest.raises(ConnectionError):
-                await _pour(writer, rest, 100 * MOST_SPILT // len(rest))
+                await _pour(writer, rest, 100 * MAX_SPILT_BYTES // len(rest))
     finally:
         writer.close()
 
@@ -157,7 +164,7 @@ async def _pour(writer: asyncio.StreamWriter, piece: bytes, times: int) -> None:
 @pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: a\r\nX-A"])
 async def test_half_a_head_is_not_waited_for_for_ever(app: Litestar, sent: bytes):
     whole = b"GET /health HTTP/1.1\r\n\r\n"
-    async with _listening(app, _Hasty) as port:
+    async with listening(app, _Hasty) as port:
         assert await _say(port, sent) == b""
         if sent:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -173,5 +180,5 @@ async def test_an_answer_may_take_longer_than_a_head(app: Litestar):
     sent = json.dumps(body()).encode()
     head = f"OPEN-SANDBOX-API-KEY: {KEY}\r\nContent-Length: {len(sent)}\r\nConnection: close\r\n"
     head += "Content-Type: application/json\r\nPrefer: wait=1\r\n\r\n"
-    async with _listening(app, _Hasty) as port:
+    async with listening(app, _Hasty) as port:
         assert _parsed(await _say(port, b"POST /v1/sandboxes HTTP/1.1\r\n" + head.encode() + sent))[0] == 202

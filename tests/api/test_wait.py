@@ -10,10 +10,8 @@ import pytest
 from litestar import Litestar
 
 from app.api.app import create_app
-from app.api.call import Call
 from app.api.conditions import preferences
 from app.api.context import ApiContext
-from app.domain.sandbox.events import Actor, ActorKind
 from app.domain.sandbox.observed import Exit, Power
 from app.service.sandboxes import Service
 from app.store.log.signal import Signal
@@ -144,7 +142,5 @@ async def test_a_client_that_goes_ends_its_wait(app: Litestar, http: httpx.Async
     ],
 )
 def test_the_grammar_of_prefer(header: str, respond_async: bool, wait: int | None):
-    scope: Any = {"headers": [(b"prefer", header.encode())], "query_string": b"", "client": None}
-    call = Call(scope, None, Actor(ActorKind.API_KEY, "x", "y"), 10)  # pyright: ignore[reportArgumentType]
-    found = preferences(call, 300)
+    found = preferences(header, 300)
     assert (found.respond_async, found.wait) == (respond_async, wait)

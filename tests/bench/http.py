@@ -26,7 +26,7 @@ class Client:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
         data = b"" if body is None else msgspec.json.encode(body)
         kind = "Content-Type: application/json\r\n" if body is not None else ""
-        head = f"{method} {path} HTTP/1.1\r\nHost: b\r\n{kind}{headers}Content-Length: {len(data)}\r\n\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n{kind}{headers}Content-Length: {len(data)}\r\n\r\n"
         self._writer.write(head.encode() + data)
         answer = await self._reader.readuntil(b"\r\n\r\n")
         status = int(answer[9:12])

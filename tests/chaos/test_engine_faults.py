@@ -14,7 +14,7 @@ from tests.drivers.proxy import CALLS, EngineProxy, call_name
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 Serve = Callable[..., Awaitable[ServerProcess]]
-QUICK = "lease_seconds = 2\nmissing_grace_seconds = 1\nresync_seconds = 0.5\norphan_grace_seconds = 0"
+QUICK = "lease_seconds = 2\nmissing_grace_seconds = 1\nsweep_seconds = 0.5\norphan_grace_seconds = 0"
 
 
 class LyingProxy(EngineProxy):

@@ -14,8 +14,9 @@ import pytest
 
 from app.cli.local_image import ensure_busybox_image
 from app.errors import RuntimeUnavailable
-from tests.drivers.registry import Registry, serve
-from tests.drivers.rigs import BUSYBOX, DockerRig, FakeRig, Rig
+from tests.drivers.registry import Registry
+from tests.drivers.rig import BUSYBOX, Rig
+from tests.drivers.rigs import DockerRig, FakeRig
 
 PATIENCE = 30.0
 
@@ -66,10 +67,8 @@ async def rig(kind: str | None) -> AsyncIterator[Rig]:
 
 
 @pytest.fixture
-async def registry(docker_rig: DockerRig) -> AsyncIterator[Registry]:
-    async with serve() as registry:
-        docker_rig.registries.append(f"127.0.0.1:{registry.port}/")
-        yield registry
+async def registry(docker_rig: DockerRig) -> Registry:
+    return await docker_rig.registry()
 
 
 @pytest.fixture

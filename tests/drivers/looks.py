@@ -8,24 +8,48 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import UUID
 
-from app.runtime.driver import Driver, Observed, Power, Workload
-from tests.drivers.rigs import Rig
+from app.runtime.driver import Driver, FetchedImage, Image, Leftover, Observed, Power, Ref, Workload
+from app.runtime.faults import ImageMissing
+from tests.drivers.rig import Rig
 
 Eventually = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
-async def power_of(driver: Driver, sandbox_id: UUID) -> Power | None:
-    seen = await driver.observe(sandbox_id)
+def id_of(seen: Observed) -> str:
+    """The engine's own id of the part that runs the workload."""
+    assert seen.main is not None
+    return seen.main.runtime_id
+
+
+async def power_of(driver: Driver, ref: Ref) -> Power | None:
+    seen = await driver.observe(ref)
     return seen.power if seen else None
 
 
 async def inventory(driver: Driver) -> list[Observed]:
-    return [seen async for seen in driver.inventory()]
+    return [seen async for seen in driver.inventory() if isinstance(seen, Observed)]
+
+
+async def leftovers(driver: Driver) -> list[Leftover]:
+    return [seen async for seen in driver.inventory() if isinstance(seen, Leftover)]
+
+
+async def fetch(driver: Driver, reference: str, **changes: Any) -> FetchedImage:
+    return await driver.fetch(Image(reference, **changes), lambda _: None)
+
+
+async def run(driver: Driver, work: Workload) -> Observed:
+    """Ensure, with a fetch before it, as a worker does."""
+    try:
+        return await driver.ensure(work)
+    except ImageMissing:
+        await driver.fetch(work.image, lambda _: None)
+        return await driver.ensure(work)
 
 
 async def exited(rig: Rig, work: Workload, eventually: Eventually) -> Observed:
     async def look() -> Observed | None:
-        seen = await rig.driver.observe(work.sandbox_id)
+        seen = await rig.driver.observe(work.ref)
         return seen if seen is not None and seen.power is Power.EXITED else None
 
     return await eventually(look)
@@ -36,9 +60,9 @@ async def heard(rig: Rig, eventually: Eventually) -> AsyncIterator[set[UUID]]:
     ids: set[UUID] = set()
 
     async def listen() -> None:
-        async for sandbox_id in rig.driver.hints():
-            if sandbox_id is not None:
-                ids.add(sandbox_id)
+        async for object_id in rig.driver.hints():
+            if object_id is not None:
+                ids.add(object_id)
 
     task = asyncio.create_task(listen())
     try:

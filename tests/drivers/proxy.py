@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
@@ -27,6 +28,8 @@ CALLS = (
     ("POST", r"images/create", "pull"),
     ("GET", r"images/.+/json", "image"),
     ("GET", r"events", "events"),
+    ("POST", r"volumes/create", "make_mark"),
+    ("GET", r"volumes/.+", "mark"),
     ("GET", r"version", "version"),
     ("GET", r"info", "info"),
 )
@@ -53,12 +56,37 @@ class Gate:
         self._open.set()
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """What is answered instead of the engine's answer."""
+
+    status: int
+    message: str = "refused by the test"
+    headers: dict[str, str] = field(default_factory=dict)
+    is_json: bool = True
+
+    def answer(self) -> web.Response:
+        if self.is_json:
+            return web.json_response({"message": self.message}, status=self.status, headers=self.headers)
+        return web.Response(text=self.message, status=self.status, headers=self.headers, content_type="text/html")
+
+
 class EngineProxy:
     def __init__(self, engine: str) -> None:
         self.calls: Counter[str] = Counter()
         self.gates: dict[str, Gate] = {}
+        """Before the engine sees the call."""
+        self.late_gates: dict[str, Gate] = {}
+        """When the engine has acted, before anybody hears of it."""
         self.lost: Counter[str] = Counter()
-        self.refusals: dict[str, int] = {}
+        self.refusals: dict[str, Refusal | int] = {}
+        """What calls are answered with by the proxy itself; a number stands for a status with plain words."""
+        self.canned: dict[str, list[dict[str, object]]] = {}
+        """Answers that are given instead of the engine's, one after the other, as long as there are any."""
+        self.answers: dict[str, bytes] = {}
+        """JSON that is answered in the engine's place, each time."""
+        self.versions: list[str] = []
+        """API versions that the calls named, in their order."""
         self.streams: dict[int, web.Request] = {}
         """Event streams that the engine has answered."""
         self._engine = engine
@@ -90,7 +118,7 @@ class EngineProxy:
             self._session = None
 
     async def close(self) -> None:
-        for gate in self.gates.values():
+        for gate in (*self.gates.values(), *self.late_gates.values()):
             gate.open()
         await self.down()
         shutil.rmtree(self._folder)
@@ -104,8 +132,14 @@ class EngineProxy:
         self.calls[call] += 1
         if gate := self.gates.get(call):
             await gate.pass_through()
-        if status := self.refusals.get(call):
-            return web.json_response({"message": "refused by the test"}, status=status)
+        if (named := re.match(r"/(v[\d.]+)/", request.path)) is not None:
+            self.versions.append(named[1])
+        if refusal := self.refusals.get(call):
+            return (Refusal(refusal) if isinstance(refusal, int) else refusal).answer()
+        if answer := self.answers.get(call):
+            return web.Response(body=answer, content_type="application/json")
+        if canned := self.canned.get(call):
+            return web.json_response(canned.pop(0))
         return await self._forward(call, request)
 
     async def _forward(self, call: str, request: web.Request) -> web.StreamResponse:
@@ -116,6 +150,9 @@ class EngineProxy:
         async with self._session.request(
             request.method, base + request.raw_path, headers=headers, data=body or None
         ) as answer:
+            if late := self.late_gates.get(call):
+                await answer.read()
+                await late.pass_through()
             if self.lost[call]:
                 self.lost[call] -= 1
                 await answer.read()

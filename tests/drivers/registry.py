@@ -73,6 +73,8 @@ class Registry:
 
     def __init__(self) -> None:
         self.port = 0
+        self.place = uuid4().hex[:12]
+        """Leads every image name, so that no other test's image is called the same when a port is used again."""
         self.counts: Counter[str] = Counter()
         """Requests by kind: `ping`, `manifest`, `blob`, `token`."""
         self.manifest_fault: Fault | None = None
@@ -81,15 +83,22 @@ class Registry:
         self.blob_gate: asyncio.Event | None = None
         """While set and not fired, layers stop half way."""
         self.blob_started = asyncio.Event()
+        self.image_ids: set[str] = set()
+        """What an engine may call the images: by their configuration, or by their manifest."""
         self._blobs: dict[str, bytes] = {}
         self._manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
         self._token = uuid4().hex
 
+    @property
+    def prefix(self) -> str:
+        """What the names of all its images begin with."""
+        return f"127.0.0.1:{self.port}/{self.place}/"
+
     def reference(self, name: str = "tiny", tag: str = "1") -> str:
-        return f"127.0.0.1:{self.port}/{name}:{tag}"
+        return f"{self.prefix}{name}:{tag}"
 
     def by_digest(self, name: str = "tiny", tag: str = "1") -> str:
-        return f"127.0.0.1:{self.port}/{name}@{digest(self._manifests[name, tag][1])}"
+        return f"{self.prefix}{name}@{digest(self._manifests[name, tag][1])}"
 
     def add(self, name: str = "tiny", tag: str = "1", *, platform: str = NATIVE, as_list: bool = False) -> str:
         """Publish an image nobody has yet; returns the reference to pull it by."""
@@ -124,6 +133,7 @@ class Registry:
             }
         )
         self._blobs |= {digest(packed): packed, digest(config): config}
+        self.image_ids |= {digest(config), digest(manifest)}
         self._publish(name, tag, MANIFEST, manifest)
         if as_list:
             entry = {
@@ -181,7 +191,9 @@ class Registry:
             self.counts["manifest"] += 1
         if fault := self.manifest_fault:
             return error(fault.status, fault.code, fault.message)
-        found = self._manifests.get((request.match_info["name"], request.match_info["reference"]))
+        found = self._manifests.get(
+            (request.match_info["name"].removeprefix(f"{self.place}/"), request.match_info["reference"])
+        )
         if found is None:
             return error(404, "MANIFEST_UNKNOWN", "manifest unknown")
         media_type, document = found

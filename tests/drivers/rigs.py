@@ -1,88 +1,24 @@
-"""What a conformance case needs of an engine, for the fake and for Docker: workloads, trouble, and a look behind."""
+"""The engines of the conformance cases: the fake, and a real Docker engine behind a proxy."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from typing import Any, Protocol
+from contextlib import AsyncExitStack
+from typing import Any
 from uuid import UUID, uuid4
 
 import aiodocker
 import msgspec
 
 from app.errors import RuntimeUnavailable
-from app.runtime.docker import DockerDriver, DockerOptions, connect
-from app.runtime.docker.spec import LABEL_INSTALLATION
-from app.runtime.driver import Driver, Exit, Limits, Workload
-from app.runtime.fake import FakeDriver, FakeEngine
-from tests.drivers.proxy import EngineProxy, Gate
-
-BUSYBOX = "sandledger-demo:1"
-
-
-class Rig(Protocol):
-    driver: Driver
-    calls: Counter[str]
-
-    def another(self) -> Driver:
-        """A second server of the same installation."""
-        ...
-
-    def elsewhere(self) -> Driver:
-        """A server of another installation on the same engine."""
-        ...
-
-    def work(self, **changes: Any) -> Workload:
-        """A workload that runs until it is removed."""
-        ...
-
-    def ending(self, code: int) -> Workload:
-        """A workload that ends by itself."""
-        ...
-
-    def greedy(self) -> Workload:
-        """A workload that `starve` lets run into its memory limit."""
-        ...
-
-    async def starve(self, sandbox_id: UUID) -> None:
-        """Not from its start on: the engine begins to watch only then, and may miss it."""
-        ...
-
-    def missing_image(self) -> str: ...
-    def image_to_pull(self) -> str:
-        """An image that is not on the engine."""
-        ...
-
-    async def stranger(self, name: str) -> None:
-        """A container that is not ours."""
-        ...
-
-    async def exists(self, name: str) -> bool: ...
-    async def kill(self, sandbox_id: UUID) -> None:
-        """End the workload from outside."""
-        ...
-
-    def hold(self, call: str) -> Gate: ...
-    def lose_reply(self, call: str) -> None:
-        """Once: the engine acts, nobody hears of it."""
-        ...
-
-    def refuse(self, call: str) -> None:
-        """From now on the engine answers this call with its own trouble."""
-        ...
-
-    async def down(self) -> None: ...
-    async def up(self) -> None: ...
-    def listening(self) -> bool:
-        """An event stream is open."""
-        ...
-
-    def drop_streams(self) -> None: ...
-    async def close(self) -> None: ...
-
-
-def workload(**changes: Any) -> Workload:
-    plain = Workload(uuid4(), "default", BUSYBOX, ("sleep", "3600"), {})
-    return msgspec.structs.replace(plain, **changes)
+from app.runtime.docker import DockerDriver, DockerOptions, connect, names
+from app.runtime.driver import Driver, Exit, Leftover, Limits, Workload
+from app.runtime.fake import FakeDriver, FakeEngine, Pull
+from app.runtime.faults import AttemptFailed
+from tests.drivers.proxy import EngineProxy, Gate, Refusal
+from tests.drivers.registry import Registry, serve
+from tests.drivers.rig import BUSYBOX, SlowImage, workload
 
 
 class FakeRig:
@@ -106,21 +42,33 @@ class FakeRig:
 
     def ending(self, code: int) -> Workload:
         work = self.work()
-        self.engine.scripts[work.sandbox_id] = Exit(code)
+        self.engine.scripts[work.ref.object_id] = Exit(code)
         return work
 
     def greedy(self) -> Workload:
         return self.work()
 
-    async def starve(self, sandbox_id: UUID) -> None:
-        self.engine.exit(sandbox_id, oom=True)
+    async def starve(self, object_id: UUID) -> None:
+        self.engine.exit(object_id, oom=True)
 
-    def missing_image(self) -> str:
+    async def missing_image(self) -> str:
         return "missing/image:1"
 
-    def image_to_pull(self) -> str:
-        self.engine.to_pull.add("elsewhere/image:1")
-        return "elsewhere/image:1"
+    async def image_to_pull(self) -> str:
+        reference = f"elsewhere/{uuid4().hex}:1"
+        self.engine.to_pull.add(reference)
+        return reference
+
+    async def slow_image(self) -> SlowImage:
+        reference, gate = await self.image_to_pull(), asyncio.Event()
+        self.engine.pulls[reference] = Pull(("0 of 1 layers", "0 of 1 layers, 0.5 of 1.0 MB"), gate=gate)
+        before = self.engine.calls["pull"]
+
+        async def reached() -> None:
+            while self.engine.calls["pull"] == before:
+                await asyncio.sleep(0)
+
+        return SlowImage(reference, reached, gate)
 
     async def stranger(self, name: str) -> None:
         self.engine.make(name)
@@ -128,8 +76,8 @@ class FakeRig:
     async def exists(self, name: str) -> bool:
         return name in self.engine.containers
 
-    async def kill(self, sandbox_id: UUID) -> None:
-        self.engine.exit(sandbox_id, 137)
+    async def kill(self, object_id: UUID) -> None:
+        self.engine.exit(object_id, 137)
 
     def hold(self, call: str) -> Gate:
         return self._gates.setdefault(call, Gate())
@@ -156,6 +104,27 @@ class FakeRig:
     async def close(self) -> None:
         await self.driver.close()
 
+    def decline(self, call: str) -> None:
+        reason = {"pause": "PAUSE_REFUSED", "unpause": "RESUME_REFUSED", "remove": "REMOVE_REFUSED"}.get(call)
+        reason = reason or {"pull": "IMAGE_PULL_FAILED"}.get(call, "START_FAILED")
+        self.engine.refusals[call] = AttemptFailed(reason, "refused by the test")
+
+    def relent(self) -> None:
+        self._refused.clear()
+        self.engine.refusals.clear()
+
+    async def leftover(self, installation: UUID | None = None) -> UUID:
+        object_id = uuid4()
+        part = Leftover("egress", f"sandbox-egress-{object_id}", uuid4().hex, object_id, position=7)
+        self.engine.leave(installation or self._installation, part)
+        return object_id
+
+    async def forget_mark(self) -> None:
+        self.engine.marks.clear()
+
+    async def restart(self, object_id: UUID) -> None:
+        self.engine.restart(object_id)
+
     async def _before(self, call: str) -> None:
         if gate := self._gates.get(call):
             await gate.pass_through()
@@ -178,8 +147,8 @@ class DockerRig:
         self._installations = [uuid4()]
         self._drivers: list[DockerDriver] = []
         self._strangers: list[str] = []
-        self.registries: list[str] = []
-        """Images pulled from these go when the containers have gone."""
+        self._stack = AsyncExitStack()
+        self._registry: Registry | None = None
         self.driver: Driver = self.another()
 
     @classmethod
@@ -213,20 +182,33 @@ class DockerRig:
         script = ("sh", "-c", "mkfifo /tmp/go; read line < /tmp/go; exec tail /dev/zero")
         return self.work(entrypoint=script, limits=Limits(memory_bytes=8 << 20))
 
-    async def starve(self, sandbox_id: UUID) -> None:
+    async def starve(self, object_id: UUID) -> None:
         # Early or late, the line gets there: before the mkfifo it makes a plain file, which is read as well.
-        container = self.direct.containers.container(f"sandbox-{sandbox_id}")
+        container = self.direct.containers.container(f"sandbox-{object_id}")
         go = await container.exec(["sh", "-c", "echo go > /tmp/go"])
         await go.start(detach=True)
 
-    def missing_image(self) -> str:
-        return "sha256:" + "0" * 64
+    async def missing_image(self) -> str:
+        return (await self.registry()).reference(f"nobody-{uuid4().hex}/has-this")
 
-    def image_to_pull(self) -> str:
-        return "127.0.0.1:1/elsewhere/image:1"
+    async def registry(self) -> Registry:
+        """A registry of this rig, begun at the first question."""
+        if self._registry is None:
+            self._registry = await self._stack.enter_async_context(serve())
+        return self._registry
 
-    async def stranger(self, name: str) -> None:
-        config = {"Image": BUSYBOX, "Entrypoint": ["sleep", "3600"], "Labels": {LABEL_INSTALLATION: str(uuid4())}}
+    async def image_to_pull(self) -> str:
+        return (await self.registry()).add(name=f"tiny-{uuid4().hex}")
+
+    async def slow_image(self) -> SlowImage:
+        registry = await self.registry()
+        registry.blob_gate = asyncio.Event()
+        registry.blob_started.clear()
+        return SlowImage(await self.image_to_pull(), registry.blob_started.wait, registry.blob_gate)
+
+    async def stranger(self, name: str, labels: dict[str, str] | None = None) -> None:
+        labels = {names.INSTALLATION: str(uuid4())} if labels is None else labels
+        config = {"Image": BUSYBOX, "Entrypoint": ["sleep", "3600"], "Labels": labels}
         await self.direct.containers.create(config, name=name)
         self._strangers.append(name)
 
@@ -241,8 +223,8 @@ class DockerRig:
                 raise
             return None
 
-    async def kill(self, sandbox_id: UUID) -> None:
-        await self.direct.containers.container(f"sandbox-{sandbox_id}").kill()
+    async def kill(self, object_id: UUID) -> None:
+        await self.direct.containers.container(f"sandbox-{object_id}").kill()
 
     def hold(self, call: str) -> Gate:
         return self.proxy.gates.setdefault(call, Gate())
@@ -251,7 +233,28 @@ class DockerRig:
         self.proxy.lost[call] += 1
 
     def refuse(self, call: str) -> None:
-        self.proxy.refusals[call] = 503
+        self.proxy.refusals[call] = Refusal(503)
+
+    def decline(self, call: str) -> None:
+        self.proxy.refusals[call] = Refusal(500)
+
+    def relent(self) -> None:
+        self.proxy.refusals.clear()
+
+    async def leftover(self, installation: UUID | None = None) -> UUID:
+        object_id = uuid4()
+        labels = names.labels_of(
+            installation or self._installations[0], object_id, names.EGRESS, tenant="t", generation=1, position=7
+        )
+        await self.stranger(names.container_name(object_id, names.EGRESS), labels)
+        return object_id
+
+    async def forget_mark(self) -> None:
+        volume = await self.direct.volumes.get(names.mark_name(self._installations[0]))
+        await volume.delete()
+
+    async def restart(self, object_id: UUID) -> None:
+        await self.direct.containers.container(names.container_name(object_id)).restart(t=0)
 
     async def down(self) -> None:
         await self.proxy.down()
@@ -270,16 +273,28 @@ class DockerRig:
             await driver.close()
         await self.proxy.close()
         for installation in self._installations:
-            filters = msgspec.json.encode({"label": [f"{LABEL_INSTALLATION}={installation}"]}).decode()
+            filters = msgspec.json.encode({"label": [f"{names.INSTALLATION}={installation}"]}).decode()
             for container in await self.direct.containers.list(all="1", filters=filters):
                 await container.delete(force=True, v=True)
         for name in self._strangers:
-            await self.direct.containers.container(name).delete(force=True, v=True)
+            if await self.exists(name):
+                await self.direct.containers.container(name).delete(force=True, v=True)
+        await self._forget_volumes()
         await self._forget_images()
+        await self._stack.aclose()
         await self.direct.close()
 
+    async def _forget_volumes(self) -> None:
+        ours = {names.mark_name(installation) for installation in self._installations}
+        for row in (await self.direct.volumes.list())["Volumes"] or ():
+            if row["Name"] in ours:
+                await (await self.direct.volumes.get(row["Name"])).delete()
+
     async def _forget_images(self) -> None:
-        for row in await self.direct.images.list() if self.registries else ():
-            names = (row["RepoTags"] or []) + (row["RepoDigests"] or [])
-            if any(name.startswith(registry) for name in names for registry in self.registries):
+        if self._registry is None:
+            return
+        for row in await self.direct.images.list():
+            # By id too: an image whose tag moved has no name any more.
+            known = (row["RepoTags"] or []) + (row["RepoDigests"] or [])
+            if row["Id"] in self._registry.image_ids or any(name.startswith(self._registry.prefix) for name in known):
                 await self.direct.images.delete(row["Id"], force=True)

@@ -10,35 +10,36 @@ import pytest
 
 from app.errors import RuntimeUnavailable
 from app.runtime.driver import Driver, Power, Workload
-from tests.drivers.looks import Eventually, exited, heard, inventory
-from tests.drivers.rigs import Rig
+from tests.drivers.looks import Eventually, exited, heard, id_of, inventory, leftovers
+from tests.drivers.rig import Rig
 
 # inventory
 
 
 async def test_inventory_has_all_of_ours_and_nothing_else(rig: Rig, eventually: Eventually):
-    works = [rig.work(generation=n) for n in range(1, 4)]
+    works = [rig.work(generation=n, position=n * 10) for n in range(1, 4)]
     for work in works:
         await rig.driver.ensure(work)
     ended = rig.ending(0)
     await rig.driver.ensure(ended)
     await exited(rig, ended, eventually)
-    await rig.driver.set_power(works[0].sandbox_id, Power.PAUSED)
+    await rig.driver.set_power(works[0].ref, Power.PAUSED)
     await rig.elsewhere().ensure(rig.work())
     await rig.stranger(f"sandbox-{uuid4()}")
 
-    rows = {seen.sandbox_id: seen for seen in await inventory(rig.another())}
-    powers = {sandbox_id: seen.power for sandbox_id, seen in rows.items()}
+    rows = {seen.object_id: seen for seen in await inventory(rig.another())}
+    powers = {object_id: seen.power for object_id, seen in rows.items()}
     assert powers == {
-        works[0].sandbox_id: Power.PAUSED,
-        works[1].sandbox_id: Power.RUNNING,
-        works[2].sandbox_id: Power.RUNNING,
-        ended.sandbox_id: Power.EXITED,
+        works[0].ref.object_id: Power.PAUSED,
+        works[1].ref.object_id: Power.RUNNING,
+        works[2].ref.object_id: Power.RUNNING,
+        ended.ref.object_id: Power.EXITED,
     }
-    assert [rows[work.sandbox_id].generation for work in works] == [1, 2, 3]
-    seen = await rig.driver.observe(works[1].sandbox_id)
+    assert [rows[work.ref.object_id].generation for work in works] == [1, 2, 3]
+    assert [rows[work.ref.object_id].position for work in works] == [10, 20, 30]
+    seen = await rig.driver.observe(works[1].ref)
     assert seen is not None
-    assert rows[seen.sandbox_id].runtime_id == seen.runtime_id
+    assert id_of(rows[seen.object_id]) == id_of(seen)
 
 
 async def test_inventory_of_nothing_is_empty(rig: Rig):
@@ -52,34 +53,63 @@ async def test_an_inventory_that_fails_raises(rig: Rig):
         await inventory(rig.driver)
 
 
+# leftovers
+
+
+async def test_a_part_without_its_main_is_a_leftover(rig: Rig):
+    work = rig.work()
+    await rig.driver.ensure(work)
+    object_id = await rig.leftover()
+    await rig.leftover(uuid4())  # of another installation
+    [found] = await leftovers(rig.driver)
+    assert (found.object_id, found.role, found.name) == (object_id, "egress", f"sandbox-egress-{object_id}")
+    assert found.position == 7
+    assert [seen.object_id for seen in await inventory(rig.driver)] == [work.ref.object_id]
+
+
+async def test_a_leftover_can_be_removed_and_nothing_else_goes(rig: Rig):
+    work = rig.work()
+    await rig.driver.ensure(work)
+    await rig.leftover()
+    [found] = await leftovers(rig.driver)
+    other = rig.elsewhere()
+    await other.remove_leftover(found)
+    assert await leftovers(rig.driver) == [found], "another installation does not touch it"
+    await rig.driver.remove_leftover(found)
+    await rig.driver.remove_leftover(found)
+    assert await leftovers(rig.driver) == []
+    assert len(await inventory(rig.driver)) == 1
+
+
 # hints
 
 
-async def test_hints_tell_exit_pause_and_removal(rig: Rig, eventually: Eventually):
+async def test_hints_tell_exit_pause_restart_and_removal(rig: Rig, eventually: Eventually):
     work = rig.work()
     async with heard(rig, eventually) as ids:
 
         async def after(change: Awaitable[object]) -> None:
             ids.clear()
             await change
-            await eventually(lambda: work.sandbox_id in ids)
+            await eventually(lambda: work.ref.object_id in ids)
 
         await rig.driver.ensure(work)
-        await after(rig.driver.set_power(work.sandbox_id, Power.PAUSED))
-        await after(rig.driver.set_power(work.sandbox_id, Power.RUNNING))
-        await after(rig.kill(work.sandbox_id))
-        await after(rig.driver.remove(work.sandbox_id))
+        await after(rig.driver.set_power(work.ref, Power.PAUSED))
+        await after(rig.driver.set_power(work.ref, Power.RUNNING))
+        await after(rig.restart(work.ref.object_id))
+        await after(rig.kill(work.ref.object_id))
+        await after(rig.driver.remove(work.ref))
 
 
 async def test_hints_pass_over_strangers(rig: Rig, eventually: Eventually):
     async with heard(rig, eventually) as ids:
         stranger, work = rig.work(), rig.work()
         await rig.elsewhere().ensure(stranger)
-        await rig.elsewhere().remove(stranger.sandbox_id)
+        await rig.elsewhere().remove(stranger.ref)
         await rig.driver.ensure(work)
-        await rig.kill(work.sandbox_id)
+        await rig.kill(work.ref.object_id)
         await eventually(lambda: ids)
-        assert ids == {work.sandbox_id}
+        assert ids == {work.ref.object_id}
 
 
 async def test_hints_survive_a_dropped_stream(rig: Rig, eventually: Eventually):
@@ -87,11 +117,11 @@ async def test_hints_survive_a_dropped_stream(rig: Rig, eventually: Eventually):
     async with heard(rig, eventually) as ids:
         await rig.driver.ensure(first)
         await rig.driver.ensure(second)
-        await rig.kill(first.sandbox_id)
-        await eventually(lambda: first.sandbox_id in ids)
+        await rig.kill(first.ref.object_id)
+        await eventually(lambda: first.ref.object_id in ids)
         rig.drop_streams()
-        await rig.kill(second.sandbox_id)
-        await eventually(lambda: second.sandbox_id in ids)
+        await rig.kill(second.ref.object_id)
+        await eventually(lambda: second.ref.object_id in ids)
 
 
 async def test_a_broken_stream_says_that_anything_may_have_happened(rig: Rig, eventually: Eventually):
@@ -118,21 +148,24 @@ async def test_hints_tell_late_what_happened_while_the_engine_was_out_of_reach(r
     await rig.driver.ensure(work)
     async with heard(rig, eventually) as ids:
         await rig.down()
-        await rig.kill(work.sandbox_id)
+        await rig.kill(work.ref.object_id)
         await rig.up()
-        await eventually(lambda: work.sandbox_id in ids)
+        await eventually(lambda: work.ref.object_id in ids)
 
 
 # an engine that is away
 
 VERBS: dict[str, Callable[[Driver, Workload], Awaitable[object]]] = {
     "ensure": lambda driver, work: driver.ensure(work),
-    "observe": lambda driver, work: driver.observe(work.sandbox_id),
-    "pause": lambda driver, work: driver.set_power(work.sandbox_id, Power.PAUSED),
-    "resume": lambda driver, work: driver.set_power(work.sandbox_id, Power.RUNNING),
-    "remove": lambda driver, work: driver.remove(work.sandbox_id),
+    "observe": lambda driver, work: driver.observe(work.ref),
+    "pause": lambda driver, work: driver.set_power(work.ref, Power.PAUSED),
+    "resume": lambda driver, work: driver.set_power(work.ref, Power.RUNNING),
+    "remove": lambda driver, work: driver.remove(work.ref),
     "inventory": lambda driver, work: inventory(driver),
+    "fetch": lambda driver, work: driver.fetch(work.image, lambda _: None),
+    "image": lambda driver, work: driver.image(work.image.reference),
     "check": lambda driver, work: driver.check(),
+    "prepare": lambda driver, work: driver.prepare(),
 }
 
 
@@ -152,11 +185,3 @@ async def test_an_engine_in_trouble_gives_no_verdict(rig: Rig, call: str):
     rig.refuse(call)
     with pytest.raises(RuntimeUnavailable):
         await rig.driver.ensure(rig.work())
-
-
-async def test_check_says_who_the_engine_is(rig: Rig):
-    info = await rig.driver.check()
-    assert info.name == rig.driver.name
-    assert info.version
-    assert info.engine_id
-    assert info.address

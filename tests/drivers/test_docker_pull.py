@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import re
+import signal
+import sys
 from typing import Any
 
 import msgspec
 import pytest
 
 from app.errors import RuntimeRejected, RuntimeUnavailable
-from app.runtime.driver import Power, RegistryAuth
-from app.runtime.faults import ImagePullFailed
+from app.runtime.driver import FetchedImage, Image, Power, RegistryAuth
+from app.runtime.faults import ImageMissing, ImagePullFailed
+from tests.drivers.looks import fetch, run
+from tests.drivers.proxy import Refusal
 from tests.drivers.registry import FOREIGN, NATIVE, Fault, Registry
 from tests.drivers.rigs import DockerRig
 
@@ -23,71 +27,39 @@ WRONG = RegistryAuth("reader", "wrong horse battery staple")
 
 
 async def fault_of(rig: DockerRig, image: str, **changes: Any) -> RuntimeRejected | ImagePullFailed:
-    work = rig.work(image=image, **changes)
     with pytest.raises((RuntimeRejected, ImagePullFailed)) as caught:
-        await rig.driver.ensure(work)
-    assert await rig.driver.observe(work.sandbox_id) is None
+        await fetch(rig.driver, image, **changes)
     return caught.value
 
 
-async def test_a_missing_image_is_pulled_once_and_kept(docker_rig: DockerRig, registry: Registry):
+async def test_twenty_fetches_of_one_missing_image_ask_the_registry_once(docker_rig: DockerRig, registry: Registry):
     image = registry.add()
-    assert (await docker_rig.driver.ensure(docker_rig.work(image=image))).power is Power.RUNNING
-    before = registry.counts.copy()
-    assert (await docker_rig.driver.ensure(docker_rig.work(image=image))).power is Power.RUNNING
-    assert registry.counts == before
-    assert docker_rig.calls["pull"] == 1
-
-
-async def test_twenty_ensures_of_one_missing_image_are_one_pull(docker_rig: DockerRig, registry: Registry):
-    image = registry.add()
-    seen = await asyncio.gather(*(docker_rig.driver.ensure(docker_rig.work(image=image)) for _ in range(20)))
-    assert {one.power for one in seen} == {Power.RUNNING}
-    assert len({one.runtime_id for one in seen}) == 20
+    ends = await asyncio.gather(*(fetch(docker_rig.driver, image) for _ in range(20)))
+    assert len(set(ends)) == 1
     assert docker_rig.calls["pull"] == 1
     assert (registry.counts["manifest"], registry.counts["blob"]) == (1, 2)  # one layer, one configuration
 
 
-async def test_a_waiter_that_is_cancelled_leaves_alone(
-    docker_rig: DockerRig, registry: Registry, eventually: Callable[[Callable[[], Any]], Awaitable[Any]]
-):
+async def test_the_digest_is_the_registrys(docker_rig: DockerRig, registry: Registry):
     image = registry.add()
-    registry.blob_gate = asyncio.Event()
-    works = [docker_rig.work(image=image) for _ in range(4)]
-    tasks = [asyncio.create_task(docker_rig.driver.ensure(work)) for work in works]
-    await registry.blob_started.wait()
-    await eventually(lambda: docker_rig.calls["create"] == 4)
-    tasks[0].cancel()  # the one that began the pull
-    with pytest.raises(asyncio.CancelledError):
-        await tasks[0]
-    registry.blob_gate.set()
-    seen = await asyncio.gather(*tasks[1:])
-    assert {one.power for one in seen} == {Power.RUNNING}
-    assert docker_rig.calls["pull"] == 1
-    assert await docker_rig.driver.observe(works[0].sandbox_id) is None
+    fetched = await fetch(docker_rig.driver, image)
+    assert registry.by_digest().endswith(f"@{fetched.image_digest}")
+    seen = await docker_rig.driver.ensure(docker_rig.work(image=image))
+    assert (seen.image_id, seen.image_digest) == (fetched.image_id, fetched.image_digest)
+    assert (await fetch(docker_rig.driver, registry.by_digest())) == fetched
 
 
-async def test_a_pull_ends_with_its_last_waiter_and_can_begin_anew(docker_rig: DockerRig, registry: Registry):
+async def test_a_tag_that_moved_does_not_change_what_runs(docker_rig: DockerRig, registry: Registry):
     image = registry.add()
-    registry.blob_gate = asyncio.Event()
-    tasks = [asyncio.create_task(docker_rig.driver.ensure(docker_rig.work(image=image))) for _ in range(2)]
-    await registry.blob_started.wait()
-    for task in tasks:
-        task.cancel()
-    assert [type(end) for end in await asyncio.gather(*tasks, return_exceptions=True)] == [asyncio.CancelledError] * 2
-    registry.blob_gate.set()
-    registry.blob_gate = None
-    assert (await docker_rig.driver.ensure(docker_rig.work(image=image))).power is Power.RUNNING
-    assert docker_rig.calls["pull"] == 2
-
-
-async def test_every_waiter_gets_the_cause(docker_rig: DockerRig, registry: Registry):
-    image = registry.reference("nobody/has-this")
-    ends = await asyncio.gather(
-        *(docker_rig.driver.ensure(docker_rig.work(image=image)) for _ in range(5)), return_exceptions=True
-    )
-    assert [getattr(end, "reason", end) for end in ends] == ["IMAGE_NOT_FOUND"] * 5
-    assert len({id(end) for end in ends}) == 5
+    first, work = await fetch(docker_rig.driver, image), docker_rig.work(image=image)
+    await docker_rig.driver.ensure(work)
+    registry.add()
+    await docker_rig.direct.images.delete(image, force=True)
+    second = await fetch(docker_rig.driver, image)
+    assert second.image_digest != first.image_digest
+    seen = await docker_rig.another().ensure(work)
+    assert seen.image_id == first.image_id
+    assert seen.image_digest in (first.image_digest, None), "never that of the new image"
 
 
 @pytest.mark.parametrize("bearer", [False, True], ids=["basic", "bearer"])
@@ -100,8 +72,8 @@ async def test_credentials(docker_rig: DockerRig, registry: Registry, caplog: py
     wrong = await fault_of(docker_rig, image, auth=WRONG)
     assert (type(wrong), wrong.reason) == (RuntimeRejected, "IMAGE_AUTH_FAILED")
     right = docker_rig.work(image=image, auth=RIGHT)
-    assert (await docker_rig.driver.ensure(right)).power is Power.RUNNING
-    said = f"{without!r}{wrong!r}{right!r}{caplog.text}{await docker_rig.inspect(f'sandbox-{right.sandbox_id}')}"
+    assert (await run(docker_rig.driver, right)).power is Power.RUNNING
+    said = f"{without!r}{wrong!r}{right!r}{caplog.text}{await docker_rig.inspect(f'sandbox-{right.ref.object_id}')}"
     assert RIGHT.password not in said
     assert WRONG.password not in said
 
@@ -110,15 +82,14 @@ async def test_pulls_with_different_credentials_share_nothing(docker_rig: Docker
     image = registry.add()
     registry.credentials = (RIGHT.username, RIGHT.password)
     gate = docker_rig.hold("pull")
-    works = [docker_rig.work(image=image, auth=auth) for auth in (None, WRONG, RIGHT)]
-    tasks = [asyncio.create_task(docker_rig.driver.ensure(work)) for work in works]
+    tasks = [asyncio.create_task(fetch(docker_rig.driver, image, auth=auth)) for auth in (None, WRONG, RIGHT)]
     await gate.reached.wait()
     gate.open()
     ends = await asyncio.gather(*tasks, return_exceptions=True)
     assert docker_rig.calls["pull"] == 3
     assert getattr(ends[0], "reason", "") == "IMAGE_AUTH_REQUIRED"
     assert getattr(ends[1], "reason", "") == "IMAGE_AUTH_FAILED"
-    assert getattr(ends[2], "power", None) is Power.RUNNING
+    assert isinstance(ends[2], FetchedImage)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +110,7 @@ async def test_what_the_registry_refuses(
     caught = await fault_of(docker_rig, image)
     assert (type(caught), caught.reason) == (kind, reason)
     registry.manifest_fault = None
-    assert (await docker_rig.driver.ensure(docker_rig.work(image=image))).power is Power.RUNNING
+    assert (await run(docker_rig.driver, docker_rig.work(image=image))).power is Power.RUNNING
 
 
 async def test_a_registry_that_is_not_there(docker_rig: DockerRig):
@@ -152,19 +123,39 @@ async def test_a_pull_that_takes_too_long(docker_rig: DockerRig, registry: Regis
     registry.blob_gate = asyncio.Event()
     driver = docker_rig.with_options(msgspec.structs.replace(docker_rig.options, pull_timeout=0.5))
     with pytest.raises(ImagePullFailed) as caught:
-        await driver.ensure(docker_rig.work(image=image))
+        await fetch(driver, image)
     assert caught.value.reason == "IMAGE_PULL_TIMEOUT"
     assert image in caught.value.message
 
 
-async def test_an_engine_that_goes_away_in_a_pull_is_the_engines_trouble(docker_rig: DockerRig, registry: Registry):
+async def test_a_killed_process_ends_its_pull_and_another_one_begins_anew(
+    docker_rig: DockerRig, registry: Registry, engine: str
+):
     image = registry.add()
     registry.blob_gate = asyncio.Event()
-    task = asyncio.create_task(docker_rig.driver.ensure(docker_rig.work(image=image)))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "tests.drivers.child", engine, str(docker_rig.options.installation), "fetch", image),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
     await registry.blob_started.wait()
-    await docker_rig.down()
-    with pytest.raises(RuntimeUnavailable):
-        await task
+    assert b"layers" in await process.stdout.readline()
+    process.kill()
+    assert await process.wait() == -signal.SIGKILL
+    assert await docker_rig.driver.image(image) is None
+    registry.blob_gate.set()
+    registry.blob_gate = None
+    fetched = await fetch(docker_rig.driver, image)
+    assert registry.by_digest().endswith(f"@{fetched.image_digest}")
+    assert (await docker_rig.driver.ensure(docker_rig.work(image=image))).power is Power.RUNNING
+
+
+async def test_progress_has_layers_and_bytes(docker_rig: DockerRig, registry: Registry):
+    image, told = registry.add(), list[str]()
+    await docker_rig.driver.fetch(Image(image), told.append)
+    assert told
+    assert all(re.fullmatch(r"\d+ of \d+ layers(, \d+\.\d of \d+\.\d MB)?", text) for text in told), told
 
 
 async def test_platforms(docker_rig: DockerRig, registry: Registry):
@@ -175,7 +166,7 @@ async def test_platforms(docker_rig: DockerRig, registry: Registry):
     assert caught.reason == "IMAGE_PLATFORM_MISMATCH"
 
     single = registry.add("single")
-    assert (await docker_rig.driver.ensure(docker_rig.work(image=single, platform=NATIVE))).power is Power.RUNNING
+    assert (await run(docker_rig.driver, docker_rig.work(image=single, platform=NATIVE))).power is Power.RUNNING
     caught = await fault_of(docker_rig, single, platform=FOREIGN)
     assert (type(caught), caught.reason) == (RuntimeRejected, "IMAGE_PLATFORM_MISMATCH")
 
@@ -183,10 +174,13 @@ async def test_platforms(docker_rig: DockerRig, registry: Registry):
 async def test_a_local_image_of_another_platform_is_pulled_again(docker_rig: DockerRig, registry: Registry):
     image = registry.add(platform=FOREIGN)
     with pytest.raises(RuntimeRejected):
-        await docker_rig.driver.ensure(docker_rig.work(image=image, platform=NATIVE))
+        await fetch(docker_rig.driver, image, platform=NATIVE)
+    assert await docker_rig.driver.image(image) is not None, "the other platform's"
     registry.add(platform=NATIVE)
     work = docker_rig.work(image=image, platform=NATIVE)
-    assert (await docker_rig.driver.ensure(work)).power is Power.RUNNING
+    with pytest.raises(ImageMissing):
+        await docker_rig.driver.ensure(work)
+    assert (await run(docker_rig.driver, work)).power is Power.RUNNING
     assert docker_rig.calls["pull"] == 2
 
 
@@ -194,7 +188,7 @@ async def test_no_tag_means_latest_and_nothing_else(docker_rig: DockerRig, regis
     registry.add(tag="other")
     registry.add(tag="latest")
     name = registry.reference().rpartition(":")[0]
-    assert (await docker_rig.driver.ensure(docker_rig.work(image=name))).power is Power.RUNNING
+    assert (await run(docker_rig.driver, docker_rig.work(image=name))).power is Power.RUNNING
     assert registry.counts["manifest"] == 1
 
 
@@ -202,15 +196,43 @@ async def test_by_digest(docker_rig: DockerRig, registry: Registry):
     registry.add()
     image = registry.by_digest()
     work = docker_rig.work(image=image)
-    assert (await docker_rig.driver.ensure(work)).power is Power.RUNNING
+    assert (await run(docker_rig.driver, work)).power is Power.RUNNING
     missing = image.rpartition("@")[0] + "@sha256:" + "0" * 64
     assert (await fault_of(docker_rig, missing)).reason == "IMAGE_NOT_FOUND"
 
 
-@pytest.mark.parametrize("image", ["UPPER/case:1", "a b", "x:!!", "x@sha256:12"])
+@pytest.mark.parametrize(
+    "image",
+    ["UPPER/case:1", "a b", "x:!!", "x@sha256:12", "x/../../containers", "x?y=z", "x#y", "", "x//y", "x\x1b[2J"],
+)
 async def test_a_reference_that_is_none(docker_rig: DockerRig, image: str):
     caught = await fault_of(docker_rig, image)
     assert (type(caught), caught.reason) == (RuntimeRejected, "IMAGE_REFERENCE_INVALID")
+    assert "\x1b" not in str(caught)
+    assert await docker_rig.driver.image(image) is None
+
+
+async def test_an_id_cannot_be_pulled(docker_rig: DockerRig):
+    caught = await fault_of(docker_rig, f"sha256:{'0' * 64}")
+    assert (type(caught), caught.reason) == (RuntimeRejected, "IMAGE_NOT_FOUND")
+    assert docker_rig.calls["pull"] == 0
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Refusal(403, "<html><body><h1>403 Forbidden</h1></body></html>", is_json=False),
+        Refusal(403, "authorization denied by plugin gate: not images"),
+        Refusal(401, "Unauthorized", is_json=False),
+    ],
+)
+async def test_a_proxy_that_forbids_pulls_says_nothing_about_the_image(
+    docker_rig: DockerRig, registry: Registry, refusal: Refusal
+):
+    image = registry.add()
+    docker_rig.proxy.refusals["pull"] = refusal
+    with pytest.raises(RuntimeUnavailable, match="proxy or plugin"):
+        await fetch(docker_rig.driver, image)
 
 
 async def test_the_images_own_name_does_not_decide(docker_rig: DockerRig, registry: Registry):

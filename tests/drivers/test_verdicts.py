@@ -7,13 +7,15 @@ import pytest
 
 from app.errors import RuntimeRejected, RuntimeUnavailable
 from app.runtime.docker.engine import Refused
+from app.runtime.docker.images import registry_of
 from app.runtime.docker.options import DockerOptions
-from app.runtime.docker.pull import credentials_header, registry_of
+from app.runtime.docker.pull import credentials_header
+from app.runtime.docker.pull_verdicts import pull_cause
 from app.runtime.docker.spec import container_config
-from app.runtime.docker.verdicts import create_verdict, is_image_missing, pull_cause, start_verdict
-from app.runtime.driver import Limits, RegistryAuth
-from app.runtime.faults import AttemptFailed
-from tests.drivers.rigs import workload
+from app.runtime.docker.verdicts import create_verdict, power_verdict, remove_verdict, start_verdict
+from app.runtime.driver import Image, Power, RegistryAuth
+from app.runtime.faults import AttemptFailed, ImageMissing
+from tests.drivers.rig import workload
 
 AUTH = RegistryAuth("reader", "a-long-password")
 HIDING = "pull access denied for team/app, repository does not exist or may require 'docker login': denied"
@@ -39,7 +41,7 @@ OCI = "failed to create shim task: OCI runtime create failed: runc create failed
     ],
 )
 def test_pull(text: str, reason: str):
-    error = pull_cause("team/app:1", None, text).error()
+    error = pull_cause(Image("team/app:1"), text).error()
     assert getattr(error, "reason", "") == reason
     assert isinstance(error, RuntimeUnavailable) == (reason == "")
     final = reason in ("IMAGE_NOT_FOUND", "IMAGE_AUTH_REQUIRED", "IMAGE_PLATFORM_MISMATCH")
@@ -47,42 +49,125 @@ def test_pull(text: str, reason: str):
 
 
 def test_a_registry_that_hides_is_about_credentials_when_there_are_some():
-    error = pull_cause("team/app:1", AUTH, f"{HIDING} {AUTH.password}").error()
+    error = pull_cause(Image("team/app:1", auth=AUTH), f"{HIDING} {AUTH.password}").error()
     assert "IMAGE_AUTH_FAILED" in str(error)
     assert AUTH.password not in str(error)
 
 
-@pytest.mark.parametrize(
-    ("status", "text", "kind"),
-    [
-        (400, OCI + 'exec: "x": executable file not found in $PATH: unknown', RuntimeRejected),
-        (500, OCI + "container init was OOM-killed (memory limit too low?): unknown", RuntimeRejected),
-        (500, OCI + "mkdir /x: no space left on device", RuntimeUnavailable),
-        (500, "unable to find user nobody: no matching entries in passwd file", RuntimeRejected),
-        (500, "connection error: dial unix /run/containerd/containerd.sock: refused", RuntimeUnavailable),
-        (500, "something nobody has ever read", AttemptFailed),
-        (503, "something nobody has ever read", RuntimeUnavailable),
-        (404, "network lan not found", RuntimeRejected),
-    ],
-)
-def test_start(status: int, text: str, kind: type[Exception]):
-    assert type(start_verdict(workload(), Refused(status, text))) is kind
+def test_a_cause_names_the_image():
+    assert "team/app:1" in str(pull_cause(Image("team/app:1"), "manifest unknown").error())
+
+
+FINAL, ATTEMPT, ENGINE = RuntimeRejected, AttemptFailed, RuntimeUnavailable
 
 
 @pytest.mark.parametrize(
-    ("status", "text", "kind"),
+    ("status", "text", "kind", "reason"),
     [
-        (400, "Minimum memory limit allowed is 6MB", RuntimeRejected),
-        (403, "authorization denied by plugin", RuntimeRejected),
-        (404, "network lan not found", RuntimeRejected),
-        (429, "slow down", RuntimeUnavailable),
-        (500, "anything", RuntimeUnavailable),
+        # what the request decides
+        (400, OCI + 'exec: "tool": executable file not found in $PATH: unknown', FINAL, "ENTRYPOINT_NOT_FOUND"),
+        (400, OCI + 'exec: "tool": stat tool: no such file or directory: unknown', FINAL, "ENTRYPOINT_NOT_FOUND"),
+        (
+            500,
+            "crun: executable file `tool` not found in $PATH: No such file or directory",
+            FINAL,
+            "ENTRYPOINT_NOT_FOUND",
+        ),
+        (400, OCI + 'exec: "tool": permission denied: unknown', FINAL, "ENTRYPOINT_NOT_EXECUTABLE"),
+        (500, OCI + 'exec: "tool": is a directory: unknown', FINAL, "ENTRYPOINT_NOT_EXECUTABLE"),
+        (500, OCI + 'exec: "tool": exec format error: unknown', FINAL, "ENTRYPOINT_NOT_EXECUTABLE"),
+        (500, "unable to find user nobody: no matching entries in passwd file", FINAL, "START_REJECTED"),
+        (500, "unable to find group staff: no matching entries in group file", FINAL, "START_REJECTED"),
+        (500, 'could not select device driver "" with capabilities: [[gpu]]', FINAL, "START_REJECTED"),
+        # what the host or the operator decides
+        (400, OCI + 'exec: "docker-init": executable file not found in $PATH: unknown', ATTEMPT, "START_FAILED"),
+        (500, OCI + 'exec: "runc": executable file not found in $PATH: unknown', ATTEMPT, "START_FAILED"),
+        (500, OCI + "error running hook #0: exec: no such file or directory", ATTEMPT, "START_FAILED"),
+        (500, OCI + "container init was OOM-killed (memory limit too low?): unknown", ATTEMPT, "START_FAILED"),
+        (500, OCI + "mkdir /x: no space left on device", ATTEMPT, "START_FAILED"),
+        (500, OCI + "too many open files in system", ATTEMPT, "START_FAILED"),
+        (500, OCI + "seccomp: config provided but seccomp not supported", ATTEMPT, "START_FAILED"),
+        (500, OCI + "apparmor failed to apply profile", ATTEMPT, "START_FAILED"),
+        (500, "failed to initialize logging driver: invalid size: 'many'", ATTEMPT, "START_FAILED"),
+        (500, OCI + "mkdir /sys/fs/cgroup/pids/docker: cgroup is gone", ATTEMPT, "START_FAILED"),
+        (404, "network lan not found", ATTEMPT, "START_FAILED"),
+        (400, "something nobody has ever read", ATTEMPT, "START_FAILED"),
+        (500, "something nobody has ever read", ATTEMPT, "START_FAILED"),
+        # the engine
+        (500, "connection error: dial unix /run/containerd/containerd.sock: refused", ENGINE, ""),
+        (500, "context deadline exceeded", ENGINE, ""),
+        (503, "something nobody has ever read", ENGINE, ""),
+        (403, "authorization denied by plugin gate", ENGINE, ""),
+        (401, "who are you", ENGINE, ""),
+        (429, "slow down", ENGINE, ""),
     ],
 )
-def test_create(status: int, text: str, kind: type[Exception]):
-    refused = Refused(status, text)
-    assert not is_image_missing(refused)
-    assert type(create_verdict(workload(), refused)) is kind
+def test_start(status: int, text: str, kind: type[Exception], reason: str):
+    error = start_verdict(workload(entrypoint=("tool", "x")), Refused(status, text))
+    assert (type(error), getattr(error, "reason", "")) == (kind, reason)
+    assert text in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind", "reason"),
+    [
+        (400, "Minimum memory limit allowed is 6MB", FINAL, "SPEC_REJECTED"),
+        (400, "Range of CPUs is from 0.01 to 2.00, as there are only 2 CPUs available", FINAL, "SPEC_REJECTED"),
+        (400, "invalid reference format: repository name must be lowercase", FINAL, "IMAGE_REFERENCE_INVALID"),
+        (400, 'invalid CapAdd: unknown capability: "CAP_X"', ATTEMPT, "START_FAILED"),
+        (400, "something nobody has ever read", ATTEMPT, "START_FAILED"),
+        (404, "network lan not found", ATTEMPT, "START_FAILED"),
+        (500, "mkdir /var/lib/docker/x: no space left on device", ATTEMPT, "START_FAILED"),
+        (500, "invalid reference format", ATTEMPT, "START_FAILED"),
+        (404, "No such image: team/app:1", ImageMissing, ""),
+        (404, "image with reference a was found but does not match the specified platform", ImageMissing, ""),
+        (403, "authorization denied by plugin", ENGINE, ""),
+        (429, "slow down", ENGINE, ""),
+        (502, "anything", ENGINE, ""),
+    ],
+)
+def test_create(status: int, text: str, kind: type[Exception], reason: str):
+    error = create_verdict(workload(), Refused(status, text))
+    assert (type(error), getattr(error, "reason", "")) == (kind, reason)
+    assert text in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind", "reason"),
+    [
+        (
+            500,
+            "Cannot pause container x: OCI runtime pause failed: unable to freeze: unknown",
+            ATTEMPT,
+            "PAUSE_REFUSED",
+        ),
+        (409, "container x is not running", ATTEMPT, "PAUSE_REFUSED"),
+        (500, "Cannot pause container x: cgroup freezer not supported", FINAL, "PAUSE_NOT_SUPPORTED"),
+        (501, "pause: not implemented", FINAL, "PAUSE_NOT_SUPPORTED"),
+        (503, "anything", ENGINE, ""),
+        (403, "anything", ENGINE, ""),
+    ],
+)
+def test_pause(status: int, text: str, kind: type[Exception], reason: str):
+    error = power_verdict(Power.PAUSED, "x", Refused(status, text))
+    assert (type(error), getattr(error, "reason", "")) == (kind, reason)
+
+
+def test_remove():
+    busy = "driver overlay2 failed to remove root filesystem: unlinkat /x: device or resource busy"
+    error = remove_verdict("x", Refused(500, busy))
+    assert (type(error), error.reason) == (AttemptFailed, "REMOVE_REFUSED")
+    assert busy in error.message
+    assert type(remove_verdict("x", Refused(503, busy))) is RuntimeUnavailable
+
+
+def test_values_are_taken_out_of_the_engines_words_also_where_it_quotes_them():
+    work = workload(env={"A": 'say "please"', "B": "two\nlines", "C": "abc"})
+    text = 'bad: say "please", "say \\"please\\"", "two\\nlines", two\nlines, abc'
+    error = create_verdict(work, Refused(500, text))
+    assert "please" not in str(error)
+    assert "lines" not in str(error)
+    assert "abc" in str(error), "too short to be searched for"
 
 
 @pytest.mark.parametrize(
@@ -101,8 +186,8 @@ def test_the_registry_in_a_reference(image: str, host: str):
 
 
 def test_nothing_that_holds_a_secret_shows_it():
-    work = workload(env={"TOKEN": "tell-nobody"}, auth=AUTH, limits=Limits())
-    options = DockerOptions(installation=work.sandbox_id, sandbox_env={"SITE": "tell-nobody"})
+    work = workload(env={"TOKEN": "tell-nobody"}, auth=AUTH)
+    options = DockerOptions(installation=work.ref.object_id, sandbox_env={"SITE": "tell-nobody"})
     shown = repr([work, options, container_config(work, options)])
     assert "tell-nobody" not in shown
     assert AUTH.password not in shown
@@ -117,6 +202,6 @@ def test_the_credentials_header_is_what_the_engine_reads():
 
 def test_signatures_of_storage_links_stay_out_of_messages():
     link = "https://storage.test/layer?X-Signature=abcdef"
-    error = pull_cause("team/app:1", None, f'Get "{link}": EOF').error()
+    error = pull_cause(Image("team/app:1"), f'Get "{link}": EOF').error()
     assert "abcdef" not in str(error)
     assert "REGISTRY_UNREACHABLE" in str(error)

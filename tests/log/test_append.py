@@ -24,9 +24,9 @@ from app.store.log.signal import Signal
 from app.store.tables import sandboxes
 from app.views.current import changed_json, move, move_values
 from tests.support.hold import held
-from tests.support.sql import connected
+from tests.support.sql import app_role, connected
 from tests.support.stream import META as ACTOR
-from tests.support.stream import TENANT, requested, seen
+from tests.support.stream import TENANT, about, requested, seen
 
 Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 TRACES = """
@@ -50,7 +50,7 @@ async def created(service: Service) -> UUID:
 
 async def running(service: Service) -> UUID:
     sandbox_id = await created(service)
-    await service.execute(sandbox_id, cmd.RecordSeen(seen(Power.RUNNING)), ACTOR)
+    await service.execute(sandbox_id, about(sandbox_id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
     return sandbox_id
 
 
@@ -181,7 +181,7 @@ async def test_a_refusal_writes_nothing(dsn: str, service: Service):
     before = await traces(dsn)
     for command in (cmd.Pause(), cmd.Resume(), cmd.Expire(), cmd.PatchMetadata({}), cmd.RecordRemoved()):
         try:
-            outcome = await service.execute(sandbox_id, command, ACTOR)
+            outcome = await service.execute(sandbox_id, about(sandbox_id, command), ACTOR)
         except Conflict:
             continue
         assert (outcome.events, outcome.position) == ((), None)
@@ -219,7 +219,8 @@ async def test_the_database_refuses_every_other_move(dsn: str, service: Service)
         for before in Phase:
             await owner.execute("BEGIN; ALTER TABLE sandboxes DISABLE TRIGGER check_phase")
             await owner.execute(move, sandbox_id, before.value)
-            await owner.execute("ALTER TABLE sandboxes ENABLE TRIGGER check_phase; SET LOCAL ROLE sandledger_app")
+            role = await app_role(owner)
+            await owner.execute(f"ALTER TABLE sandboxes ENABLE TRIGGER check_phase; SET LOCAL ROLE {role}")
             allowed: set[Phase] = set()
             for after in Phase:
                 await owner.execute("SAVEPOINT here")

@@ -27,7 +27,7 @@ from app.store.tables import sandboxes
 from app.views.current import move, move_values
 from tests.support.hold import held
 from tests.support.sql import connected
-from tests.support.stream import META, TENANT, requested, seen
+from tests.support.stream import META, TENANT, about, requested, seen
 
 Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 WRITERS = 16
@@ -45,7 +45,7 @@ async def services(dsn: str, service: Service) -> AsyncIterator[list[Service]]:
 
 async def running(service: Service) -> UUID:
     made = await service.create(uuid4(), TENANT, requested(timeout_s=3600), None, META)
-    await service.execute(made.sandbox.id, cmd.RecordSeen(seen(Power.RUNNING)), META)
+    await service.execute(made.sandbox.id, about(made.sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), META)
     return made.sandbox.id
 
 

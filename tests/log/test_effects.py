@@ -20,7 +20,7 @@ from app.service.sandboxes import Outcome, Service
 from app.store.vault.seal import Sealer, Secrets
 from tests.support.sql import connected
 from tests.support.stream import META as ACTOR
-from tests.support.stream import TENANT, requested, seen
+from tests.support.stream import TENANT, about, requested, seen
 
 
 class Traces:
@@ -121,7 +121,7 @@ async def test_wishes_touch_the_queue_and_facts_do_not(dsn: str, service: Servic
         (cmd.Terminate(), 4),
     ]
     for command, revision in wishes:
-        await service.execute(sandbox.id, command, ACTOR)
+        await service.execute(sandbox.id, about(sandbox.id, command), ACTOR)
         queue = await traces.row("reconcile_queue")
         assert queue is not None
         assert queue["revision"] == revision, command
@@ -129,7 +129,7 @@ async def test_wishes_touch_the_queue_and_facts_do_not(dsn: str, service: Servic
 
 async def test_a_touch_forgets_backoff_but_not_a_running_claim(dsn: str, service: Service):
     sandbox = (await create(service)).sandbox
-    await service.execute(sandbox.id, cmd.RecordSeen(seen(Power.RUNNING)), ACTOR)
+    await service.execute(sandbox.id, about(sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
     traces = Traces(dsn, sandbox.id)
     await traces.write(
         "UPDATE reconcile_queue SET attempts = 7, first_failed_at = now(), due_at = now() + interval '5 min', "
@@ -158,7 +158,7 @@ async def test_a_wish_brings_a_completed_queue_row_back(dsn: str, service: Servi
     sandbox = (await create(service)).sandbox
     traces = Traces(dsn, sandbox.id)
     await traces.write("DELETE FROM reconcile_queue WHERE stream_id = $1")
-    await service.execute(sandbox.id, cmd.RecordSeen(seen(Power.RUNNING)), ACTOR)
+    await service.execute(sandbox.id, about(sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
     assert (await traces.present())[0] is False
     await service.execute(sandbox.id, cmd.Terminate(), ACTOR)
     assert (await traces.present())[0] is True
@@ -190,7 +190,7 @@ async def test_expiry_takes_deadline_and_secrets_and_leaves_work(
     loaded = await service.view.load(sandbox.id)
     assert loaded is not None
     assert loaded[0].ending is not None
-    assert loaded[0].ending.cause is ev.EndCause.EXPIRED_WHILE_PENDING
+    assert loaded[0].ending.cause == ev.EndCause.EXPIRED_WHILE_PENDING
     assert loaded[0].ending.at >= soon
     assert await Traces(dsn, sandbox.id).present() == (True, {"transition"}, False)
 
@@ -230,7 +230,7 @@ async def test_all_times_of_one_append_are_one_reading_of_the_databases_clock(ds
     phase = sandbox.phase
     for command in [None, *WAYS[way]]:
         if command is not None:
-            outcome = await service.execute(sandbox.id, command, ACTOR)
+            outcome = await service.execute(sandbox.id, about(sandbox.id, command), ACTOR)
         head = await traces.row("sandboxes")
         assert head is not None
         async with connected(dsn) as connection:
@@ -254,7 +254,7 @@ async def test_all_times_of_one_append_are_one_reading_of_the_databases_clock(ds
 async def test_several_events_of_one_append_share_their_time_and_stand_in_order(dsn: str, service: Service):
     sandbox = (await create(service)).sandbox
     look = seen(Power.EXITED, end=Exit(0), started_at=sandbox.created_at)
-    await service.execute(sandbox.id, cmd.RecordSeen(look), ACTOR)
+    await service.execute(sandbox.id, about(sandbox.id, cmd.RecordSeen(look)), ACTOR)
     facts = await service.history(sandbox.id, "default")
     assert [ev.REGISTRY.name_of(fact.event) for fact in facts] == [
         "sandbox.requested",

@@ -19,7 +19,7 @@ from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer, Secrets
 from tests.log.test_append import traces
 from tests.support.sql import connected
-from tests.support.stream import META, TENANT, requested, seen
+from tests.support.stream import META, TENANT, about, requested, seen
 
 Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 TABLES = {"sandboxes": 1, "idempotency_keys": 1, "reconcile_queue": 1, "deadlines": 2, "sealed_values": 1}
@@ -48,7 +48,7 @@ async def test_two_hundred_creates_of_one_key_are_one_sandbox(dsn: str, service:
 async def test_a_repeated_request_is_answered_as_the_first_time_and_writes_nothing(dsn: str, service: Service):
     first = await keyed(service)
     for command in (cmd.RecordSeen(seen(Power.RUNNING)), cmd.PatchMetadata({"a": "b"}), cmd.Terminate()):
-        await service.execute(first.sandbox.id, command, META)
+        await service.execute(first.sandbox.id, about(first.sandbox.id, command), META)
         before = await traces(dsn)
         again = await keyed(service)
         assert (again.sandbox, again.replayed, again.position, again.events) == (first.sandbox, True, None, ())

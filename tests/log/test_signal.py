@@ -16,7 +16,7 @@ from app.store.database.pool import Database
 from app.store.log.signal import NEWS_CHANNEL, WORK_CHANNEL, Signal, Subscription
 from tests.support.sql import connected
 from tests.support.stream import META as ACTOR
-from tests.support.stream import TENANT, requested, seen
+from tests.support.stream import TENANT, about, requested, seen
 
 Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
@@ -103,7 +103,7 @@ async def test_commands_say_which_they_are(service: Service, signal: Signal):
             (cmd.Pause(), True),
             (cmd.Terminate(), True),
         ):
-            await service.execute(sandbox_id, command, ACTOR)
+            await service.execute(sandbox_id, about(sandbox_id, command), ACTOR)
             assert await news.wait(0.001), command
             assert await work.wait(0) == wakes, command
         created = (await service.create(uuid4(), TENANT, requested(), None, ACTOR)).sandbox

@@ -26,7 +26,7 @@ from app.views.listing import Listing, Wanted
 from tests.conftest import INSTALLATION
 from tests.log.test_append import traces
 from tests.support.sql import connected
-from tests.support.stream import META, TENANT, requested, seen
+from tests.support.stream import META, TENANT, about, requested, seen
 
 JSON_COLUMNS = ("spec", "metadata", "runtime", "address", "waiting", "failure")
 
@@ -39,7 +39,7 @@ def dsn(bare_dsn: str) -> str:
 
 async def created(service: Service) -> UUID:
     made = await service.create(uuid4(), TENANT, requested(metadata={"a": "b"}), None, META)
-    await service.execute(made.sandbox.id, cmd.RecordSeen(seen(Power.RUNNING)), META)
+    await service.execute(made.sandbox.id, about(made.sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), META)
     return made.sandbox.id
 
 
@@ -71,7 +71,7 @@ async def test_what_this_version_does_not_know_survives_what_it_does(dsn: str, s
     await newer_fields(dsn, sandbox_id)
     before = await json_columns(dsn, sandbox_id)
     assert sum("newer" in (value or "") for value in before.values()) == 3
-    outcome = await service.execute(sandbox_id, command, META)
+    outcome = await service.execute(sandbox_id, about(sandbox_id, command), META)
     assert outcome.events
     after = await json_columns(dsn, sandbox_id)
     changed = {name for name in JSON_COLUMNS if before[name] != after[name]}
@@ -107,7 +107,7 @@ async def test_nobody_appends_to_a_stream_that_a_newer_version_wrote_to(dsn: str
     assert current.is_newer(loaded[0])
     for command in (cmd.PatchMetadata({"c": "d"}), cmd.Pause(), cmd.Terminate()):
         with pytest.raises(UnknownEvent, match="Upgrade this server, or call one that runs the newer version"):
-            await service.execute(sandbox_id, command, META)
+            await service.execute(sandbox_id, about(sandbox_id, command), META)
     with pytest.raises(UnknownEvent, match="schema 2, this server reads up to 1"):
         await service.record(loaded[0], cmd.RecordRetry("observe", "E", "m", 1), META)
     assert await traces(dsn) == before
@@ -168,6 +168,8 @@ async def test_the_operations_stream_is_left_alone_too(dsn: str, database: Datab
 async def test_meta_of_a_newer_version_says_what_to_do(service: Service):
     sandbox_id = await created(service)
     stored = (await service.log.history(sandbox_id, TENANT))[0]
-    strange = msgspec.structs.replace(stored, meta=stored.meta.replace("api_key", "robot"))
+    word = msgspec.structs.replace(stored, meta=stored.meta.replace("api_key", "robot"))
+    assert decoded(ev.REGISTRY, word).meta.actor.kind == "robot", "lists of words are open"
+    strange = msgspec.structs.replace(stored, meta='{"actor": "robot"}')
     with pytest.raises(UnknownEvent, match="upgrade this server"):
         decoded(ev.REGISTRY, strange)

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections import deque
 from datetime import timedelta
 from functools import cache
-
-import msgspec
+from uuid import UUID
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Exit, Power, Verdict, Waiting
 from app.domain.sandbox.state import Phase, evolve
 from app.errors import Rejected
-from tests.support.stream import BEGIN, ID, SECOND, Stream, requested, seen
+from tests.support.stream import BEGIN, ID, LIMITS, SECOND, Stream, requested, seen
 
-LOOKS = [
+OBSERVATIONS = [
     *(
         seen(power, runtime_id, started_at=started_at, end=end, adopted=adopted)
         for runtime_id in ("r1", "r2")
@@ -36,7 +35,9 @@ LOOKS = [
     seen(Power.RUNNING, started_at=BEGIN + SECOND),
     seen(Power.PAUSED, started_at=BEGIN + SECOND),
     seen(Power.EXITED, started_at=BEGIN + SECOND, end=Exit(0)),
-    msgspec.structs.replace(seen(Power.RUNNING), image_id="sha256:1"),
+    seen(Power.RUNNING, image_id="sha256:1"),
+    seen(Power.CREATED, waiting=Waiting("ensure", "POD_UNSCHEDULABLE")),
+    seen(Power.CREATED, verdict=Verdict("START_REJECTED", "no")),
 ]
 COMMANDS: list[cmd.Command] = [
     cmd.Renew(BEGIN + timedelta(hours=2)),
@@ -45,20 +46,20 @@ COMMANDS: list[cmd.Command] = [
     cmd.Resume(),
     cmd.Terminate(),
     cmd.Expire(),
-    *(cmd.RecordSeen(look, found_by) for look in LOOKS for found_by in ("ensure", "resync")),
+    cmd.EndTransition(),
+    *(cmd.RecordSeen(shown, found_by) for shown in OBSERVATIONS for found_by in ("ensure", "sweep")),
+    cmd.RecordSeen(seen(Power.RUNNING, object_id=UUID(int=1))),
     cmd.RecordPlaced("default", 1, ID),
     cmd.RecordWaiting("fetch", "IMAGE_PULLING"),
     cmd.RecordFetched("sha256:1"),
-    cmd.RecordSeen(seen(Power.CREATED, waiting=Waiting("ensure", "POD_UNSCHEDULABLE"))),
-    cmd.RecordSeen(seen(Power.CREATED, verdict=Verdict("START_REJECTED", "no"))),
     cmd.RecordLost(BEGIN),
     cmd.RecordRemoved(),
     cmd.RecordFailure("fetch", "IMAGE_NOT_FOUND", "no such image"),
+    cmd.RecordFailure("set_power", "REFUSED", "no"),
     cmd.RecordPowerRefused("REFUSED", "no"),
     cmd.RecordRetry("ensure", "E", "again", 1),
-    cmd.EndTransition(),
 ]
-LONG = max(cmd.EndTransition().limits.of(phase) or 0 for phase in Phase)
+LONGEST = max(LIMITS.of(phase) or 0 for phase in Phase)
 
 
 def _abstract(stream: Stream) -> tuple[object, ...]:
@@ -66,18 +67,19 @@ def _abstract(stream: Stream) -> tuple[object, ...]:
     runtime = sandbox.runtime
     main = None if runtime is None else runtime.main
     return (
-        sandbox.engine,
+        sandbox.object_id is not None,
         sandbox.desired,
         sandbox.observed,
+        sandbox.run > 0,
         main and main.runtime_id,
-        None if runtime is None else (runtime.exit_code, runtime.started_at),
+        runtime and (runtime.exit_code, runtime.started_at),
         sandbox.waiting is not None,
         sandbox.ready_at is not None,
         sandbox.failure is not None,
         None if sandbox.ending is None else sandbox.ending.cause,
         sandbox.closed_at is not None,
         sandbox.expires_at is not None and sandbox.expires_at <= stream.now,
-        (stream.now - sandbox.changed_at).total_seconds() >= LONG,
+        (stream.now - sandbox.changed_at).total_seconds() >= LONGEST,
     )
 
 
@@ -95,19 +97,20 @@ def walk() -> tuple[list[Stream], set[tuple[Phase, Phase]], set[tuple[type[ev.Ev
         for command in COMMANDS:
             there = here.fork()
             try:
-                there.do(command)
+                if not there.do(command):
+                    continue
             except Rejected:
                 continue
             if there.sandbox.phase is not here.sandbox.phase:
                 moves.add((here.sandbox.phase, there.sandbox.phase))
             sandbox = here.sandbox
-            for fact in there.facts[len(here.facts) :]:
-                appended.add((type(fact.event), sandbox.phase))
-                sandbox = evolve(sandbox, fact)
+            for recorded in there.history[len(here.history) :]:
+                appended.add((type(recorded.event), sandbox.phase))
+                sandbox = evolve(sandbox, recorded)
             todo.append(there)
-            if there.sandbox.expires_at is not None and there.now < there.sandbox.expires_at:
-                late = there.fork()
-                late.now = there.sandbox.expires_at + SECOND
-                todo.append(late)
-            todo.append(there.fork().pass_time(LONG))
+        if here.sandbox.expires_at is not None and here.now < here.sandbox.expires_at:
+            late = here.fork()
+            late.now = here.sandbox.expires_at + SECOND
+            todo.append(late)
+        todo.append(here.fork().pass_time(LONGEST))
     return list(found.values()), moves, appended

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import copy
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
+
+from msgspec.structs import replace
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox import transitions
+from app.domain.sandbox.deadlines import Limits, changes
 from app.domain.sandbox.decide import Events, decide
 from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power, Verdict, Waiting
 from app.domain.sandbox.spec import SandboxSpec
@@ -22,6 +26,7 @@ TENANT = "default"
 META = Meta(Actor(ActorKind.API_KEY, "k1", "default"), "test")
 PLACED = ev.Placed("default", 1, ID)
 SECOND = timedelta(seconds=1)
+LIMITS = Limits()
 
 
 def requested(timeout_s: int | None = 600, metadata: dict[str, str] | None = None) -> ev.Requested:
@@ -46,8 +51,9 @@ def seen(
     waiting: Waiting | None = None,
     verdict: Verdict | None = None,
     address: Address | None = None,
+    image_id: str | None = None,
 ) -> Observed:
-    """One look at the engine's object."""
+    """One observation of the engine's object."""
     return Observed(
         object_id,
         parts(runtime_id, object_id),
@@ -58,24 +64,45 @@ def seen(
         waiting=waiting,
         verdict=verdict,
         address=address,
+        image_id=image_id,
     )
 
 
+def about(object_id: UUID, command: cmd.Command) -> cmd.Command:
+    """The command, with its observation about this object; any other command as it is."""
+    if not isinstance(command, cmd.RecordSeen):
+        return command
+    return replace(command, observed=replace(command.observed, object_id=object_id))
+
+
 class Stream:
-    """A sandbox whose every event was decided, checked against the declared table and applied."""
+    """A sandbox whose every event was decided, checked against the declared table and applied, with its deadlines."""
 
     def __init__(self, begin: ev.Requested | None = None, *, placed: bool = True) -> None:
         self.now = BEGIN
-        self.facts: list[ev.Recorded] = []
-        self.sandbox: Sandbox = evolve(None, self._record(begin or requested()))
-        if placed:
-            self.sandbox = evolve(self.sandbox, self._record(PLACED))
+        self.history: list[ev.Recorded] = []
+        self.deadlines: dict[str, datetime] = {}
+        events: Events = (begin or requested(), *([PLACED] if placed else []))
+        self.sandbox: Sandbox = evolve(None, self._record(events[0]))
+        for event in events[1:]:
+            self.sandbox = evolve(self.sandbox, self._record(event))
+        self._set_deadlines(None, events)
 
     def _record(self, event: ev.Event) -> ev.Recorded:
-        number = len(self.facts) + 1
-        fact = Recorded(number * 3, ID, "default", number, self.now, event, META)
-        self.facts.append(fact)
-        return fact
+        number = len(self.history) + 1
+        recorded = Recorded(number * 3, ID, "default", number, self.now, event, META)
+        self.history.append(recorded)
+        return recorded
+
+    def _set_deadlines(self, before: Sandbox | None, events: Events) -> None:
+        for name, due in changes(before, self.sandbox, events, self.now, LIMITS).items():
+            if due is None:
+                del self.deadlines[name]  # a deadline that is taken away was there
+            elif due.at is not None:
+                self.deadlines[name] = due.at
+            else:
+                assert due.after_s is not None
+                self.deadlines[name] = self.now + timedelta(seconds=due.after_s)
 
     def do(self, command: cmd.Command) -> Events:
         """As the service does it: decide, check, evolve; the move of the whole append must be declared."""
@@ -86,7 +113,16 @@ class Stream:
             self.sandbox = evolve(self.sandbox, self._record(event))
         move = (before.phase, self.sandbox.phase)
         assert before.phase is self.sandbox.phase or move in transitions.PHASE_MOVES, f"{move} by {command}: {events}"
+        if events:
+            self._set_deadlines(before, events)
         return events
+
+    def apply(self, event: ev.Event) -> Stream:
+        """An event that a newer version decided."""
+        before = self.sandbox
+        self.sandbox = evolve(before, self._record(event))
+        self._set_deadlines(before, (event,))
+        return self
 
     def after(self, *commands: cmd.Command) -> Stream:
         """Do all of it; handy for arranging."""
@@ -94,19 +130,25 @@ class Stream:
             self.do(command)
         return self
 
-    def look(self, power: Power, **details: object) -> Stream:
+    def observe(self, power: Power, runtime_id: str = "r1", **details: Any) -> Stream:
         """The engine showed it."""
-        return self.after(cmd.RecordSeen(seen(power, **details)))  # pyright: ignore[reportArgumentType]
+        return self.after(cmd.RecordSeen(seen(power, runtime_id, **details)))
 
     def fork(self) -> Stream:
         """The same history, free to go another way."""
         other = copy(self)
-        other.facts = list(self.facts)
+        other.history = list(self.history)
+        other.deadlines = dict(self.deadlines)
         return other
 
     def pass_time(self, seconds: float) -> Stream:
         """Let the clock run."""
         self.now += timedelta(seconds=seconds)
+        return self
+
+    def to_deadline(self, name: str) -> Stream:
+        """Let the clock run until the deadline fires."""
+        self.now = self.deadlines[name]
         return self
 
 

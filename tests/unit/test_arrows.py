@@ -45,8 +45,9 @@ STORE: dict[str, tuple[str, ...]] = {
     "app.store.embedded": (),
     "app.store.database": ("app.store.tables",),
     "app.store.log": ("app.store.database", "app.store.tables"),
-    "app.store.queue": ("app.store.database", "app.store.tables"),
-    "app.store.vault": ("app.store.database", "app.store.tables"),
+    "app.store.queue": ("app.store.log", "app.store.database", "app.store.tables"),
+    "app.store.deadlines": ("app.store.log", "app.store.database", "app.store.tables"),
+    "app.store.vault": ("app.store.log", "app.store.database", "app.store.tables"),
 }
 """The same within the store."""
 SEAM = ("app.runtime.docker", "app.runtime.fake")

@@ -1,23 +1,21 @@
-"""`decide` and `plan` by example: each rule of the contract once, in the words of its outcome."""
+"""`decide` by example, for what clients and deadlines ask: each rule of the contract once, in the words of its outcome."""
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime, timedelta
 
-import msgspec
 import pytest
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.deadlines import TRANSITION
 from app.domain.sandbox.decide import LATEST
-from app.domain.sandbox.observed import Exit, Look, Power
-from app.domain.sandbox.plan import Absence, Ensure, Observe, Remove, SetPower, Settled, Step, plan
-from app.domain.sandbox.state import Phase, RuntimeState, Sandbox
+from app.domain.sandbox.observed import Power
+from app.domain.sandbox.state import Phase
 from app.errors import Conflict, Invalid, NotFound, Rejected
-from tests.support.stream import BEGIN, SECOND, Stream, in_phase, requested, seen
+from tests.support.stream import BEGIN, ID, PLACED, SECOND, Stream, in_phase, requested
 
-DEADLINE = BEGIN + timedelta(seconds=600)
+EXPIRY = BEGIN + timedelta(seconds=600)
 VISIBLE = (
     Phase.PENDING,
     Phase.RUNNING,
@@ -30,10 +28,10 @@ VISIBLE = (
 
 
 def refused(stream: Stream, command: cmd.Command) -> Rejected:
-    before = list(stream.facts)
+    before = list(stream.history)
     with pytest.raises(Rejected) as caught:
         stream.do(command)
-    assert stream.facts == before
+    assert stream.history == before
     return caught.value
 
 
@@ -41,20 +39,20 @@ def refused(stream: Stream, command: cmd.Command) -> Rejected:
 
 
 @pytest.mark.parametrize("phase", VISIBLE)
-def test_renewal_moves_the_deadline_in_every_visible_phase(phase: Phase):
-    later = DEADLINE + timedelta(hours=1)
+def test_renewal_moves_the_expiry_in_every_visible_phase(phase: Phase):
+    later = EXPIRY + timedelta(hours=1)
     stream = in_phase(phase)
-    assert stream.do(cmd.Renew(later)) == (ev.LeaseRenewed(later, DEADLINE),)
-    assert stream.box.expires_at == later
+    assert stream.do(cmd.Renew(later)) == (ev.Renewed(later, EXPIRY),)
+    assert stream.sandbox.expires_at == later
 
 
 def test_renewal_may_shorten():
     sooner = BEGIN + 10 * SECOND
-    assert Stream().after(cmd.Renew(sooner)).box.expires_at == sooner
+    assert Stream().after(cmd.Renew(sooner)).sandbox.expires_at == sooner
 
 
-def test_renewal_to_the_present_deadline_is_nothing_new():
-    assert Stream().do(cmd.Renew(DEADLINE)) == ()
+def test_renewal_to_the_present_expiry_is_nothing_new():
+    assert Stream().do(cmd.Renew(EXPIRY)) == ()
 
 
 @pytest.mark.parametrize("seconds", [0, -1, -(10**6)])
@@ -63,22 +61,22 @@ def test_renewal_into_the_past_is_invalid(seconds: int):
     assert (type(refusal), refusal.code) == (Invalid, "DOCKER::INVALID_EXPIRATION")
 
 
-def test_renewal_without_a_deadline_conflicts():
-    refusal = refused(Stream(requested(timeout_s=None)), cmd.Renew(DEADLINE))
+def test_renewal_without_an_expiry_conflicts():
+    refusal = refused(Stream(requested(timeout_s=None)), cmd.Renew(EXPIRY))
     assert (type(refusal), refusal.code) == (Conflict, "DOCKER::INVALID_EXPIRATION")
 
 
 @pytest.mark.parametrize("late", [0, 0.000001, 60])
-def test_renewal_at_or_after_the_deadline_is_too_late_even_before_the_timer_came(late: float):
+def test_renewal_at_or_after_the_expiry_is_too_late_even_before_the_timer_came(late: float):
     stream = Stream().pass_time(600 + late)
-    refusal = refused(stream, cmd.Renew(DEADLINE + timedelta(hours=1)))
+    refusal = refused(stream, cmd.Renew(EXPIRY + timedelta(hours=1)))
     assert (type(refusal), refusal.code) == (Conflict, "DOCKER::INVALID_EXPIRATION")
     assert "too late" in refusal.message
 
 
-def test_renewal_just_before_the_deadline_wins_and_expiry_then_finds_nothing_due():
+def test_renewal_just_before_the_expiry_wins_and_expiry_then_finds_nothing_due():
     stream = Stream().pass_time(599.999999)
-    stream.do(cmd.Renew(DEADLINE + timedelta(hours=1)))
+    stream.do(cmd.Renew(EXPIRY + timedelta(hours=1)))
     assert stream.pass_time(60).do(cmd.Expire()) == ()
 
 
@@ -92,7 +90,7 @@ def test_renewal_of_what_is_expiring_is_a_conflict_that_says_when_it_ended():
 
 
 def test_renewal_of_what_was_deleted_is_not_found():
-    refusal = refused(in_phase(Phase.STOPPING), cmd.Renew(DEADLINE))
+    refusal = refused(in_phase(Phase.STOPPING), cmd.Renew(EXPIRY))
     assert (type(refusal), refusal.code) == (NotFound, "DOCKER::SANDBOX_NOT_FOUND")
     assert "deleted by api_key default" in refusal.message
 
@@ -117,7 +115,7 @@ def test_a_patch_sets_and_removes_and_keeps_the_rest():
     stream = Stream(requested(metadata={"keep": "1", "drop": "2", "same": "3"}))
     patch = {"new": "4", "drop": None, "absent": None, "same": "3"}
     assert stream.do(cmd.PatchMetadata(patch)) == (ev.MetadataPatched({"new": "4"}, ("drop",)),)
-    assert stream.box.metadata == {"keep": "1", "same": "3", "new": "4"}
+    assert stream.sandbox.metadata == {"keep": "1", "same": "3", "new": "4"}
     assert stream.do(cmd.PatchMetadata(patch)) == ()
     assert stream.do(cmd.PatchMetadata({})) == ()
 
@@ -155,7 +153,7 @@ def test_pause_by_phase(phase: Phase):
     match phase:
         case Phase.RUNNING:
             assert stream.do(cmd.Pause()) == (ev.PauseRequested(),)
-            assert stream.box.phase is Phase.PAUSING
+            assert stream.sandbox.phase is Phase.PAUSING
         case Phase.PAUSING:
             assert stream.do(cmd.Pause()) == ()
         case Phase.STOPPING:
@@ -171,7 +169,7 @@ def test_resume_by_phase(phase: Phase):
     match phase:
         case Phase.PAUSED:
             assert stream.do(cmd.Resume()) == (ev.ResumeRequested(),)
-            assert stream.box.phase is Phase.RESUMING
+            assert stream.sandbox.phase is Phase.RESUMING
         case Phase.RESUMING:
             assert stream.do(cmd.Resume()) == ()
         case Phase.STOPPING:
@@ -184,23 +182,23 @@ def test_resume_by_phase(phase: Phase):
 @pytest.mark.parametrize("phase", VISIBLE)
 def test_terminate_ends_it_for_clients_at_once_and_a_second_one_is_not_found(phase: Phase):
     stream = in_phase(phase).after(cmd.Terminate())
-    assert stream.box.phase is Phase.STOPPING
+    assert stream.sandbox.phase is Phase.STOPPING
     assert isinstance(refused(stream, cmd.Terminate()), NotFound)
 
 
 def test_terminate_of_what_is_already_removed_closes_in_the_same_append():
     stream = in_phase(Phase.FAILED).after(cmd.RecordRemoved()).pass_time(5)
     assert stream.do(cmd.Terminate()) == (
-        ev.TerminationRequested(),
-        ev.Terminated(ev.EndCause.USER_DELETE, 5.0),
+        ev.TerminationRequested(ev.EndCause.USER_DELETE),
+        ev.Terminated(ev.EndCause.USER_DELETE, 5000),
     )
-    assert stream.box.closed_at == stream.now
+    assert stream.sandbox.closed_at == stream.now
 
 
 def test_expiry_of_what_is_already_removed_closes_in_the_same_append():
     stream = in_phase(Phase.FAILED).after(cmd.RecordRemoved()).pass_time(600)
     expired, terminated = stream.do(cmd.Expire())
-    assert expired == ev.Expired(DEADLINE, ev.EndCause.EXPIRED)
+    assert expired == ev.Expired(EXPIRY, ev.EndCause.EXPIRED)
     assert isinstance(terminated, ev.Terminated)
 
 
@@ -208,217 +206,86 @@ def test_expiry_of_what_is_already_removed_closes_in_the_same_append():
 
 
 @pytest.mark.parametrize(("seconds", "due"), [(0, False), (599.999999, False), (600, True), (10**6, True)])
-def test_expiry_comes_at_the_deadline_and_not_before(seconds: float, due: bool):
+def test_expiry_comes_at_its_time_and_not_before(seconds: float, due: bool):
     events = in_phase(Phase.RUNNING).pass_time(seconds).do(cmd.Expire())
-    assert events == ((ev.Expired(DEADLINE, ev.EndCause.EXPIRED),) if due else ())
+    assert events == ((ev.Expired(EXPIRY, ev.EndCause.EXPIRED),) if due else ())
 
 
 def test_what_never_ran_expires_with_a_cause_of_its_own():
     stream = Stream().pass_time(600)
-    assert stream.do(cmd.Expire()) == (ev.Expired(DEADLINE, ev.EndCause.EXPIRED_WHILE_PENDING),)
-    assert "expired before it could be provisioned" in stream.box.status.message
+    assert stream.do(cmd.Expire()) == (ev.Expired(EXPIRY, ev.EndCause.EXPIRED_WHILE_PENDING),)
 
 
-def test_no_deadline_no_expiry():
+def test_without_an_expiry_nothing_expires():
     assert Stream(requested(timeout_s=None)).pass_time(10**9).do(cmd.Expire()) == ()
 
 
-# What the engine shows
+# An end of what is on no engine
 
 
-def test_a_first_look_at_something_running_is_created_and_started():
-    look = seen(Power.RUNNING, started_at=BEGIN)
-    assert Stream().do(cmd.RecordSeen(look)) == (ev.RuntimeCreated("r1", look.name), ev.Started(BEGIN))
+@pytest.mark.parametrize("command", [cmd.Terminate(), cmd.Expire()])
+def test_what_was_never_placed_is_closed_with_its_end(command: cmd.Command):
+    stream = Stream(placed=False).pass_time(600)
+    assert [type(event) for event in stream.do(command)][1:] == [ev.Terminated]
+    assert stream.sandbox.closed_at == stream.now
+    assert stream.deadlines == {}
 
 
-@pytest.mark.parametrize("phase", [Phase.RUNNING, Phase.PAUSED, Phase.STOPPING])
-def test_seeing_the_same_again_is_nothing_new(phase: Phase):
-    stream = in_phase(phase)
-    power = Power.PAUSED if phase is Phase.PAUSED else Power.RUNNING
-    assert stream.do(cmd.RecordSeen(seen(power, adopted=True), "resync")) == ()
+def test_what_was_placed_may_be_on_its_engine_and_is_removed_there_first():
+    assert Stream().do(cmd.Terminate()) == (ev.TerminationRequested(ev.EndCause.USER_DELETE),)
 
 
-def test_an_object_left_by_an_earlier_try_is_adopted():
-    created, _ = Stream().do(cmd.RecordSeen(seen(Power.RUNNING, adopted=True)))
-    assert isinstance(created, ev.RuntimeAdopted)
-    assert created.found_by == "create_conflict"
-    (swept,) = Stream().do(cmd.RecordSeen(seen(Power.CREATED), "resync"))
-    assert isinstance(swept, ev.RuntimeAdopted)
-    assert swept.found_by == "resync"
+def test_a_life_is_never_shorter_than_nothing_though_the_clock_was_set_back():
+    stream = Stream(placed=False)
+    stream.now = BEGIN - 10 * SECOND
+    assert stream.do(cmd.Terminate())[-1] == ev.Terminated(ev.EndCause.USER_DELETE, 0)
 
 
-def test_another_running_object_under_its_name_is_adopted():
-    stream = in_phase(Phase.RUNNING)
-    adopted, started = stream.do(cmd.RecordSeen(seen(Power.RUNNING, "r2"), "observe"))
-    assert isinstance(adopted, ev.RuntimeAdopted)
-    assert isinstance(started, ev.Started)
-    assert stream.box.phase is Phase.RUNNING
+def test_an_end_in_a_word_of_a_newer_version_is_no_lost_renewal_and_reads_as_text():
+    stream = Stream()
+    stream.apply(ev.TerminationRequested("tenant_disabled"))
+    refusal = refused(stream, cmd.Renew(EXPIRY))
+    assert isinstance(refusal, NotFound)
+    assert "ended (tenant_disabled) by api_key default at 2026-03-01T12:00:00Z" in refusal.message
 
 
-def test_another_object_under_its_name_that_never_ran_means_that_what_ran_is_gone():
-    stream = in_phase(Phase.RUNNING)
-    assert stream.do(cmd.RecordSeen(seen(Power.CREATED, "r2"))) == (ev.RuntimeLost("r1"),)
-    assert stream.box.phase is Phase.FAILED
-    assert stream.box.status.reason == "RUNTIME_LOST"
-    assert next_step(stream, seen(Power.CREATED, "r2")) == Remove()
+# Placement
 
 
-def test_paused_and_resumed_behind_our_back_shows():
-    stream = in_phase(Phase.RUNNING).look(Power.PAUSED)
-    assert stream.box.phase is Phase.RESUMING
-    assert next_step(stream, seen(Power.PAUSED)) == SetPower(Power.RUNNING)
-    stream = in_phase(Phase.PAUSED).look(Power.RUNNING)
-    assert stream.box.phase is Phase.PAUSING
-    assert next_step(stream, seen(Power.RUNNING)) == SetPower(Power.PAUSED)
+def test_it_is_placed_once():
+    stream = Stream(placed=False)
+    placed = cmd.RecordPlaced("default", 1, ID)
+    assert stream.do(placed) == (PLACED,)
+    assert (stream.sandbox.engine, stream.sandbox.epoch, stream.sandbox.object_id) == ("default", 1, ID)
+    assert stream.do(cmd.RecordPlaced("other", 1, ID)) == ()
 
 
-@pytest.mark.parametrize(("code", "phase"), [(0, Phase.TERMINATED), (1, Phase.FAILED), (-1, Phase.FAILED)])
-def test_its_own_end_shows_as_terminated_or_failed(code: int, phase: Phase):
-    stream = in_phase(Phase.RUNNING).look(Power.EXITED, end=Exit(code, at=BEGIN))
-    assert stream.box.phase is phase
-    assert stream.box.runtime is not None
-    assert stream.box.runtime.finished_at == BEGIN
+def test_what_failed_or_ended_is_not_placed_any_more():
+    placed = cmd.RecordPlaced("default", 1, ID)
+    for command in (cmd.RecordFailure("place", "SPEC_REJECTED", "no"), cmd.Terminate()):
+        assert Stream(placed=False).after(command).do(placed) == ()
 
 
-def test_an_end_nobody_saw_running():
-    events = Stream().do(cmd.RecordSeen(seen(Power.EXITED, end=Exit(127, message="not found"))))
-    assert [type(event) for event in events] == [ev.RuntimeCreated, ev.RuntimeExited]
-    stream = Stream().look(Power.EXITED, end=Exit(127, message="not found"))
-    assert stream.box.phase is Phase.FAILED
-    assert stream.box.status.message == "Sandbox container exited with code 127: not found."
-
-
-def test_out_of_memory_is_named():
-    stream = in_phase(Phase.RUNNING).look(Power.EXITED, end=Exit(137, oom=True))
-    assert "ran out of memory" in stream.box.status.message
-
-
-def test_an_end_without_details_is_an_end():
-    (event,) = in_phase(Phase.RUNNING).do(cmd.RecordSeen(seen(Power.EXITED)))
-    assert event == ev.RuntimeExited(-1)
-
-
-def test_its_own_end_is_final_and_what_stirs_afterwards_is_removed():
-    stream = in_phase(Phase.TERMINATED)
-    assert stream.do(cmd.RecordSeen(seen(Power.RUNNING))) == ()
-    assert next_step(stream, seen(Power.RUNNING)) == Remove()
-    assert stream.do(cmd.RecordRemoved()) == (ev.RuntimeRemoved("r1"),)
-    assert stream.box.phase is Phase.TERMINATED
-
-
-@pytest.mark.parametrize("text", ["a\0b", "half \ud800 a pair", "x" * 100_000])
-def test_whatever_an_engine_says_can_be_stored(text: str):
-    for command in (
-        cmd.RecordFailure("E", text),
-        cmd.RecordRetry("ensure", "E", text, 1),
-        cmd.RecordSeen(seen(Power.EXITED, end=Exit(1, message=text))),
-    ):
-        stored = msgspec.json.encode([ev.to_payload(event) for event in Stream().do(command)])
-        assert b"\\u0000" not in stored
-        assert len(stored) < 10_000
-        json.loads(stored)
-
-
-# Loss, removal, failure
-
-
-@pytest.mark.parametrize("phase", [Phase.RUNNING, Phase.PAUSING, Phase.PAUSED, Phase.RESUMING])
-def test_a_loss_is_recorded_once(phase: Phase):
-    stream = in_phase(phase)
-    assert stream.do(cmd.RecordLost(BEGIN)) == (ev.RuntimeLost("r1", BEGIN),)
-    assert (stream.box.phase, stream.box.status.reason) == (Phase.FAILED, "RUNTIME_LOST")
-    assert stream.do(cmd.RecordLost(BEGIN + SECOND)) == ()
-
-
-@pytest.mark.parametrize("phase", [Phase.PENDING, Phase.TERMINATED, Phase.FAILED])
-def test_what_has_no_living_runtime_cannot_lose_it(phase: Phase):
-    assert in_phase(phase).do(cmd.RecordLost(BEGIN)) == ()
-
-
-def test_a_loss_still_reads_as_one_after_the_leftovers_are_removed():
-    stream = in_phase(Phase.RUNNING).after(cmd.RecordLost(BEGIN), cmd.RecordRemoved())
-    assert stream.box.observed is RuntimeState.REMOVED
-    assert (stream.box.phase, stream.box.status.reason) == (Phase.FAILED, "RUNTIME_LOST")
-    assert "None" not in stream.box.status.message
-
-
-def test_removal_closes_what_has_ended_and_keeps_its_cause_and_exit_code():
-    stream = in_phase(Phase.TERMINATED).pass_time(10).after(cmd.Terminate()).pass_time(5)
-    assert stream.do(cmd.RecordRemoved()) == (
-        ev.RuntimeRemoved("r1"),
-        ev.Terminated(ev.EndCause.USER_DELETE, 10.0, 0),
-    )
-    assert stream.do(cmd.RecordRemoved()) == ()
-
-
-@pytest.mark.parametrize("phase", [Phase.PENDING, Phase.RUNNING, Phase.PAUSED])
-def test_a_removal_of_what_shall_live_is_no_fact(phase: Phase):
-    assert in_phase(phase).do(cmd.RecordRemoved()) == ()
-
-
-def test_a_failure_is_final_and_its_leftovers_go():
-    stream = Stream().look(Power.CREATED).after(cmd.RecordFailure("NO_PLATFORM", "no such platform"))
-    assert (stream.box.status.reason, stream.box.status.message) == ("NO_PLATFORM", "no such platform")
-    assert stream.do(cmd.RecordFailure("OTHER", "second opinion")) == ()
-    assert stream.do(cmd.RecordSeen(seen(Power.RUNNING))) == ()
-    assert next_step(stream, None) == Remove()
-
-
-@pytest.mark.parametrize("phase", [Phase.STOPPING, Phase.TERMINATED])
-def test_what_has_ended_cannot_fail(phase: Phase):
-    assert in_phase(phase).do(cmd.RecordFailure("E", "m")) == ()
-
-
-def test_a_retry_is_recorded_while_it_matters():
-    stream = in_phase(Phase.STOPPING)
-    assert stream.do(cmd.RecordRetry("remove", "E", "m", 3)) == (ev.ReconcileFailed("remove", "E", "m", 3),)
-    assert stream.after(cmd.RecordRemoved()).do(cmd.RecordRetry("remove", "E", "m", 4)) == ()
-
-
-# Plan
-
-
-def next_step(stream: Stream, look: object) -> Step:
-    shown = None if look is None else Look(None if look == "absent" else look)  # pyright: ignore[reportArgumentType]
-    return plan(stream.box, shown, Absence(stream.now, None, 5 * SECOND))
-
-
-def _closed() -> Stream:
-    return in_phase(Phase.STOPPING).after(cmd.RecordRemoved())
-
-
-def _removed() -> Stream:
-    return in_phase(Phase.FAILED).after(cmd.RecordRemoved())
+# A power that the engine refuses
 
 
 @pytest.mark.parametrize(
-    ("stream", "look", "step"),
-    [
-        (Stream(), None, Ensure()),
-        (Stream().look(Power.CREATED), seen(Power.CREATED), Ensure()),
-        (in_phase(Phase.RUNNING), None, Observe()),
-        (in_phase(Phase.RUNNING), seen(Power.RUNNING), Settled()),
-        (in_phase(Phase.RUNNING), seen(Power.CREATED), Ensure()),
-        (in_phase(Phase.PAUSING), None, SetPower(Power.PAUSED)),
-        (in_phase(Phase.RESUMING), None, SetPower(Power.RUNNING)),
-        (in_phase(Phase.TERMINATED), None, Observe()),
-        (in_phase(Phase.TERMINATED), seen(Power.EXITED), Settled()),
-        (in_phase(Phase.STOPPING), None, Remove()),
-        (_removed(), None, Observe()),
-        (_removed(), "absent", Settled()),
-        (_removed(), seen(Power.CREATED, "late"), Remove()),
-        (_closed(), None, Observe()),
-        (_closed(), "absent", Settled()),
-        (_closed(), seen(Power.RUNNING, "late"), Remove()),
-    ],
+    "command", [cmd.RecordPowerRefused("REFUSED", "not\0here"), cmd.RecordFailure("set_power", "REFUSED", "not\0here")]
 )
-def test_the_next_step(stream: Stream, look: object, step: Step):
-    assert next_step(stream, look) == step
+def test_a_refused_pause_or_resume_never_costs_the_sandbox_whoever_reports_it(command: cmd.Command):
+    pausing, resuming = in_phase(Phase.PAUSING), in_phase(Phase.RESUMING)
+    assert pausing.do(command) == (ev.PauseFailed("REFUSED", "not\\x00here"),)
+    assert pausing.sandbox.phase is Phase.RUNNING
+    assert pausing.do(cmd.Pause()) == (ev.PauseRequested(),)
+    assert resuming.do(command) == (ev.ResumeFailed("REFUSED", "not\\x00here"),)
+    assert resuming.sandbox.phase is Phase.PAUSED
+    assert resuming.do(cmd.Resume()) == (ev.ResumeRequested(),)
+    for phase in set(Phase) - {Phase.PAUSING, Phase.RESUMING}:
+        assert in_phase(phase).do(command) == ()
 
 
-def test_what_clients_see_of_an_end_names_when_and_by_whom():
-    box: Sandbox = in_phase(Phase.RUNNING).pass_time(1.5).after(cmd.Terminate()).box
-    assert box.status.reason == "USER_DELETE"
-    assert box.status.message == (
-        "Sandbox is being removed: deleted by api_key default at 2026-03-01T12:00:01.500000Z."
-    )
+def test_a_pause_that_comes_after_it_was_given_up_is_taken_back():
+    stream = in_phase(Phase.PAUSING).to_deadline(TRANSITION).after(cmd.EndTransition())
+    assert stream.observe(Power.PAUSED).sandbox.phase is Phase.RESUMING
+    assert TRANSITION in stream.deadlines
+    assert stream.observe(Power.RUNNING).sandbox.phase is Phase.RUNNING

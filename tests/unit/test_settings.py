@@ -301,7 +301,7 @@ class TestBadValues:
                 "[store.postgresql]\nmin_pool_size = 11",
                 "store.postgresql: min_pool_size (11) exceeds max_pool_size (10)",
             ),
-            ("[store.postgresql]\nmax_pool_size = 2", "store.postgresql: max_pool_size (2) must be at least 3: one"),
+            ("[store.postgresql]\nmax_pool_size = 2", "store.postgresql: max_pool_size (2) must be at least 5: one"),
             ("sandledger.worker.backoff_base_seconds = 301", "backoff_base_seconds (301) exceeds backoff_max_seconds"),
         ],
     )
@@ -367,7 +367,13 @@ host = "unix:///e.sock"
 network_mode = "host"
 api_timeout = 1
 pull_timeout_seconds = 1.5
-drop_capabilities = []
+capabilities = []
+drop_capabilities = ["KILL"]
+init = true
+default_cpu = "1"
+default_memory = "1Gi"
+max_cpu = "2"
+max_memory = "2Gi"
 apparmor_profile = "p"
 seccomp_profile = "{}"
 no_new_privileges = false
@@ -379,23 +385,24 @@ sandbox_env = { A = "b" }
 type = "sqlite"
 [store.postgresql]
 dsn = "postgresql://h/db"
+migrate_dsn = "host=h dbname=db user=owner"
 min_pool_size = 0
-max_pool_size = 3
+max_pool_size = 5
 connect_timeout_seconds = 1
 pool_timeout_seconds = 1
 [sandledger]
 state_dir = "/s"
+start_wait_seconds = 0
 master_key_file = "/k"
 worker.concurrency = 1
 worker.lease_seconds = 1
-worker.resync_seconds = 1
+worker.sweep_seconds = 1
 worker.backoff_base_seconds = 0.1
 worker.backoff_max_seconds = 1
-worker.poison_attempts = 1
-worker.poison_seconds = 0
 worker.orphan_grace_seconds = 0
 worker.missing_grace_seconds = 0
 worker.expiry_lease_seconds = 1
 worker.orphan_dry_run = true
+deadlines = { pending_seconds = 1, pausing_seconds = 1, resuming_seconds = 1, stopping_seconds = 1 }
 api = { wait_seconds_max = 0, body_limit_bytes = 1024, metadata_max_entries = 0 }
 """

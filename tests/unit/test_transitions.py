@@ -10,14 +10,15 @@ from app.domain.sandbox import transitions
 from app.domain.sandbox.state import Phase, RuntimeState
 from app.errors import IllegalTransition
 from tests.support.reachable import walk
-from tests.support.stream import Stream, in_phase, requested
+from tests.support.stream import BEGIN, Stream, in_phase, requested
 
 
 def test_the_walk_is_not_trivial():
     states, _, _ = walk()
-    assert len(states) > 60
-    assert {stream.box.phase for stream in states} == set(Phase)
-    assert {stream.box.observed for stream in states} == set(RuntimeState)
+    assert len(states) > 500
+    assert {stream.sandbox.phase for stream in states} == set(Phase)
+    assert {stream.sandbox.observed for stream in states} == set(RuntimeState)
+    assert {stream.sandbox.object_id is None for stream in states} == {True, False}
 
 
 def test_declared_moves_are_the_reachable_ones():
@@ -37,17 +38,22 @@ def test_every_event_but_the_first_stands_in_the_table():
 
 def test_an_event_outside_the_table_is_refused_with_names():
     with pytest.raises(IllegalTransition, match=r"sandbox.paused cannot follow in phase Pending"):
-        transitions.check(Stream().box, ev.Paused())
+        transitions.check(Stream().sandbox, ev.Paused())
 
 
 def test_a_second_beginning_is_refused():
     with pytest.raises(IllegalTransition):
-        transitions.check(Stream().box, requested())
+        transitions.check(Stream().sandbox, requested())
 
 
 def test_nothing_follows_the_end():
-    closed = in_phase(Phase.STOPPING).after(cmd.RecordRemoved()).box
+    closed = in_phase(Phase.STOPPING).after(cmd.RecordRemoved()).sandbox
     assert closed.closed_at is not None
-    for event in (ev.RuntimeRemoved(), ev.Failed("x", "y"), ev.Terminated(ev.EndCause.EXPIRED, 1.0)):
+    for event in (
+        ev.RuntimeRemoved(),
+        ev.Failed("ensure", "x", "y"),
+        ev.Overdue("Stopping", BEGIN),
+        ev.Terminated(ev.EndCause.EXPIRED, 1),
+    ):
         with pytest.raises(IllegalTransition):
             transitions.check(closed, event)

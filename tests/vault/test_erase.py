@@ -15,7 +15,7 @@ from app.service.sandboxes import Outcome, Service
 from app.store.database.pool import Database
 from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable
 from tests.support.sql import connected
-from tests.support.stream import BEGIN, TENANT, requested, seen
+from tests.support.stream import BEGIN, TENANT, about, requested, seen
 from tests.support.stream import META as ACTOR
 
 CANARY = "canary-7f3a91"
@@ -80,7 +80,7 @@ async def test_what_can_never_run_again_erases_its_own_and_no_others(
     ended, stays = await create(service, sealer), await create(service, sealer)
     for command in end:
         assert await stored(dsn, ended) is not None
-        await service.execute(ended, command, ACTOR)
+        await service.execute(ended, about(ended, command), ACTOR)
     assert await stored(dsn, ended) is None
     assert await stored(dsn, stays) is not None
 
@@ -110,7 +110,7 @@ async def test_what_may_run_again_keeps_its_values(dsn: str, service: Service, s
         cmd.Resume(),
         RUNNING,
     ):
-        await service.execute(sandbox_id, command, ACTOR)
+        await service.execute(sandbox_id, about(sandbox_id, command), ACTOR)
         assert await stored(dsn, sandbox_id) is not None, command
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
@@ -13,6 +15,7 @@ import pytest
 from app.errors import SettingsError
 from app.store.vault.keyfile import master_keys, prepend_new_key
 from app.store.vault.seal import MasterKeys, Sealer, Secrets, decode_master_key, generate_master_key
+from tests.conftest import ROOT
 
 ONE = uuid4()
 
@@ -94,3 +97,31 @@ def test_the_previous_key_stands_after_those_of_the_file(tmp_path: Path):
     in_file = [decode_master_key(line, "file") for line in lines(path)]
     assert keys.ids == MasterKeys(*in_file, old).ids
     assert not (tmp_path / "unused").exists()
+
+
+# An audit hook cannot be taken off again, so the look happens in a process of its own.
+LOOK = """
+import os, sys
+from pathlib import Path
+from app.store.vault.keyfile import master_keys
+folder = sys.argv[1]
+events = []
+sys.addaudithook(lambda name, args: events.append((name, args)) if name in ("open", "os.link") else None)
+keys, where = master_keys(None, None, None, Path(folder))
+linked = [at for at, (name, _) in enumerate(events) if name == "os.link"]
+synced = [
+    at for at, (name, args) in enumerate(events)
+    if name == "open" and str(args[0]) == folder and args[2] & os.O_DIRECTORY
+]
+print(len(keys.ids), bool(linked), bool(synced and (not linked or synced[-1] > linked[0])))
+"""
+
+
+def test_the_folder_is_synced_once_the_key_is_there_by_the_maker_and_by_whoever_finds_it(tmp_path: Path):
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", LOOK, str(tmp_path / "state")], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert said == [["1", "True", "True"], ["1", "False", "True"]]

@@ -11,13 +11,18 @@ from uuid import UUID, uuid4
 import asyncpg
 import msgspec
 
+from app.domain.engine.decide import RecordSighting, RecordSilence
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Exit
-from app.domain.sandbox.spec import SandboxSpec
+from app.domain.sandbox.quantity import ALL_GPUS
+from app.domain.sandbox.spec import SandboxSpec, parse_limits
 from app.domain.sandbox.state import Phase, Sandbox
+from app.domain.stream import Actor, ActorKind, Meta
+from app.errors import NotFound, StoreUnavailable
 from app.runtime.driver import Driver
-from app.runtime.fake import FakeContainer, FakeDriver, FakeEngine, Hook
+from app.runtime.fake import FakeContainer, FakeDriver, FakeEngine, Hook, Pull
+from app.service.engines import Engines
 from app.service.sandboxes import Outcome, Service
 from app.store.database.pool import Database
 from app.store.log.signal import Signal
@@ -26,13 +31,25 @@ from app.store.vault.seal import Sealer, Secrets
 from app.work.policy import WorkPolicy
 from app.work.reconcile.leases import Held
 from app.work.worker import Worker
+from tests.conftest import INSTALLATION, SIGHTING
 
-CLIENT = ev.Meta(ev.Actor(ev.ActorKind.API_KEY, "k1", "default"), "test")
+CLIENT = Meta(Actor(ActorKind.API_KEY, "k1", "default"), "test")
 QUICK = WorkPolicy(
-    probe=0.02, poll=0.05, backoff_base=0.02, backoff_max=0.1, removal_retry_max=0.1, breaker_base=0.02, breaker_max=0.1,
-    missing_grace=0.1, hint_window=0.01, resync_every=3600, resync_tick=0.05, expiry_lease=2,
+    poll=0.05, exit_settle=0, claim_every=0.001, backoff_base=0.02, backoff_max=0.1, removal_retry_max=0.1, breaker_base=0.02,
+    breaker_max=0.1, missing_grace=0.1, hint_window=0.01, sweep_every=3600, sweep_tick=0.05, sweep_confirm=3600,
+    expiry_lease=2, engine_beat=0.05, engine_probe=0.02, seen_throttle=0.02, progress_every=0.02, place_again=0.05,
 )  # fmt: skip
 """Small times, so that conditions are reached soon; no test depends on how soon. No sweep after the first."""
+MADE = ["fetched", "runtime_created", "started", "ready"]
+"""What follows the first placing when all goes well and the image is on the engine."""
+BEGUN = ["requested", "placed", *MADE]
+ADOPTED = ["requested", "placed", "fetched", "runtime_adopted", "started", "ready"]
+ENDED = ["termination_requested", "runtime_removed", "terminated"]
+
+
+def name_of(event: ev.Event) -> str:
+    """Its type, without `sandbox.`."""
+    return ev.REGISTRY.name_of(event).removeprefix("sandbox.")
 
 
 class Gate:
@@ -71,12 +88,14 @@ class Stage:
         self.service = service
         self.signal = signal
         self.sealer = sealer
+        self.installation = INSTALLATION
+        self.engines = Engines(database, signal, INSTALLATION, service.engines)
         self.engine = FakeEngine()
-        self.installation = uuid4()
-        self.driver_name = "fake"
+        self.engine.engine_id, self.engine.marks[INSTALLATION] = SIGHTING.engine_id, SIGHTING.mark or ""
+        self.engine_name = SIGHTING.name
 
     def driver(self, before: Hook | None = None, after: Hook | None = None) -> FakeDriver:
-        return FakeDriver(self.engine, self.installation, before=before, after=after)
+        return FakeDriver(self.engine, self.installation, before=before, after=after, name=self.engine_name)
 
     def worker(
         self, driver: Driver | None = None, policy: WorkPolicy = QUICK, worker_id: str = "w1", **changes: Any
@@ -85,6 +104,7 @@ class Stage:
             database=self.database,
             service=self.service,
             signal=self.signal,
+            engines=self.engines,
             driver=driver or self.driver(),
             sealer=self.sealer,
             policy=msgspec.structs.replace(policy, **changes),
@@ -105,7 +125,9 @@ class Stage:
 
     async def turn(self, worker: Worker, slots: int = 100) -> list[Claim]:
         """One round of claims, worked on one after the other, as the worker would."""
-        found = await worker.queue.claim(slots, lease=30, share=slots)
+        if worker.station.open:
+            await worker.station.contact()
+        found = await worker.queue.claim(slots, lease=30, tenant_slots=slots)
         for claim in found.claims:
             await self.run(worker, claim)
         return list(found.claims)
@@ -124,9 +146,17 @@ class Stage:
         return worker.leases.hold(claim, asyncio.get_running_loop().time())
 
     async def settle(self, worker: Worker) -> None:
-        """Turn until nothing is due."""
-        while await self.turn(worker):
+        """Turn until nothing is due and no pull is under way."""
+        while await self.turn(worker) or await self.land(worker):
             pass
+
+    async def land(self, worker: Worker) -> bool:
+        """Let the pulls end. False = there were none."""
+        flying = worker.fetches.busy
+        async with asyncio.timeout(30):
+            while worker.fetches.busy:
+                await asyncio.sleep(0.001)
+        return flying
 
     async def create(
         self,
@@ -137,6 +167,7 @@ class Stage:
         secrets: Secrets | None = None,
         ends: Exit | None = None,
         sandbox_id: UUID | None = None,
+        service: Service | None = None,
         entrypoint: tuple[str, ...] = ("sleep", "60"),
         **spec: Any,
     ) -> UUID:
@@ -146,14 +177,42 @@ class Stage:
         asked = SandboxSpec(
             image,
             entrypoint,
-            timeout_s=timeout_s,
             env=dict.fromkeys(secrets.env, "digest") if secrets else {},
             registry_auth=bool(secrets and secrets.registry_password),
             **spec,
         )
+        amounts = parse_limits(asked.resource_limits)
+        gpus = amounts.get("gpu")
+        event = ev.Requested(
+            asked,
+            "f" * 64,
+            timeout_s=timeout_s,
+            cpu_nanos=amounts.get("cpu"),
+            memory_bytes=amounts.get("memory"),
+            gpus=None if gpus == ALL_GPUS else gpus,
+            gpus_all=gpus == ALL_GPUS,
+        )
         sealed = None if secrets is None else self.sealer.seal(sandbox_id, secrets)
-        await self.service.create(sandbox_id, ev.Requested(tenant, self.driver_name, asked, "f" * 64), sealed, CLIENT)
+        await (service or self.service).create(sandbox_id, tenant, event, sealed, CLIENT)
         return sandbox_id
+
+    async def create_unplaced(self, **details: Any) -> UUID:
+        """One for which no engine was there; the engine is dark."""
+        now = (await self.sql("SELECT clock_timestamp() AS now"))[0]["now"]
+        await self.engines.execute(self.engine_name, RecordSilence(now, "test"), CLIENT)
+        sandbox_id = await self.create(**details)
+        assert (await self.sandbox(sandbox_id)).engine is None
+        return sandbox_id
+
+    async def light_up(self) -> None:
+        """The engine that was dark is there again."""
+        await self.engines.execute(self.engine_name, RecordSighting(SIGHTING), CLIENT)
+
+    def pull(self, image: str, **how: Any) -> Pull:
+        """The image has to be pulled, in this way."""
+        self.engine.to_pull.add(image)
+        self.engine.pulls[image] = pull = Pull(**how)
+        return pull
 
     async def running(self, worker: Worker, **details: Any) -> UUID:
         """A sandbox that has come to run."""
@@ -165,20 +224,20 @@ class Stage:
     async def ask(self, sandbox_id: UUID, command: cmd.Command, **options: Any) -> Outcome:
         return await self.service.execute(sandbox_id, command, CLIENT, **options)
 
-    async def box(self, sandbox_id: UUID) -> Sandbox:
+    async def sandbox(self, sandbox_id: UUID) -> Sandbox:
         loaded = await self.service.view.load(sandbox_id)
         assert loaded is not None
         return loaded[0]
 
     async def phase(self, sandbox_id: UUID) -> Phase:
-        return (await self.box(sandbox_id)).phase
+        return (await self.sandbox(sandbox_id)).phase
 
     async def history(self, sandbox_id: UUID, tenant: str = "default") -> list[ev.Recorded]:
         return await self.service.history(sandbox_id, tenant)
 
-    async def told(self, sandbox_id: UUID) -> list[str]:
+    async def told(self, sandbox_id: UUID, tenant: str = "default") -> list[str]:
         """Names of its events, without `sandbox.`."""
-        return [ev.wire_name(fact.event).removeprefix("sandbox.") for fact in await self.history(sandbox_id)]
+        return [name_of(one.event) for one in await self.history(sandbox_id, tenant)]
 
     def container(self, sandbox_id: UUID) -> FakeContainer | None:
         return self.engine.of(sandbox_id)
@@ -217,18 +276,18 @@ class Stage:
 
     async def row(self, sandbox_id: UUID) -> Any:
         """Its queue row, or None."""
-        rows = await self.sql("SELECT * FROM reconcile_queue WHERE sandbox_id = $1", sandbox_id)
+        rows = await self.sql("SELECT * FROM reconcile_queue WHERE stream_id = $1", sandbox_id)
         return rows[0] if rows else None
 
     async def make_due(self, sandbox_id: UUID) -> None:
         """Let its wait be over."""
-        await self.sql("UPDATE reconcile_queue SET due_at = clock_timestamp() WHERE sandbox_id = $1", sandbox_id)
+        await self.sql("UPDATE reconcile_queue SET due_at = clock_timestamp() WHERE stream_id = $1", sandbox_id)
 
     async def make_overdue(self, sandbox_id: UUID, seconds: float = 0) -> None:
         """Let its lease be over, as if its holder had died."""
         await self.sql(
             "UPDATE reconcile_queue SET due_at = clock_timestamp(), lease_until = clock_timestamp() "
-            "- make_interval(secs => $2) WHERE sandbox_id = $1",
+            "- make_interval(secs => $2) WHERE stream_id = $1",
             sandbox_id,
             seconds,
         )
@@ -240,6 +299,27 @@ class Stage:
             return all([await self.phase(sandbox_id) is phase for sandbox_id in sandboxes])
 
         return reached
+
+    def is_told(self, sandbox_id: UUID, event: str, tenant: str = "default") -> Callable[[], Awaitable[bool]]:
+        """The log has it."""
+
+        async def reached() -> bool:
+            return event in await self.told(sandbox_id, tenant)
+
+        return reached
+
+    async def until_stored(self, do: Callable[[], Awaitable[Any]]) -> None:
+        """Again and again, until the database takes it or has taken it before."""
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await do()
+                except StoreUnavailable:
+                    await asyncio.sleep(0.02)
+                except NotFound:
+                    return
+                else:
+                    return
 
     def is_idle(self) -> Callable[[], Awaitable[bool]]:
         """Nothing is queued."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
+from uuid import UUID, uuid4
 
 import aiodocker
 import pytest
@@ -12,11 +13,18 @@ import pytest
 from app.cli.local_image import ensure_busybox_image
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.state import Phase
+from app.domain.sandbox.state import Phase, Sandbox
+from app.domain.stream import ActorKind
 from app.errors import RuntimeUnavailable
-from app.runtime.docker import DockerDriver, DockerOptions, connect
-from app.store.vault.seal import Secrets
-from tests.work.stage import Stage
+from app.runtime.docker import DockerDriver, DockerOptions, connect, names
+from app.runtime.driver import Ref
+from app.service.engines import Engines
+from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.signal import Signal
+from app.store.vault.seal import Sealer, Secrets
+from app.work.policy import WorkPolicy
+from tests.work.stage import BEGUN, Stage
 
 IMAGE = "sandledger-demo:1"
 
@@ -34,12 +42,25 @@ async def docker(docker_host: str) -> AsyncIterator[aiodocker.Docker]:
 
 
 @pytest.fixture
+async def stage(dsn: str, database: Database, signal: Signal, sealer: Sealer) -> Stage:
+    """No engine is known yet: the first worker registers the real one."""
+    service = Service(database, signal)
+    made = Stage(dsn, database, service, signal, sealer)
+    made.installation = uuid4()
+    made.engines = Engines(database, signal, made.installation, service.engines)
+    return made
+
+
+@pytest.fixture
 async def driver(stage: Stage, docker: aiodocker.Docker, docker_host: str) -> AsyncIterator[DockerDriver]:
-    stage.driver_name = DockerDriver.name
     made = connect(DockerOptions(installation=stage.installation), docker_host)
     yield made
     async for found in made.inventory():
-        await made.remove(found.sandbox_id)
+        assert found.object_id is not None
+        await made.remove(Ref(found.object_id))
+    mark = names.mark_name(stage.installation)
+    if mark in [row["Name"] for row in (await docker.volumes.list())["Volumes"] or ()]:
+        await (await docker.volumes.get(mark)).delete()
     await made.close()
 
 
@@ -47,9 +68,14 @@ async def left(driver: DockerDriver) -> int:
     return len([found async for found in driver.inventory()])
 
 
+async def container(docker: aiodocker.Docker, sandbox: Sandbox) -> aiodocker.containers.DockerContainer:
+    assert sandbox.runtime is not None
+    assert sandbox.runtime.main is not None
+    return docker.containers.container(sandbox.runtime.main.runtime_id)
+
+
 async def test_lives_on_docker(stage: Stage, docker: aiodocker.Docker, driver: DockerDriver, until):
-    worker = stage.worker(driver, resync_every=3600)
-    async with stage.working(worker):
+    async with stage.working(stage.worker(driver)):
         long, short, killed = await asyncio.gather(
             stage.create(image=IMAGE, secrets=Secrets({"GREETING": "hello"}), timeout_s=600),
             stage.create(image=IMAGE, entrypoint=("sh", "-c", "exit 3")),
@@ -57,16 +83,14 @@ async def test_lives_on_docker(stage: Stage, docker: aiodocker.Docker, driver: D
         )
         await until(stage.is_phase(Phase.RUNNING, long, killed))
         await until(stage.is_phase(Phase.FAILED, short))
-        box = await stage.box(killed)
-        assert box.runtime is not None
-        env = (await docker.containers.container((await stage.box(long)).runtime.id).show())["Config"]["Env"]
+        env = (await (await container(docker, await stage.sandbox(long))).show())["Config"]["Env"]
         assert "GREETING=hello" in env
 
-        await docker.containers.container(box.runtime.id).kill()
+        await (await container(docker, await stage.sandbox(killed))).kill()
         await until(stage.is_phase(Phase.FAILED, killed))  # by a hint
         last = (await stage.history(killed))[-1]
         assert isinstance(last.event, ev.RuntimeExited)
-        assert (last.event.exit_code, last.meta.actor.kind) == (137, ev.ActorKind.RUNTIME)
+        assert (last.event.exit_code, last.event.reason, last.meta.actor.kind) == (137, None, ActorKind.RUNTIME)
 
         await stage.ask(long, cmd.Pause())
         await until(stage.is_phase(Phase.PAUSED, long))
@@ -77,8 +101,28 @@ async def test_lives_on_docker(stage: Stage, docker: aiodocker.Docker, driver: D
         await until(stage.is_phase(Phase.TERMINATED, long, short, killed))
         await until(stage.is_idle())
     assert await left(driver) == 0
-    assert (await stage.told(long))[:3] == ["requested", "runtime_created", "started"]
-    assert (await stage.told(short))[:4] == ["requested", "runtime_created", "started", "runtime_exited"]
+    assert without_waiting(await stage.told(long))[:6] == BEGUN
+    assert without_waiting(await stage.told(short))[:7] == [*BEGUN, "runtime_exited"]
+
+
+def without_waiting(told: list[str]) -> list[str]:
+    """They were created before the engine was known."""
+    return [event for event in told if event != "waiting"]
+
+
+async def test_a_restart_from_outside_is_recorded(stage: Stage, docker: aiodocker.Docker, driver: DockerDriver, until):
+    """Its processes began anew, and the log would not say so; or worse, it would take the moment between for the end."""
+    async with stage.working(stage.worker(driver, exit_settle=WorkPolicy().exit_settle)):
+        sandbox_id = await stage.create(image=IMAGE, entrypoint=("sh", "-c", "trap 'exit 0' TERM; sleep 600 & wait"))
+        await until(stage.is_phase(Phase.RUNNING, sandbox_id))
+        await until(stage.is_idle())
+        await (await container(docker, await stage.sandbox(sandbox_id))).restart()
+        await until(stage.is_told(sandbox_id, "restarted"))
+        sandbox = await stage.sandbox(sandbox_id)
+        assert (sandbox.phase, sandbox.run, sandbox.generation) == (Phase.RUNNING, 2, 1)
+        await stage.ask(sandbox_id, cmd.Terminate())
+        await until(stage.is_phase(Phase.TERMINATED, sandbox_id))
+    assert await left(driver) == 0
 
 
 async def test_one_image_that_is_nowhere_fails_and_leaves_nothing(stage: Stage, driver: DockerDriver, until):
@@ -86,9 +130,23 @@ async def test_one_image_that_is_nowhere_fails_and_leaves_nothing(stage: Stage, 
     async with stage.working(stage.worker(driver)):
         sandbox_id = await stage.create(image="NOT/A VALID/reference")
         await until(stage.is_phase(Phase.FAILED, sandbox_id))
-    failure = (await stage.box(sandbox_id)).failure
+    failure = (await stage.sandbox(sandbox_id)).failure
     assert failure is not None
-    assert failure.reason != "RECONCILE_EXHAUSTED"
+    assert failure.reason == "IMAGE_REFERENCE_INVALID"
+    assert await left(driver) == 0
+
+
+async def test_a_pull_that_cannot_work_holds_nobody_up(stage: Stage, driver: DockerDriver, until):
+    async with stage.working(stage.worker(driver)):
+        pulling = await stage.create(image="127.0.0.1:9/nothing/there:1")
+        await until(stage.is_told(pulling, "reconcile_failed"))
+        other = await stage.create(image=IMAGE)
+        await until(stage.is_phase(Phase.RUNNING, other))
+        failed = next(one.event for one in await stage.history(pulling) if isinstance(one.event, ev.ReconcileFailed))
+        assert failed.step == "fetch"
+        for sandbox_id in (pulling, other):
+            await stage.ask(sandbox_id, cmd.Terminate())
+        await until(stage.is_phase(Phase.TERMINATED, pulling, other))
     assert await left(driver) == 0
 
 
@@ -98,28 +156,25 @@ async def test_a_container_taken_away_is_lost_after_two_looks(
     async with stage.working(stage.worker(driver)):
         sandbox_id = await stage.create(image=IMAGE)
         await until(stage.is_phase(Phase.RUNNING, sandbox_id))
-        runtime = (await stage.box(sandbox_id)).runtime
-        assert runtime is not None
-        await docker.containers.container(runtime.id).delete(force=True)
-
-        async def ended() -> bool:
-            return await stage.phase(sandbox_id) is Phase.FAILED
-
-        await until(ended)
-    assert (await stage.told(sandbox_id))[-1] in ("runtime_lost", "runtime_exited")
+        await (await container(docker, await stage.sandbox(sandbox_id))).delete(force=True)
+        await until(stage.is_phase(Phase.FAILED, sandbox_id))
+    last = (await stage.history(sandbox_id))[-1].event
+    # Whoever looks between the kill and the removal sees an exit.
+    assert isinstance(last, ev.RuntimeLost) or (isinstance(last, ev.RuntimeExited) and last.exit_code == 137)
 
 
 async def test_an_orphan_on_docker_is_swept(stage: Stage, driver: DockerDriver, until):
     worker = stage.worker(driver, orphan_grace=0)
-    sandbox_id = await stage.create(image=IMAGE)
-    work = await worker.reconciler._workloads.of(await stage.box(sandbox_id))
+    await worker.station.contact()
+    sandbox_id: UUID = await stage.create(image=IMAGE)
+    work = await worker.reconciler._workloads.of(await stage.sandbox(sandbox_id))
     await stage.ask(sandbox_id, cmd.Terminate())
     await stage.settle(worker)
     await driver.ensure(work)  # a create that came too late
     assert await left(driver) == 1
 
     async def swept() -> bool:
-        await worker.resync.sweep()
+        await worker.sweeper.sweep()
         return await left(driver) == 0
 
     await until(swept)

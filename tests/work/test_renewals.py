@@ -32,8 +32,8 @@ class Race:
         """False = the naive store: an append does not ask whether somebody else was faster."""
         self.stream = Stream(requested(DEADLINE_S)).after(cmd.RecordSeen(seen(Power.RUNNING)))
         self.stream.pass_time(DEADLINE_S - 1.0)
-        assert self.stream.box.expires_at is not None
-        self.promised: datetime = self.stream.box.expires_at
+        assert self.stream.sandbox.expires_at is not None
+        self.promised: datetime = self.stream.sandbox.expires_at
         self.expired: list[tuple[datetime, datetime]] = []
         """(when, what had been promised then)"""
         self.refused = 0
@@ -42,29 +42,29 @@ class Race:
         """`Service.execute`, cut where it waits for the database."""
         while True:
             yield
-            box, now = self.stream.box, self.stream.now
+            sandbox, now = self.stream.sandbox, self.stream.now
             yield
-            events = self.decide(box, command(), now)
+            events = self.decide(sandbox, command(), now)
             if events is None:
                 self.refused += 1
                 return
             if not events:
                 return
             yield
-            if not self.guarded or self.stream.box.version == box.version:
+            if not self.guarded or self.stream.sandbox.version == sandbox.version:
                 self.append(events)
                 done(events)
                 return
 
-    def decide(self, box: Sandbox, command: cmd.Command, now: datetime) -> Decided | None:
+    def decide(self, sandbox: Sandbox, command: cmd.Command, now: datetime) -> Decided | None:
         try:
-            return decide(box, command, now)
+            return decide(sandbox, command, now)
         except Rejected:
             return None
 
     def append(self, events: Decided) -> None:
         for event in events:
-            self.stream.box = evolve(self.stream.box, self.stream._record(event))
+            self.stream.sandbox = evolve(self.stream.sandbox, self.stream._record(event))
 
     def client(self) -> Actor:
         for _ in range(self.dice.randint(1, 3)):
@@ -72,11 +72,11 @@ class Race:
             yield from self.execute(lambda ahead=ahead: cmd.Renew(self.stream.now + ahead), self.renewed)
 
     def renewed(self, events: Decided) -> None:
-        assert isinstance(events[0], ev.LeaseRenewed)
+        assert isinstance(events[0], ev.Renewed)
         self.promised = events[0].expires_at
 
     def timer(self) -> Actor:
-        while self.stream.box.ending is None:
+        while self.stream.sandbox.ending is None:
             yield from self.execute(cmd.Expire, self.ended)
 
     def ended(self, events: Decided) -> None:
@@ -111,10 +111,10 @@ def test_a_renewal_that_was_accepted_is_never_followed_by_an_expiry_before_its_t
     assert not any(race.broken_promise for race in ran)
     assert all(len(race.expired) == 1 for race in ran), "it ends, and once"
     for race in ran:
-        (ending,) = [fact.event for fact in race.stream.facts if isinstance(fact.event, ev.Expired)]
-        assert ending.deadline == race.promised
+        (ending,) = [fact.event for fact in race.stream.history if isinstance(fact.event, ev.Expired)]
+        assert ending.expires_at == race.promised
     assert sum(race.refused > 0 for race in ran) > RACES / 10, "renewals that came too late"
-    renewals = sum(any(isinstance(fact.event, ev.LeaseRenewed) for fact in race.stream.facts) for race in ran)
+    renewals = sum(any(isinstance(fact.event, ev.Renewed) for fact in race.stream.history) for race in ran)
     assert renewals > RACES / 10, "renewals that came in time"
 
 

@@ -20,6 +20,7 @@ from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.signal import Signal
 from app.store.queue.reconcile import Queue
 from app.work.reconcile.leases import Leases
+from app.work.watchdog import Watchdog
 from tests.support.sql import connected
 from tests.work.stage import QUICK, Stage
 
@@ -35,14 +36,16 @@ class Line:
         self._socket = socket
         self._open: list[asyncio.Event] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cut = False
         self._server: asyncio.Server | None = None
 
     async def up(self) -> int:
         self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
         return self._server.sockets[0].getsockname()[1]
 
-    def silence(self) -> None:
-        """What is open stays open and says nothing any more; who connects from now on is served."""
+    def silence(self, *, everything: bool = False) -> None:
+        """What is open stays open and says nothing any more; who connects from now on is served, or not either."""
+        self._cut = everything
         for deaf in self._open:
             deaf.set()
 
@@ -56,6 +59,8 @@ class Line:
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         deaf = asyncio.Event()
         self._open.append(deaf)
+        if self._cut:
+            deaf.set()
         there, back = await asyncio.open_unix_connection(str(self._socket))
         for source, sink in ((reader, back), (there, writer)):
             task = asyncio.create_task(self._pump(source, sink, deaf))
@@ -125,9 +130,9 @@ async def test_a_lease_ends_for_its_holder_even_if_the_database_says_nothing(
     """The heartbeat waits for an answer; others take the row meanwhile."""
     database = await over(line, dsn, 600)
     policy = msgspec.structs.replace(QUICK, lease=0.6)
-    leases = Leases(Queue(database, stage.driver_name), stage.service.view, policy)
+    leases = Leases(Queue(database, stage.engine_name), policy, Watchdog(60))
     sandbox_id = await stage.create()
-    (claim,) = (await Queue(stage.database, stage.driver_name).claim(1, lease=600, share=1)).claims
+    (claim,) = (await Queue(stage.database, stage.engine_name).claim(1, lease=600, tenant_slots=1)).claims
     held = leases.hold(claim, asyncio.get_running_loop().time())
     beating = asyncio.create_task(leases.run())
 
@@ -137,7 +142,7 @@ async def test_a_lease_ends_for_its_holder_even_if_the_database_says_nothing(
     (row,) = await stage.sql("SELECT clock_timestamp() + interval '60 s' AS soon")
     claim_end = row["soon"]
     await until(extended)  # by a heartbeat, to 0.6 s from now
-    line.silence()
+    line.silence(everything=True)
 
     async def given_up() -> bool:
         return held.lost
@@ -146,7 +151,7 @@ async def test_a_lease_ends_for_its_holder_even_if_the_database_says_nothing(
     beating.cancel()
     await asyncio.gather(beating, return_exceptions=True)
     assert await stage.phase(sandbox_id) is Phase.PENDING
-    await database.engine.dispose(close=False)  # a goodbye would wait for an answer
+    database.terminate()  # a goodbye would wait for an answer
 
 
 async def test_what_was_answered_is_on_disk_whatever_the_default_is(dsn: str) -> None:

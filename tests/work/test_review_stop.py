@@ -13,7 +13,7 @@ Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
 async def test_a_create_that_hangs_does_not_hold_up_the_stop_and_is_left_to_its_lease(stage: Stage) -> None:
     gate = Gate("create")
-    worker = stage.worker(stage.driver(before=gate), uncut=0.2)
+    worker = stage.worker(stage.driver(before=gate), create_grace=0.2)
     running = asyncio.create_task(worker.run())
     sandbox_id = await stage.create()
     await gate.reached.wait()
@@ -35,12 +35,12 @@ async def test_a_create_that_hangs_does_not_hold_up_the_stop_and_is_left_to_its_
 async def test_an_engine_that_does_not_say_who_it_is_does_not_hold_up_the_stop(stage: Stage, until: Until) -> None:
     stage.engine.down = True
     gate = Gate("nothing yet")
-    worker = stage.worker(stage.driver(before=gate), resync_tick=3600)
+    worker = stage.worker(stage.driver(before=gate), sweep_tick=3600, engine_check=3600)
     running = asyncio.create_task(worker.run())
     await stage.create()
 
     async def noticed() -> bool:
-        return worker.breaker.open
+        return worker.station.open
 
     await until(noticed)
     gate.call = "version"  # from now on it takes connections and answers nothing

@@ -10,12 +10,11 @@ from uuid import UUID
 from msgspec import Struct
 
 from app.domain.engine import events as ev
-from app.domain.engine.events import Capacity
+from app.domain.engine.events import LOG_WENT_BACK, MARK_ABSENT, MARK_OTHER, Capacity
 from app.domain.engine.state import Engine, EngineState
 from app.domain.sandbox.observed import Capabilities
-from app.domain.stream import storable
+from app.domain.text import storable
 
-MARK_ABSENT, MARK_OTHER, LOG_WENT_BACK = "MARK_ABSENT", "MARK_OTHER", "LOG_WENT_BACK"
 Events: TypeAlias = tuple[ev.Event, ...]
 
 
@@ -47,7 +46,10 @@ class RecordSilence(Struct, frozen=True):
 
 
 class RecordLogWentBack(Struct, frozen=True):
-    """It holds an object that bears a position beyond the end of the log: the database is an older copy."""
+    """It holds an object that bears a position beyond the end of the log: the database is an older copy.
+
+    Report the highest position that was found, so that one `Trust` is enough.
+    """
 
     last_position: int
     found_position: int
@@ -72,15 +74,16 @@ Command: TypeAlias = RecordSighting | RecordSilence | RecordLogWentBack | Trust 
 def begin(sighting: Sighting) -> Events:
     """First contact: the engine is registered as it showed itself. Its mark must be there by now."""
     assert sighting.mark is not None, "the mark is made before the engine is registered"
+    seen = _seen(sighting)
     first = ev.Registered(
         sighting.name,
         sighting.kind,
         sighting.mark,
-        sighting.engine_id,
+        seen.engine_id,
         labels=sighting.labels,
         capacity=sighting.capacity,
     )
-    return (first, _seen(sighting))
+    return (first, seen)
 
 
 def agrees(engine: Engine, sighting: Sighting) -> str | None:
@@ -100,22 +103,22 @@ def decide(engine: Engine, command: Command, now: datetime) -> Events:
         case RecordSilence(since=since, reason=reason):
             return (ev.Dark(since, storable(reason)),) if engine.state is EngineState.UP else ()
         case RecordLogWentBack(last_position=last, found_position=found):
+            known = engine.state is EngineState.MISMATCH or found <= max(last, engine.trusted_position)
             event = ev.Mismatch(LOG_WENT_BACK, f"at most position {last}", f"position {found}")
-            return () if engine.state is EngineState.MISMATCH else (event,)
+            return () if known else (event,)
         case Trust():
-            return (_back(engine, now),) if engine.trouble.startswith(LOG_WENT_BACK) else ()
+            return (_back(engine, now),) if _is_mismatch(engine, LOG_WENT_BACK) else ()
         case RecordLeftover(role=role, name=name, object_id=object_id, position=position):
-            return (ev.LeftoverRemoved(role, name, object_id, position),)
+            return (ev.LeftoverRemoved(role, storable(name), object_id, position),)
 
 
 def _sighted(engine: Engine, sighting: Sighting, now: datetime) -> Events:
     why = agrees(engine, sighting)
     if why is not None:
-        event = ev.Mismatch(why, engine.mark, sighting.mark or "none")
-        known = engine.state is EngineState.MISMATCH and engine.trouble.startswith(f"{why}:")
-        return () if known else (event,)
+        event = ev.Mismatch(why, engine.mark, storable(sighting.mark or "none"))
+        return () if _is_mismatch(engine, why) else (event,)
     found: list[ev.Event] = []
-    if engine.state is EngineState.DARK or _is_identity_trouble(engine):
+    if engine.state is not EngineState.UP and not _is_mismatch(engine, LOG_WENT_BACK):
         found.append(_back(engine, now))
     seen = _seen(sighting)
     if seen != ev.Seen(
@@ -129,13 +132,13 @@ def _back(engine: Engine, now: datetime) -> ev.Back:
     return ev.Back(max(0, (now - engine.state_since) // timedelta(milliseconds=1)))
 
 
-def _is_identity_trouble(engine: Engine) -> bool:
-    """A log that went back is not mended by an engine that shows its right mark."""
-    return engine.state is EngineState.MISMATCH and not engine.trouble.startswith(LOG_WENT_BACK)
+def _is_mismatch(engine: Engine, why: str) -> bool:
+    return engine.state is EngineState.MISMATCH and engine.trouble.startswith(f"{why}:")
 
 
 def _seen(sighting: Sighting) -> ev.Seen:
-    return ev.Seen(sighting.engine_id, sighting.version, sighting.api, sighting.capabilities, sighting.capacity)
+    engine_id, version, api = map(storable, (sighting.engine_id, sighting.version, sighting.api))
+    return ev.Seen(engine_id, version, api, sighting.capabilities, sighting.capacity)
 
 
 class Chosen(Struct, frozen=True):
@@ -162,5 +165,5 @@ def place(engines: Sequence[Engine]) -> Chosen | NoEngine:
         return Chosen(up[0].name, up[0].epoch, reason, len(up))
     if not engines:
         return NoEngine("ENGINE_UNAVAILABLE", "No engine is registered yet; a worker registers one when it reaches it.")
-    away = "; ".join(f"{engine.name} is {engine.state}: {engine.trouble}" for engine in engines)
+    away = "; ".join(f"{engine.name} is {engine.state} ({engine.trouble.rstrip('.')})" for engine in engines)
     return NoEngine("ENGINE_UNAVAILABLE", f"No engine can take it: {away}.")

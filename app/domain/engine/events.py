@@ -11,6 +11,8 @@ from msgspec import Struct
 from app.domain import stream
 from app.domain.sandbox.observed import Capabilities
 
+MARK_ABSENT, MARK_OTHER, LOG_WENT_BACK = "MARK_ABSENT", "MARK_OTHER", "LOG_WENT_BACK"
+
 
 class Capacity(Struct, frozen=True, omit_defaults=True):
     """What an engine has in all."""
@@ -57,7 +59,7 @@ class Back(Struct, frozen=True, omit_defaults=True):
 class Mismatch(Struct, frozen=True, omit_defaults=True):
     """Something answers at its address that is not the engine we know, or that knows more than our log.
 
-    `why` is `MARK_ABSENT`, `MARK_OTHER` or `LOG_WENT_BACK`.
+    `why` is `MARK_ABSENT`, `MARK_OTHER` or `LOG_WENT_BACK`. With the last, `found` ends with the position.
     """
 
     why: str

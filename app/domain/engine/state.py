@@ -5,8 +5,13 @@ state      means                                            placement conclusion
 ========== ================================================ ========= ======================
 `up`       it answers, and its identity agrees              yes       yes
 `dark`     no worker has reached it for 15 s                no        none
-`mismatch` what answers is not the engine that we know      no        none, no verb but check
+`mismatch` what answers is not the engine that we know, or  no        none, no verb but check
+           it holds an object from beyond the log's end
 ========== ================================================ ========= ======================
+
+A mismatch of identity ends when the engine shows the right mark again. A log that went back is not mended by the right
+mark: it ends when an operator says that the log is to be followed. `trusted_position` remembers up to which position
+this was said, so that the same object does not raise the alarm again.
 """
 
 from __future__ import annotations
@@ -55,7 +60,9 @@ class Engine(Struct, frozen=True):
     server_version: str = ""
     api_version: str = ""
     trouble: str = ""
-    """Why it is dark or mismatched."""
+    """Why it is dark or mismatched; of a mismatch it begins with `why` and a colon."""
+    trusted_position: int = 0
+    """Objects up to this position are no sign that the log went back."""
 
 
 def stream_of(installation: UUID, name: str) -> UUID:
@@ -63,42 +70,44 @@ def stream_of(installation: UUID, name: str) -> UUID:
     return uuid5(installation, f"engine/{name}")
 
 
-def evolve(engine: Engine | None, fact: ev.Recorded) -> Engine:
+def evolve(engine: Engine | None, recorded: ev.Recorded) -> Engine:
     """The next state. Total on known events."""
     if engine is None:
-        if not isinstance(fact.event, ev.Registered):
-            msg = f"stream {fact.stream_id} does not begin with engine.registered"
+        if not isinstance(recorded.event, ev.Registered):
+            msg = f"stream {recorded.stream_id} does not begin with engine.registered"
             raise TypeError(msg)
-        return _begin(fact, fact.event)
-    schema = ev.REGISTRY.schemas[ev.REGISTRY.name_of(fact.event)]
+        return _begin(recorded, recorded.event)
     after = replace(
-        _apply(engine, fact.event), version=fact.version, position=fact.position, schema=max(engine.schema, schema)
+        _apply(engine, recorded.event),
+        version=recorded.version,
+        position=recorded.position,
+        schema=max(engine.schema, ev.REGISTRY.schema_of(recorded)),
     )
-    return after if after.state is engine.state else replace(after, state_since=fact.at)
+    return after if after.state is engine.state else replace(after, state_since=recorded.at)
 
 
-def fold(facts: Iterable[ev.Recorded], start: Engine | None = None) -> Engine | None:
+def fold(history: Iterable[ev.Recorded], start: Engine | None = None) -> Engine | None:
     """The state after a history."""
     engine = start
-    for fact in facts:
-        engine = evolve(engine, fact)
+    for recorded in history:
+        engine = evolve(engine, recorded)
     return engine
 
 
-def _begin(fact: ev.Recorded, event: ev.Registered) -> Engine:
+def _begin(recorded: ev.Recorded, event: ev.Registered) -> Engine:
     return Engine(
-        id=fact.stream_id,
-        tenant=fact.tenant,
-        version=fact.version,
-        position=fact.position,
-        schema=ev.REGISTRY.schemas["engine.registered"],
+        id=recorded.stream_id,
+        tenant=recorded.tenant,
+        version=recorded.version,
+        position=recorded.position,
+        schema=ev.REGISTRY.schema_of(recorded),
         name=event.name,
         kind=event.kind,
         engine_id=event.engine_id,
         mark=event.mark,
         epoch=event.epoch,
         state=EngineState.UP,
-        state_since=fact.at,
+        state_since=recorded.at,
         labels=event.labels,
         capacity=event.capacity,
     )
@@ -118,9 +127,16 @@ def _apply(engine: Engine, event: ev.Event) -> Engine:
         case ev.Dark(reason=reason):
             return replace(engine, state=EngineState.DARK, trouble=reason)
         case ev.Back():
-            return replace(engine, state=EngineState.UP, trouble="")
+            return replace(engine, state=EngineState.UP, trouble="", trusted_position=_trusted(engine))
         case ev.Mismatch(why=why, expected=expected, found=found):
             trouble = f"{why}: expected {expected}, found {found}"
             return replace(engine, state=EngineState.MISMATCH, trouble=trouble)
         case ev.Registered() | ev.LeftoverRemoved():
             return engine
+
+
+def _trusted(engine: Engine) -> int:
+    """When the log went back and is followed all the same: the position that showed it."""
+    word = engine.trouble.rpartition(" ")[2]
+    went_back = engine.trouble.startswith(f"{ev.LOG_WENT_BACK}:") and word.isascii() and word.isdigit()
+    return max(engine.trusted_position, int(word)) if went_back else engine.trusted_position

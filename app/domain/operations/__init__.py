@@ -40,7 +40,7 @@ class Operations(Struct, frozen=True):
 
 def evolve(operations: Operations | None, recorded: Recorded) -> Operations:
     """The next state."""
-    schema = REGISTRY.schemas[REGISTRY.name_of(recorded.event)]
+    schema = REGISTRY.schema_of(recorded)
     if operations is None:
         return Operations(recorded.stream_id, recorded.tenant, recorded.version, recorded.position, schema)
     return replace(

@@ -10,7 +10,8 @@ name            exists while                            when it fires
 =============== ======================================= =========================================================
 
 `transition` counts from `changed_at`. The append writes the difference between the deadlines before and after, with its
-own reading of the clock, so a deadline is as exact as the event that sets it.
+own reading of the clock, so a deadline is as exact as the event that sets it. Reasons that a deadline gives itself:
+`PROVISIONING_TIMEOUT`, `PAUSE_TIMEOUT`, `RESUME_TIMEOUT`.
 """
 
 from __future__ import annotations
@@ -78,12 +79,12 @@ def changes(
         found[EXPIRY] = None
     elif alive and after.expires_at is not None and after.expires_at != before.expires_at:
         found[EXPIRY] = Due(at=after.expires_at)
-    was = None if before is None else before.phase
-    if was is not after.phase:
+    if before is None or (before.phase, before.changed_at) != (after.phase, after.changed_at):
+        # The phase may be the same: a restart from outside while Pausing begins the phase anew.
         limit = limits.of(after.phase)
         if limit is not None:
             found[TRANSITION] = Due(after_s=limit)
-        elif was is not None and limits.of(was) is not None:
+        elif before is not None and limits.of(before.phase) is not None:
             found[TRANSITION] = None
     elif any(isinstance(event, ev.Overdue) for event in events):
         _, wait = limits.report((now - after.changed_at).total_seconds())

@@ -1,7 +1,8 @@
 """decide(state, command, now) -> events. Refusals are `Rejected`; nothing new is the empty tuple.
 
-Observations are compared with the state, so recording is idempotent: a second report of the same look appends nothing,
-which keeps sweeps from flooding the log.
+Observations are compared with the state, so recording is idempotent: a second report of the same observation appends
+nothing, which keeps sweeps from flooding the log. `RecordRetry` is the exception: each failed attempt is new, and
+whoever reports it decides which attempts are worth an event.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox.observe import seen
 from app.domain.sandbox.observed import Waiting
 from app.domain.sandbox.spec import check_metadata
-from app.domain.sandbox.state import Phase, RuntimeState, Sandbox
+from app.domain.sandbox.state import GONE, Phase, RuntimeState, Sandbox
 from app.domain.sandbox.status import describe_ending
-from app.domain.stream import storable
+from app.domain.text import storable
 from app.errors import Conflict, Invalid, NotFound
 
 Events = tuple[ev.Event, ...]
 LATEST = datetime.fromisoformat("9999-01-01T00:00:00+00:00")
 """No expiry is accepted at or beyond this instant; neither PostgreSQL nor Python is asked to overflow."""
-_GONE = (RuntimeState.EXITED, RuntimeState.LOST, RuntimeState.REMOVED)
+_TOO_LATE = (ev.EndCause.EXPIRED, ev.EndCause.EXPIRED_WHILE_PENDING)
+"""Ends that a renewal could have prevented."""
 
 
 def unknown(sandbox_id: object) -> NotFound:
@@ -40,8 +42,7 @@ def visible(sandbox: Sandbox | None, sandbox_id: object) -> Sandbox:
     if sandbox.ending is not None:
         raise NotFound(
             "DOCKER::SANDBOX_NOT_FOUND",
-            f"Sandbox {sandbox.id} no longer exists: {describe_ending(sandbox.ending)}. Its history is at "
-            f"/v1/sandboxes/{sandbox.id}/events.",
+            f"Sandbox {sandbox.id} no longer exists: {describe_ending(sandbox.ending)}. Its events can still be read.",
         )
     return sandbox
 
@@ -81,19 +82,19 @@ def _record(sandbox: Sandbox, observation: cmd.Observation) -> Events:
             return _lost(sandbox, observation)
         case cmd.RecordRemoved():
             return _removed(sandbox)
+        case cmd.RecordFailure(step="set_power", reason=reason, message=message):
+            return _power_refused(sandbox, reason, storable(message))  # never costs the sandbox, whoever reports it
         case cmd.RecordFailure(step=step, reason=reason, message=message):
-            finished = sandbox.ending or sandbox.failure or sandbox.observed in _GONE
-            return () if finished else (ev.Failed(step, reason, storable(message)),)
+            return (ev.Failed(step, reason, storable(message)),) if sandbox.may_run else ()
         case cmd.RecordPowerRefused(reason=reason, message=message):
             return _power_refused(sandbox, reason, storable(message))
-        case cmd.RecordRetry():
-            told = storable(observation.message)
-            return (ev.ReconcileFailed(observation.step, observation.reason, told, observation.attempt),)
+        case cmd.RecordRetry(step=step, reason=reason, message=message, attempt=attempt):
+            return (ev.ReconcileFailed(step, reason, storable(message), attempt),)
 
 
 def _renew(sandbox: Sandbox, command: cmd.Renew, now: datetime) -> Events:
     lost = sandbox.expires_at is not None and sandbox.expires_at <= now
-    if sandbox.ending is not None and sandbox.ending.cause is not ev.EndCause.USER_DELETE and sandbox.closed_at is None:
+    if sandbox.ending is not None and sandbox.ending.cause in _TOO_LATE and sandbox.closed_at is None:
         raise Conflict(
             "DOCKER::INVALID_EXPIRATION",
             f"The renewal came too late: the sandbox {describe_ending(sandbox.ending)}.",
@@ -163,20 +164,21 @@ def _expire(sandbox: Sandbox, now: datetime) -> Events:
     return _end(sandbox, ev.Expired(sandbox.expires_at, cause), cause, now)
 
 
-def _end(sandbox: Sandbox, event: ev.Event, cause: ev.EndCause, now: datetime) -> Events:
+def _end(sandbox: Sandbox, event: ev.Event, cause: str, now: datetime) -> Events:
+    """It ends for clients. When nothing of it can be on any engine, it is closed in the same append."""
     if sandbox.object_id is not None and sandbox.observed is not RuntimeState.REMOVED:
         return (event,)
     return (event, _terminated(sandbox, cause, now))
 
 
-def _terminated(sandbox: Sandbox, cause: ev.EndCause, ended_at: datetime) -> ev.Terminated:
+def _terminated(sandbox: Sandbox, cause: str, ended_at: datetime) -> ev.Terminated:
     exit_code = None if sandbox.runtime is None else sandbox.runtime.exit_code
-    lived = ended_at - sandbox.created_at
+    lived = max(ended_at - sandbox.created_at, timedelta())  # a clock that was set back
     return ev.Terminated(cause, lived // timedelta(milliseconds=1), exit_code)
 
 
 def _removed(sandbox: Sandbox) -> Events:
-    if sandbox.closed_at is not None or (sandbox.ending is None and sandbox.observed is RuntimeState.REMOVED):
+    if sandbox.object_id is None or (sandbox.ending is None and sandbox.observed is RuntimeState.REMOVED):
         return ()
     removed = ev.RuntimeRemoved(() if sandbox.runtime is None else sandbox.runtime.parts)
     if sandbox.ending is None:
@@ -185,8 +187,7 @@ def _removed(sandbox: Sandbox) -> Events:
 
 
 def _lost(sandbox: Sandbox, observation: cmd.RecordLost) -> Events:
-    unmade = sandbox.runtime is None or sandbox.observed in (RuntimeState.NONE, *_GONE)
-    if sandbox.failure or unmade:
+    if sandbox.failure is not None or sandbox.observed in (RuntimeState.NONE, *GONE):
         return ()
     return (ev.RuntimeLost(observation.reason, observation.missing_since),)
 
@@ -201,6 +202,8 @@ def _waiting(sandbox: Sandbox, step: str, reason: str, message: str) -> Events:
     known = sandbox.waiting
     if sandbox.phase is not Phase.PENDING or (known is not None and (known.step, known.reason) == (step, reason)):
         return ()
+    if step == "place" and sandbox.object_id is not None:
+        return ()  # reported late: another worker has placed it meanwhile
     return (ev.Waited(step, reason, storable(message)),)
 
 
@@ -230,24 +233,38 @@ def _end_transition(sandbox: Sandbox, command: cmd.EndTransition, now: datetime)
     last = _last(sandbox, command)
     match sandbox.phase:
         case Phase.PENDING:
-            step = "place" if sandbox.waiting is None else sandbox.waiting.step
             message = f"The sandbox was not running within {limit:.0f} s{last}"
-            return (ev.Failed(step, "PROVISIONING_TIMEOUT", storable(message)),)
+            return (ev.Failed(_pending_step(sandbox), "PROVISIONING_TIMEOUT", storable(message)),)
         case Phase.PAUSING:
             return (ev.PauseFailed("PAUSE_TIMEOUT", storable(f"The pause took longer than {limit:.0f} s{last}")),)
         case Phase.RESUMING:
             return (ev.ResumeFailed("RESUME_TIMEOUT", storable(f"The resume took longer than {limit:.0f} s{last}")),)
         case _:
+            # The state does not count reports, so the deadline that fires twice is reported twice; that loses nothing.
             times, _ = command.limits.report(elapsed)
             return (ev.Overdue(sandbox.phase.value, sandbox.changed_at, times),)
 
 
+def _pending_step(sandbox: Sandbox) -> str:
+    """How far it came."""
+    if sandbox.waiting is not None:
+        return sandbox.waiting.step
+    if sandbox.object_id is None:
+        return "place"
+    return "ensure" if sandbox.observed in (RuntimeState.NONE, RuntimeState.CREATED) else "probe"
+
+
 def _last(sandbox: Sandbox, command: cmd.EndTransition) -> str:
-    """What was waited for, as the end of a sentence."""
-    if command.last_reason is not None:
-        detail = f" ({command.last_error})" if command.last_error else ""
-        return f"; the last attempt failed with {command.last_reason}{detail}."
+    """What it waited for, and why the last attempt failed, as the end of a sentence."""
+    found: list[str] = []
     known: Waiting | None = sandbox.waiting
-    if known is None:
-        return "."
-    return f"; it waited in step {known.step} for {known.reason}" + (f" ({known.message})." if known.message else ".")
+    if known is not None:
+        found.append(f"it waited in step {known.step} for {_explained(known.reason, known.message)}")
+    reason, error = command.last_reason, command.last_error
+    if (reason or error) and (known is None or reason != known.reason):
+        found.append(f"the last attempt failed with {_explained(reason or 'an error', error)}")
+    return "".join(f"; {one}" for one in found) + "."
+
+
+def _explained(reason: str, message: str | None) -> str:
+    return f"{reason} ({message.rstrip('.')})" if message else reason

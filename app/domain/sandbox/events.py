@@ -19,7 +19,7 @@ from app.domain.sandbox.spec import SandboxSpec
 
 
 class EndCause(StrEnum):
-    """Why a sandbox ended."""
+    """Why a sandbox ended, in the words that this version writes. In an event the field is text: the list is open."""
 
     USER_DELETE = "user_delete"
     EXPIRED = "expired"
@@ -130,6 +130,7 @@ class Restarted(Struct, frozen=True, omit_defaults=True):
     run: int
     generation: int = 1
     by: str = "outside"
+    """`outside`: no event asked for it, e.g. a person at the engine, or the engine after a power loss."""
     kept: str = "filesystem"
     """`filesystem` or `nothing`."""
     attempt: int | None = None
@@ -199,10 +200,11 @@ class RuntimeExited(Struct, frozen=True, omit_defaults=True):
     message: str = ""
     occurred_at: datetime | None = None
     run: int = 1
+    """Which start it ended; 0 when the engine says that it never started."""
 
 
 class RuntimeLost(Struct, frozen=True, omit_defaults=True):
-    """The engine answered twice, apart in time, that there is no such object any more."""
+    """Its object is gone: the engine said so twice, apart in time, or showed another object that never ran instead."""
 
     reason: str = "MISSING"
     missing_since: datetime | None = None
@@ -220,14 +222,14 @@ class Failed(Struct, frozen=True, omit_defaults=True):
 class TerminationRequested(Struct, frozen=True, omit_defaults=True):
     """Somebody wants it gone. From here on it has ended for clients."""
 
-    end_cause: EndCause
+    end_cause: str
 
 
 class Expired(Struct, frozen=True, omit_defaults=True):
     """Its time passed. From here on it has ended for clients."""
 
     expires_at: datetime
-    end_cause: EndCause
+    end_cause: str
 
 
 class RuntimeRemoved(Struct, frozen=True, omit_defaults=True):
@@ -239,7 +241,7 @@ class RuntimeRemoved(Struct, frozen=True, omit_defaults=True):
 class Terminated(Struct, frozen=True, omit_defaults=True):
     """The end of the stream."""
 
-    end_cause: EndCause
+    end_cause: str
     lived_ms: int
     exit_code: int | None = None
 

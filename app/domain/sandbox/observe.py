@@ -1,78 +1,89 @@
-"""What a look at the engine adds to the log."""
+"""What an observation adds to the log: the events between what the log knows and what the engine showed.
+
+An observation is compared with the state, so recording it twice adds nothing. It is ignored when it is about another
+object, or when the log has already said the last word about this run (an exit, a loss, a failure): `plan` then removes
+what is still there.
+"""
 
 from __future__ import annotations
 
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Exit, Observed, Power
-from app.domain.sandbox.state import Phase, Runtime, RuntimeState, Sandbox
-from app.domain.stream import storable
+from app.domain.sandbox.state import GONE, Phase, Runtime, RuntimeState, Sandbox
+from app.domain.text import storable
 
 Events = tuple[ev.Event, ...]
-_GONE = (RuntimeState.EXITED, RuntimeState.LOST, RuntimeState.REMOVED)
 _UP = (RuntimeState.RUNNING, RuntimeState.PAUSED)
 
 
-def seen(sandbox: Sandbox, look: Observed, found_by: str) -> Events:
-    """The events between what the log knows and what the engine showed. Nothing new = none."""
-    if sandbox.failure is not None or sandbox.observed in _GONE or look.main is None:
-        return ()  # final for the log; `plan` removes what is still there
+def seen(sandbox: Sandbox, shown: Observed, found_by: str) -> Events:
+    """The events that are new. `found_by` is `ensure`, `observe` or `sweep`."""
+    if sandbox.object_id != shown.object_id or shown.main is None:
+        return ()
+    if sandbox.failure is not None or sandbox.observed in GONE:
+        return ()
     runtime = sandbox.runtime or Runtime()
-    another = runtime.main is None or runtime.main.runtime_id != look.main.runtime_id
-    if another and runtime.parts and sandbox.observed in _UP and look.power is Power.CREATED:
+    another = runtime.main is None or runtime.main.runtime_id != shown.main.runtime_id
+    if another and runtime.parts and sandbox.observed in _UP and shown.power is Power.CREATED:
         # Names are unique on an engine: what ran is gone, and this never ran. `plan` removes it.
         return (ev.RuntimeLost(),)
     found: list[ev.Event] = []
     if another:
-        found += _made(sandbox, look, found_by)
-    if look.verdict is not None and sandbox.ending is None:
-        return (*found, ev.Failed("ensure", look.verdict.reason, storable(look.verdict.message)))
+        found += _made(sandbox, shown, found_by)
+    if shown.verdict is not None and sandbox.ending is None:
+        return (*found, ev.Failed("ensure", shown.verdict.reason, storable(shown.verdict.message)))
     known = RuntimeState.CREATED if another else sandbox.observed
-    begun = _begun(sandbox, look, known, another=another)
+    begun = _begun(sandbox, shown, known, another=another)
     found += begun
     known = RuntimeState.RUNNING if begun else known
-    if look.power is Power.PAUSED and known is RuntimeState.RUNNING:
+    if shown.power is Power.PAUSED and known is RuntimeState.RUNNING:
         found.append(ev.Paused())
-    elif look.power is Power.RUNNING and known is RuntimeState.PAUSED:
+    elif shown.power is Power.RUNNING and known is RuntimeState.PAUSED:
         found.append(ev.Resumed())
-    elif look.power is Power.EXITED:
-        found.append(_exited(look.exit or Exit(), sandbox.run + bool(begun)))
+    elif shown.power is Power.EXITED:
+        found.append(_exited(shown.exit or Exit(), sandbox.run + bool(begun)))
     elif known is RuntimeState.CREATED:
-        found += _waits(sandbox, look)
+        found += _waits(sandbox, shown, another=another)
     return tuple(found)
 
 
-def _made(sandbox: Sandbox, look: Observed, found_by: str) -> Events:
+def _made(sandbox: Sandbox, shown: Observed, found_by: str) -> Events:
     runtime = sandbox.runtime or Runtime()
     image: Events = ()
-    if not runtime.parts and runtime.image_id is None and look.image_id is not None:
-        image = (ev.Fetched(look.image_id, look.image_digest, cached=True),)
-    if look.adopted or runtime.parts or found_by != "ensure":
-        how = "create_conflict" if look.adopted else found_by
-        return (*image, ev.RuntimeAdopted(look.generation, look.parts, how))
-    return (*image, ev.RuntimeCreated(look.generation, look.parts))
+    if not runtime.parts and runtime.image_id is None and shown.image_id is not None:
+        image = (ev.Fetched(shown.image_id, shown.image_digest, cached=True),)
+    if shown.adopted:
+        return (*image, ev.RuntimeAdopted(shown.generation, shown.parts, "create_conflict"))
+    if found_by != "ensure":
+        return (*image, ev.RuntimeAdopted(shown.generation, shown.parts, found_by))
+    return (*image, ev.RuntimeCreated(shown.generation, shown.parts))
 
 
-def _begun(sandbox: Sandbox, look: Observed, known: RuntimeState, *, another: bool) -> Events:
-    """A start that the log does not know yet, ours or somebody else's."""
+def _begun(sandbox: Sandbox, shown: Observed, known: RuntimeState, *, another: bool) -> Events:
+    """A start that the log does not know yet, ours or somebody else's.
+
+    Only a later start counts: an observation may be older than what the log knows, because sweeps and claims overlap.
+    """
     before = None if sandbox.runtime is None else sandbox.runtime.started_at
     first = known is RuntimeState.CREATED and (
-        look.power in (Power.RUNNING, Power.PAUSED) or look.started_at is not None
+        shown.power in (Power.RUNNING, Power.PAUSED) or shown.started_at is not None
     )
-    moved = known in _UP and before is not None and look.started_at is not None and look.started_at > before
+    moved = known in _UP and before is not None and shown.started_at is not None and shown.started_at > before
     if not (first or moved):
         return ()
     run = sandbox.run + 1
     if run == 1:
-        return (ev.Started(run, look.started_at, look.address, look.node), ev.Ready())
+        return (ev.Started(run, shown.started_at, shown.address, shown.node), ev.Ready())
     kept = "nothing" if another else "filesystem"
     return (
-        ev.Restarted(run, look.generation, kept=kept, occurred_at=look.started_at, address=look.address),
+        ev.Restarted(run, shown.generation, kept=kept, occurred_at=shown.started_at, address=shown.address),
         ev.Ready(),
     )
 
 
-def _waits(sandbox: Sandbox, look: Observed) -> Events:
-    wait, known = look.waiting, sandbox.waiting
+def _waits(sandbox: Sandbox, shown: Observed, *, another: bool) -> Events:
+    """Why the object is not up yet. A new object waits anew: the reason of the one before it was cleared."""
+    wait, known = shown.waiting, None if another else sandbox.waiting
     if wait is None or sandbox.phase is not Phase.PENDING:
         return ()
     if known is not None and (known.step, known.reason) == (wait.step, wait.reason):
@@ -81,4 +92,4 @@ def _waits(sandbox: Sandbox, look: Observed) -> Events:
 
 
 def _exited(end: Exit, run: int) -> ev.RuntimeExited:
-    return ev.RuntimeExited(end.code, end.oom, end.reason, storable(end.message), end.at, max(run, 1))
+    return ev.RuntimeExited(end.code, end.oom, end.reason, storable(end.message), end.at, run)

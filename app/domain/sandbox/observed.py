@@ -1,4 +1,4 @@
-"""What an engine said at one look, in words that fit any engine. Plain values; the core plans on them."""
+"""Observations: what an engine said, in words that fit any engine. Plain values; the core plans on them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Pausing(StrEnum):
 class Capabilities(Struct, frozen=True, omit_defaults=True):
     """What an engine can do; the rest is refused before anything is appended."""
 
-    pause: Pausing = Pausing.FREEZE
+    pause: str = Pausing.FREEZE
+    """A `Pausing`, or a word of a newer version: compare with `==`, because what is read from the log is plain text."""
 
 
 class Power(StrEnum):
-    """What an object of an engine does at the moment of looking."""
+    """What an object of an engine does at the moment when it is observed."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -89,7 +90,7 @@ class Verdict(Struct, frozen=True):
 
 
 class Observed(Struct, frozen=True):
-    """What the engine said about one object, at one look."""
+    """What the engine said about one object, at one time."""
 
     object_id: UUID
     parts: tuple[Part, ...]
@@ -116,7 +117,7 @@ class Observed(Struct, frozen=True):
         return next((part for part in self.parts if part.role == "main"), None)
 
 
-class Look(Struct, frozen=True):
+class Answer(Struct, frozen=True):
     """The engine answered. `observed` None = it says that there is no such object of ours."""
 
     observed: Observed | None

@@ -1,7 +1,7 @@
-"""plan(state, look) -> the one next step of the reconciler.
+"""plan(state, answer) -> the one next step of the reconciler.
 
 The reconciler repeats: act on the step, record what was observed, plan again, until `Settled` or a wait. A step is safe
-to repeat after a crash, because drivers are. `look` None means that nobody has asked the engine in this run yet; a
+to repeat after a crash, because drivers are. `answer` None means that nobody has asked the engine in this run yet; a
 fresh sandbox is created without asking first, since create meets an existing object by its name anyway.
 
 `Fetch` and `Wait` give the claim back. What they wait for wakes the stream again, or the time does. A fetch is planned
@@ -15,10 +15,10 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from app.domain.sandbox.observed import Look, Power, Waiting
+from app.domain.sandbox.observed import Answer, Power, Waiting
 from app.domain.sandbox.state import Desired, RuntimeState, Sandbox
 
-WAIT_LOOK = timedelta(seconds=5)
+WAIT_INTERVAL = timedelta(seconds=5)
 """How long a waiting stream rests when no hint wakes it."""
 
 
@@ -49,7 +49,7 @@ class Remove(Struct, frozen=True):
 
 
 class ConfirmMissing(Struct, frozen=True):
-    """The engine says that there is none; look again at `until` before believing it."""
+    """The engine says that there is none; ask again at `until` before believing it."""
 
     until: datetime
 
@@ -92,27 +92,27 @@ class Absence(Struct, frozen=True):
     grace: timedelta
 
 
-def plan(sandbox: Sandbox, look: Look | None, absence: Absence) -> Step:
+def plan(sandbox: Sandbox, answer: Answer | None, absence: Absence) -> Step:
     """The next step towards what is desired."""
     if sandbox.object_id is None:
         return _unplaced(sandbox)
     if sandbox.closed_at is not None:
-        return _stay_away(look)
+        return _stay_away(answer)
     failed = sandbox.failure is not None and sandbox.observed is not RuntimeState.REMOVED
     if sandbox.desired is Desired.TERMINATED or failed:
         return Remove()
     match sandbox.observed:
         case RuntimeState.NONE | RuntimeState.CREATED:
-            return _provide(look, absence)
+            return _provide(answer, absence)
         case RuntimeState.RUNNING | RuntimeState.PAUSED:
-            return _keep(sandbox, look, absence)
+            return _keep(sandbox, answer, absence)
         case RuntimeState.EXITED:
             # Its own end is final: what runs under its name now was started behind our back.
-            if look is None:
+            if answer is None:
                 return Observe()
-            return Remove() if _stirs(look) else Settled()
+            return Remove() if _stirs(answer) else Settled()
         case RuntimeState.LOST | RuntimeState.REMOVED:
-            return _stay_away(look)
+            return _stay_away(answer)
 
 
 def _unplaced(sandbox: Sandbox) -> Step:
@@ -120,26 +120,26 @@ def _unplaced(sandbox: Sandbox) -> Step:
     return Place() if sandbox.may_run else Settled()
 
 
-def _provide(look: Look | None, absence: Absence) -> Step:
-    seen = None if look is None else look.observed
+def _provide(answer: Answer | None, absence: Absence) -> Step:
+    seen = None if answer is None else answer.observed
     if seen is not None and seen.power is Power.CREATED and seen.waiting is not None:
-        return Wait(absence.now + WAIT_LOOK, seen.waiting)
+        return Wait(absence.now + WAIT_INTERVAL, seen.waiting)
     return Ensure()
 
 
-def _keep(sandbox: Sandbox, look: Look | None, absence: Absence) -> Step:
-    if look is None:
+def _keep(sandbox: Sandbox, answer: Answer | None, absence: Absence) -> Step:
+    if answer is None:
         wanted = Power.PAUSED if sandbox.desired is Desired.PAUSED else Power.RUNNING
         differs = sandbox.observed.value != wanted.value
         return SetPower(wanted) if differs else Observe()
-    if look.observed is None:
+    if answer.observed is None or answer.observed.main is None:
         since = absence.missing_since
         if since is None or absence.now < since + absence.grace:
             return ConfirmMissing((since or absence.now) + absence.grace)
         return Lose(since)
-    if look.observed.power is Power.CREATED:
+    if answer.observed.power is Power.CREATED:
         # It ran, but an engine that lost power before its disk was written remembers only the create.
-        return Ensure()
+        return _provide(answer, absence)
     if sandbox.desired is Desired.PAUSED and sandbox.observed is RuntimeState.RUNNING:
         return SetPower(Power.PAUSED)
     if sandbox.desired is Desired.RUNNING and sandbox.observed is RuntimeState.PAUSED:
@@ -147,12 +147,12 @@ def _keep(sandbox: Sandbox, look: Look | None, absence: Absence) -> Step:
     return Settled()
 
 
-def _stay_away(look: Look | None) -> Step:
+def _stay_away(answer: Answer | None) -> Step:
     """Nothing may be there any more; what is, came from a create that was still under way, or from a stranger."""
-    if look is None:
+    if answer is None:
         return Observe()
-    return Settled() if look.observed is None else Remove()
+    return Settled() if answer.observed is None else Remove()
 
 
-def _stirs(look: Look) -> bool:
-    return look.observed is not None and look.observed.power in (Power.RUNNING, Power.PAUSED)
+def _stirs(answer: Answer) -> bool:
+    return answer.observed is not None and answer.observed.power in (Power.RUNNING, Power.PAUSED)

@@ -12,6 +12,7 @@ from decimal import Decimal
 _QUANTITY = re.compile(
     r"\+?(?P<number>\d{1,18}(?:\.\d{0,9})?|\.\d{1,9})(?P<suffix>[a-zA-Z]{0,2}|[eE][-+]?\d{1,2})", re.ASCII
 )
+ALL_GPUS = -1
 _SCALE: dict[str, Decimal] = {
     "n": Decimal("1e-9"),
     "u": Decimal("1e-6"),
@@ -50,15 +51,15 @@ def parse_quantity(text: str) -> Decimal:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes. Below 6 MiB is refused, as Docker does."""
+    """Bytes. Below 6 MiB is refused, as Docker does; above 2^53, because no payload holds a larger integer."""
     suffix = text.lstrip("0123456789.")
     if suffix == "m":
         raise ValueError("ends in m, which means thousandths; write M or Mi for megabytes")
     if suffix.lower() in _UPSTREAM and suffix not in _SCALE:
         text = text.removesuffix(suffix) + _UPSTREAM[suffix.lower()]
     value = parse_quantity(text)
-    if not 6 * 1024 * 1024 <= value < 2**63:
-        raise ValueError("must be at least 6Mi and below 8Ei")
+    if not 6 * 1024 * 1024 <= value <= 2**53:
+        raise ValueError("must be at least 6Mi and at most 8Pi")
     return int(value)
 
 
@@ -71,9 +72,9 @@ def parse_nano_cpus(text: str) -> int:
 
 
 def parse_gpus(text: str) -> int:
-    """A number of GPUs, or `all` = -1."""
+    """A number of GPUs, or `all` = `ALL_GPUS`."""
     if text == "all":
-        return -1
+        return ALL_GPUS
     if not re.fullmatch(r"[1-9][0-9]{0,3}", text):
         raise ValueError("must be a positive whole number or all")
     return int(text)

@@ -49,6 +49,7 @@ class SandboxSpec(Struct, frozen=True, omit_defaults=True):
     extensions: dict[str, str] = {}
 
 
+ALL_GPUS = -1
 _PARSERS: Mapping[str, Callable[[str], int]] = {
     "cpu": quantity.parse_nano_cpus,
     "memory": quantity.parse_memory,

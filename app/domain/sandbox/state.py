@@ -13,17 +13,27 @@ this run has not started, or is not ready   Pending
 otherwise by what is observed and desired   Running, Pausing, Paused, Resuming, Terminated, Failed
 ========================================== ===========
 
-Four different things are called an end. They come in this order, and the first two may be missing:
+Five different things could be called an end:
 
-================ ========================== =============================== =======================
-what             recorded by                what it means                   what clients read
-================ ========================== =============================== =======================
-exit, loss       `runtime_exited`, `_lost`  the workload ended by itself    Terminated or Failed
-failure          `failed`                   it cannot be provided           Failed
-ending           `termination_requested`,   somebody or its time ended it   404; Stopping in history
-                 `expired`
-closing          `terminated`               nothing of it is left           404; Terminated in history
-================ ========================== =============================== =======================
+========== ====================== ============================= ============================= =======================
+what       in the state           recorded by                   what it means                 what clients read
+========== ====================== ============================= ============================= =======================
+exit, loss `observed` is exited   `runtime_exited`,             it does not run any more      Terminated (exit code 0),
+           or lost                `runtime_lost`                                              else Failed
+failure    `failure`              `failed`                      it cannot be provided         Failed
+removal    `observed` is removed  `runtime_removed`             nothing is left on the engine the same as before
+ending     `ending`               `termination_requested`,      somebody, or its time, ended  404; Stopping in history
+                                  `expired`                     it
+closing    `closed_at`            `terminated`                  the stream has ended          404; Terminated in history
+========== ====================== ============================= ============================= =======================
+
+* An exit or loss and a failure exclude each other. Each may be missing, and none of them is an ending: the sandbox
+  stays visible until somebody or its time ends it.
+* The removal follows an exit, a loss, a failure or an ending. What was never placed is never removed.
+* The closing follows the removal and the ending, whichever comes last, in the same append. What was never placed is
+  closed in the append of its ending.
+* So the phase Terminated means two things: clients read it of a workload that ended with exit code 0, and history shows
+  it of every sandbox that is closed.
 """
 
 from __future__ import annotations
@@ -74,6 +84,10 @@ class RuntimeState(StrEnum):
     REMOVED = "removed"
 
 
+GONE = (RuntimeState.EXITED, RuntimeState.LOST, RuntimeState.REMOVED)
+"""It does not run, and what is left of it is never started again."""
+
+
 class Runtime(Struct, frozen=True, omit_defaults=True):
     """The engine's object, and the last run of it. Without parts while there is only an image."""
 
@@ -86,6 +100,8 @@ class Runtime(Struct, frozen=True, omit_defaults=True):
     exit_reason: str | None = None
     exit_message: str = ""
     finished_at: datetime | None = None
+    exited: bool = False
+    """Whether its end was seen; the engine may keep neither code nor time of it."""
 
     @property
     def main(self) -> Part | None:
@@ -105,7 +121,8 @@ class Ending(Struct, frozen=True):
     """When, why and through whom it ended for clients."""
 
     at: datetime
-    cause: ev.EndCause
+    cause: str
+    """An `EndCause`, or a word of a newer version."""
     by: str
 
 
@@ -161,8 +178,7 @@ class Sandbox(Struct, frozen=True):
     @property
     def may_run(self) -> bool:
         """Whether it can ever run from here on. When not, its secrets are erased."""
-        gone = (RuntimeState.EXITED, RuntimeState.LOST, RuntimeState.REMOVED)
-        return self.ending is None and self.failure is None and self.observed not in gone
+        return self.ending is None and self.failure is None and self.observed not in GONE
 
 
 def derive_phase(sandbox: Sandbox) -> Phase:
@@ -189,58 +205,57 @@ def derive_phase(sandbox: Sandbox) -> Phase:
             return Phase.TERMINATED if clean else Phase.FAILED
 
 
-def evolve(sandbox: Sandbox | None, fact: ev.Recorded) -> Sandbox:
+def evolve(sandbox: Sandbox | None, recorded: ev.Recorded) -> Sandbox:
     """The next state. Total on known events; an event before `sandbox.requested` cannot be read at all."""
     if sandbox is None:
-        if not isinstance(fact.event, ev.Requested):
-            msg = f"stream {fact.stream_id} does not begin with sandbox.requested"
+        if not isinstance(recorded.event, ev.Requested):
+            msg = f"stream {recorded.stream_id} does not begin with sandbox.requested"
             raise TypeError(msg)
-        return _begin(fact, fact.event)
-    schema = ev.REGISTRY.schemas[ev.REGISTRY.name_of(fact.event)]
+        return _begin(recorded, recorded.event)
     after = replace(
-        _apply(sandbox, fact),
-        version=fact.version,
-        position=fact.position,
-        schema=max(sandbox.schema, schema),
+        _apply(sandbox, recorded),
+        version=recorded.version,
+        position=recorded.position,
+        schema=max(sandbox.schema, ev.REGISTRY.schema_of(recorded)),
     )
     if after.phase is sandbox.phase:
         return after
     waiting = after.waiting if after.phase is Phase.PENDING else None
-    return replace(after, changed_at=fact.at, waiting=waiting)
+    return replace(after, changed_at=recorded.at, waiting=waiting)
 
 
-def fold(facts: Iterable[ev.Recorded], start: Sandbox | None = None) -> Sandbox | None:
+def fold(history: Iterable[ev.Recorded], start: Sandbox | None = None) -> Sandbox | None:
     """The state after a history."""
     sandbox = start
-    for fact in facts:
-        sandbox = evolve(sandbox, fact)
+    for recorded in history:
+        sandbox = evolve(sandbox, recorded)
     return sandbox
 
 
-def _begin(fact: ev.Recorded, event: ev.Requested) -> Sandbox:
+def _begin(recorded: ev.Recorded, event: ev.Requested) -> Sandbox:
     ttl = event.timeout_s
     return Sandbox(
-        id=fact.stream_id,
-        tenant=fact.tenant,
-        version=fact.version,
-        position=fact.position,
-        schema=ev.REGISTRY.schemas["sandbox.requested"],
+        id=recorded.stream_id,
+        tenant=recorded.tenant,
+        version=recorded.version,
+        position=recorded.position,
+        schema=ev.REGISTRY.schema_of(recorded),
         spec=event.spec,
         fingerprint=event.fingerprint,
         metadata=event.metadata,
-        created_at=fact.at,
-        changed_at=fact.at,
-        key_id=fact.meta.actor.id,
-        key_name=fact.meta.actor.name,
+        created_at=recorded.at,
+        changed_at=recorded.at,
+        key_id=recorded.meta.actor.id,
+        key_name=recorded.meta.actor.name,
         cpu_nanos=event.cpu_nanos,
         memory_bytes=event.memory_bytes,
         gpus=event.gpus,
-        expires_at=None if ttl is None else fact.at + timedelta(seconds=ttl),
+        expires_at=None if ttl is None else recorded.at + timedelta(seconds=ttl),
     )
 
 
-def _apply(sandbox: Sandbox, fact: ev.Recorded) -> Sandbox:
-    match fact.event:
+def _apply(sandbox: Sandbox, recorded: ev.Recorded) -> Sandbox:
+    match recorded.event:
         case ev.Placed() as event:
             return replace(
                 sandbox,
@@ -260,7 +275,7 @@ def _apply(sandbox: Sandbox, fact: ev.Recorded) -> Sandbox:
         case ev.ResumeRequested() | ev.PauseFailed():
             return replace(sandbox, desired=Desired.RUNNING)
         case ev.TerminationRequested(end_cause=cause) | ev.Expired(end_cause=cause):
-            ending = Ending(fact.at, cause, str(fact.meta.actor))
+            ending = Ending(recorded.at, cause, str(recorded.meta.actor))
             return replace(sandbox, desired=Desired.TERMINATED, ending=ending)
         case (
             ev.Waited(step=step, reason=reason, message=message)
@@ -271,11 +286,11 @@ def _apply(sandbox: Sandbox, fact: ev.Recorded) -> Sandbox:
         case ev.Failed(step=step, reason=reason, message=message):
             return replace(sandbox, failure=Failure(step, reason, message))
         case ev.Terminated():
-            return replace(sandbox, closed_at=fact.at)
+            return replace(sandbox, closed_at=recorded.at)
         case ev.Requested() | ev.Overdue():
             return sandbox
         case event:
-            return _observe(sandbox, event, fact.at)
+            return _observe(sandbox, event, recorded.at)
 
 
 def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
@@ -286,12 +301,14 @@ def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
             return replace(sandbox, runtime=replace(runtime, image_id=image_id, image_digest=digest), waiting=None)
         case ev.RuntimeCreated() | ev.RuntimeAdopted() as made:
             fresh = Runtime(made.parts, runtime.image_id, runtime.image_digest)
+            # The address of an older object may belong to somebody else by now.
             gpus = sandbox.gpus if made.gpus is None else made.gpus
             return replace(
                 sandbox,
                 observed=RuntimeState.CREATED,
                 generation=made.generation,
                 runtime=fresh,
+                address=None,
                 gpus=gpus,
                 ready_at=None,
                 waiting=None,
@@ -321,6 +338,7 @@ def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
                 exit_reason=gone.reason,
                 exit_message=gone.message,
                 finished_at=gone.occurred_at,
+                exited=True,
             )
             return replace(sandbox, observed=RuntimeState.EXITED, runtime=ended)
         case ev.RuntimeLost():

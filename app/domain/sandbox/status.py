@@ -12,6 +12,7 @@ from datetime import datetime
 from msgspec import Struct
 
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Waiting
 from app.domain.sandbox.state import Ending, Phase, Runtime, RuntimeState, Sandbox
 
 
@@ -28,12 +29,16 @@ class Attempt(Struct, frozen=True):
     """How the queue stands about a sandbox at this moment."""
 
     claimed: bool = False
+    """A worker has it in hand."""
     waits_for_slot: bool = False
     """Due, and no worker has claimed it."""
     attempts: int = 0
+    """Failed attempts that counted; trouble of the engine itself does not count."""
     last_reason: str | None = None
     last_error: str | None = None
+    """Why the last attempt failed, counted or not."""
     progress: str | None = None
+    """How far a fetch is, in words for people."""
 
 
 def status_of(sandbox: Sandbox, attempt: Attempt | None = None) -> Status:
@@ -45,9 +50,9 @@ def status_of(sandbox: Sandbox, attempt: Attempt | None = None) -> Status:
 def _explain(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
     if sandbox.ending is not None:
         verb = "has ended" if sandbox.closed_at else "is being removed"
-        return sandbox.ending.cause.value.upper(), f"Sandbox {verb}: {describe_ending(sandbox.ending)}."
+        return sandbox.ending.cause.upper(), f"Sandbox {verb}: {describe_ending(sandbox.ending)}."
     if sandbox.failure is not None:
-        return sandbox.failure.reason, sandbox.failure.message
+        return sandbox.failure.reason, sandbox.failure.message or f"Sandbox failed in step {sandbox.failure.step}."
     match sandbox.phase:
         case Phase.PENDING:
             return _explain_pending(sandbox, attempt)
@@ -64,48 +69,72 @@ def _explain(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
 
 
 def _explain_pending(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
-    reason, message = "SANDBOX_PENDING", "Sandbox is accepted; its container is being provisioned."
+    """What it waits for, how far that is, and what went wrong last."""
+    reason, message = _waited_for(sandbox, attempt)
+    return reason, _sentences(message, attempt.progress or "", _last_attempt(sandbox.waiting, attempt))
+
+
+def _waited_for(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
     if sandbox.waiting is not None:
-        reason = sandbox.waiting.reason
         message = sandbox.waiting.message or f"Sandbox waits in step {sandbox.waiting.step}."
-    elif sandbox.runtime is not None and sandbox.runtime.parts:
-        reason, message = "CONTAINER_STARTING", "Sandbox container is starting."
-    elif attempt.waits_for_slot:
-        reason, message = "WAITING_FOR_SLOT", "Sandbox is accepted; it waits for a worker that is free."
-    if attempt.progress:
-        message = f"{message} {attempt.progress}"
-    if attempt.attempts and attempt.last_reason:
-        times = f"Attempt {attempt.attempts} failed with {attempt.last_reason}"
-        if sandbox.waiting is None or attempt.last_error not in (None, sandbox.waiting.message):
-            times = f"{times}: {attempt.last_error}" if attempt.last_error else times
-        message = f"{message} {times.rstrip('.')}; it will be repeated."
-    return reason, message
+        return sandbox.waiting.reason, message
+    if sandbox.runtime is not None and sandbox.runtime.parts:
+        return "CONTAINER_STARTING", "Sandbox container is starting."
+    if attempt.waits_for_slot:
+        return "WAITING_FOR_SLOT", "Sandbox is accepted; it waits for a worker that is free."
+    if attempt.last_reason:
+        return attempt.last_reason, "Sandbox is accepted; it could not be provided yet."
+    if attempt.attempts or attempt.last_error:
+        return "SANDBOX_PENDING", "Sandbox is accepted; it could not be provided yet."
+    return "SANDBOX_PENDING", "Sandbox is accepted; its container is being provisioned."
+
+
+def _last_attempt(waiting: Waiting | None, attempt: Attempt) -> str:
+    """The last failure; its text is left out when the sandbox waits for just that."""
+    if not (attempt.attempts or attempt.last_reason or attempt.last_error):
+        return ""
+    why = f" with {attempt.last_reason}" if attempt.last_reason else ""
+    if attempt.last_error and (waiting is None or attempt.last_error != waiting.message):
+        why += f": {attempt.last_error.rstrip('.')}"
+    # Trouble of the engine is not counted, so it has no number.
+    which = f"Attempt {attempt.attempts}" if attempt.attempts else "The last attempt"
+    then = "the next one is under way" if attempt.claimed else "it will be repeated"
+    return f"{which} failed{why}; {then}."
+
+
+def _sentences(*parts: str) -> str:
+    """The parts that say something, each ended by a full stop."""
+    return " ".join(part if part[-1] in ".!?" else f"{part}." for part in map(str.strip, parts) if part)
 
 
 def _explain_exit(observed: RuntimeState, runtime: Runtime | None) -> tuple[str, str]:
-    known = runtime is not None and (runtime.exit_code is not None or runtime.finished_at is not None)
-    if runtime is None or observed is RuntimeState.LOST or (observed is RuntimeState.REMOVED and not known):
+    if runtime is None or observed is RuntimeState.LOST or not runtime.exited:
         return "RUNTIME_LOST", "Sandbox container disappeared from the engine without being asked to."
     code = runtime.exit_code
+    how = "with a code that the engine did not keep" if code is None else f"with exit code {code}"
+    if runtime.exit_reason == "ENGINE_STOPPED":
+        return "CONTAINER_EXITED" if code == 0 else "CONTAINER_EXITED_ERROR", (
+            f"Sandbox container ended {how} while its engine was stopped or restarting; the engine ends its "
+            "containers then unless it runs with live-restore."
+        )
     if code == 0:
         return "CONTAINER_EXITED", "Sandbox container exited successfully."
     if runtime.oom:
-        return "CONTAINER_EXITED_ERROR", f"Sandbox container ran out of memory and was killed (exit code {code})."
-    if runtime.exit_reason == "ENGINE_STOPPED":
-        return "CONTAINER_EXITED_ERROR", (
-            f"Sandbox container ended with exit code {code} while its engine was stopped or restarting; the engine "
-            "ends its containers then unless it runs with live-restore."
-        )
-    detail = f": {runtime.exit_message}" if runtime.exit_message else ""
-    how = "with a code that the engine did not keep" if code is None else f"with code {code}"
-    return "CONTAINER_EXITED_ERROR", f"Sandbox container exited {how}{detail}."
+        return "CONTAINER_EXITED_ERROR", f"Sandbox container ran out of memory and was killed, {how}."
+    how = how.replace("exit code", "code")
+    why = f" ({runtime.exit_reason})" if runtime.exit_reason else ""
+    detail = f": {runtime.exit_message.rstrip('.')}" if runtime.exit_message else ""
+    return "CONTAINER_EXITED_ERROR", f"Sandbox container exited {how}{why}{detail}."
+
+
+_VERBS: dict[str, str] = {
+    ev.EndCause.USER_DELETE: "deleted",
+    ev.EndCause.EXPIRED: "expired",
+    ev.EndCause.EXPIRED_WHILE_PENDING: "expired before it could be provisioned,",
+}
 
 
 def describe_ending(ending: Ending) -> str:
     """`deleted by api_key default at 2026-01-02T03:04:05.678901Z`."""
-    verb = {
-        ev.EndCause.USER_DELETE: "deleted",
-        ev.EndCause.EXPIRED: "expired",
-        ev.EndCause.EXPIRED_WHILE_PENDING: "expired before it could be provisioned,",
-    }[ending.cause]
+    verb = _VERBS.get(ending.cause, f"ended ({ending.cause})")
     return f"{verb} by {ending.by} at {ending.at.isoformat().replace('+00:00', 'Z')}"

@@ -26,7 +26,7 @@ ALLOWED: Mapping[type[ev.Event], frozenset[Phase]] = {
     ev.ResumeRequested: frozenset({Phase.PAUSED}),
     ev.Waited: _PENDING,
     ev.Fetched: _PENDING | _STOPPING,
-    ev.RuntimeCreated: _PENDING | _STOPPING,
+    ev.RuntimeCreated: _ALIVE | _STOPPING,
     ev.RuntimeAdopted: _ALIVE | _STOPPING,
     ev.Started: _PENDING | _STOPPING,
     ev.Restarted: _ALIVE | _STOPPING,

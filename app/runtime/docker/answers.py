@@ -8,8 +8,10 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from app.runtime.docker.spec import container_name, generation_of, sandbox_of
-from app.runtime.driver import Exit, Observed, Power
+from app.domain.sandbox.observed import Address
+from app.domain.text import storable
+from app.runtime.docker import names as names_
+from app.runtime.driver import Exit, Observed, Part, Power
 
 POWERS = {
     "created": Power.CREATED,
@@ -21,6 +23,8 @@ POWERS = {
     "removing": Power.EXITED,  # still there, holding its name, and never to run again
 }
 REMOVING = "removing"
+HOST_NETWORK = "host"
+"""Containers on it have no address of their own."""
 
 
 class Created(Struct, frozen=True, rename="pascal"):
@@ -43,7 +47,29 @@ class State(Struct, frozen=True, rename="pascal"):
 class Config(Struct, frozen=True, rename="pascal"):
     """What the container was made with."""
 
+    image: str = ""
+    """The reference as it was given."""
     labels: dict[str, str] | None = None
+
+
+class Endpoint(Struct, frozen=True):
+    """The container's side of one network."""
+
+    ip: str = msgspec.field(name="IPAddress", default="")
+
+
+class Binding(Struct, frozen=True, rename="pascal"):
+    """Where a port is published."""
+
+    host_ip: str = ""
+    host_port: str = ""
+
+
+class Network(Struct, frozen=True, rename="pascal"):
+    """How the container can be reached. An exited container has lost it all."""
+
+    networks: dict[str, Endpoint] | None = None
+    ports: dict[str, list[Binding] | None] | None = None
 
 
 class Inspected(Struct, frozen=True, rename="pascal"):
@@ -55,15 +81,16 @@ class Inspected(Struct, frozen=True, rename="pascal"):
     image: str
     state: State
     config: Config
+    network_settings: Network | None = None
 
     @property
     def labels(self) -> dict[str, str]:
         """Never None."""
         return self.config.labels or {}
 
-    def sandbox(self, installation: UUID) -> UUID | None:
-        """Which sandbox this is; None = a stranger's."""
-        return sandbox_of(self.labels, (self.name,), installation)
+    def identity(self, installation: UUID) -> names_.Identity | None:
+        """Which part of which object this is; None = a stranger's."""
+        return names_.identify(self.labels, (self.name,), installation)
 
 
 class Listed(Struct, frozen=True, rename="pascal"):
@@ -75,6 +102,10 @@ class Listed(Struct, frozen=True, rename="pascal"):
     image_id: str = msgspec.field(name="ImageID", default="")
     names: list[str] | None = None
     labels: dict[str, str] | None = None
+
+    def identity(self, installation: UUID) -> names_.Identity | None:
+        """Which part of which object this is; None = a stranger's."""
+        return names_.identify(self.labels or {}, self.names or (), installation)
 
 
 class Actor(Struct, frozen=True, rename="pascal"):
@@ -101,13 +132,26 @@ class Info(Struct, frozen=True):
     """Answer of the info call."""
 
     id: str = msgspec.field(name="ID", default="")
+    cpus: int = msgspec.field(name="NCPU", default=0)
+    memory: int = msgspec.field(name="MemTotal", default=0)
+    live_restore: bool | None = msgspec.field(name="LiveRestoreEnabled", default=None)
 
 
-class ImageFacts(Struct, frozen=True, rename="pascal"):
+class Volume(Struct, frozen=True, rename="pascal"):
+    """Answer of the calls that make or show a volume."""
+
+    name: str
+    labels: dict[str, str] | None = None
+
+
+class ImageShown(Struct, frozen=True, rename="pascal"):
     """Answer of an image inspect call."""
 
+    id: str
     os: str = ""
     architecture: str = ""
+    size: int | None = None
+    repo_digests: list[str] | None = None
 
 
 class PullError(Struct, frozen=True):
@@ -116,9 +160,19 @@ class PullError(Struct, frozen=True):
     message: str = ""
 
 
+class Amount(Struct, frozen=True):
+    """How much of a layer has been moved, in bytes."""
+
+    current: float = 0
+    total: float = 0
+
+
 class PullLine(Struct, frozen=True):
     """One line of a pull's progress; a failure arrives as a line of a 200 answer."""
 
+    status: str | None = None
+    id: str | None = None
+    amount: Amount | None = msgspec.field(name="progressDetail", default=None)
     error: str = ""
     detail: PullError | None = msgspec.field(name="errorDetail", default=None)
 
@@ -133,45 +187,71 @@ def power(status: str) -> Power:
     return POWERS.get(status, Power.RUNNING)
 
 
-def observed(seen: Inspected, sandbox_id: UUID, *, adopted: bool = False) -> Observed:
-    """What one look at one object says."""
-    now = power(seen.state.status)
+def observed(
+    shown: Inspected, identity: names_.Identity, *, adopted: bool = False, digest: str | None = None
+) -> Observed:
+    """What one inspect call says about an object."""
+    now = power(shown.state.status)
     return Observed(
-        sandbox_id=sandbox_id,
-        runtime_id=seen.id,
-        name=container_name(sandbox_id),
+        object_id=identity.object_id,
+        parts=(Part(identity.role, shown.id, identity.name),),
         power=now,
-        generation=generation_of(seen.labels),
-        image_digest=seen.image or None,
-        created_at=_moment(seen.created),
-        started_at=_moment(seen.state.started_at),
-        exit=_exit(seen.state) if now is Power.EXITED else None,
+        generation=names_.generation_in(shown.labels),
+        position=names_.position_in(shown.labels),
+        image_id=shown.image or None,
+        image_digest=digest,
+        created_at=_moment(shown.created),
+        started_at=_moment(shown.state.started_at),
+        exit=_exit(shown.state) if now is Power.EXITED else None,
         adopted=adopted,
+        address=_address(shown.network_settings) if now in (Power.RUNNING, Power.PAUSED) else None,
     )
 
 
-def listed(row: Listed, installation: UUID) -> Observed | None:
-    """One row of the inventory; None = a stranger's."""
+def listed(row: Listed, identity: names_.Identity, parts: tuple[Part, ...]) -> Observed:
+    """One object of the inventory, by the row of its main part."""
     labels = row.labels or {}
-    sandbox_id = sandbox_of(labels, row.names or (), installation)
-    if sandbox_id is None:
-        return None
     return Observed(
-        sandbox_id=sandbox_id,
-        runtime_id=row.id,
-        name=container_name(sandbox_id),
+        object_id=identity.object_id,
+        parts=parts,
         power=power(row.state),
-        generation=generation_of(labels),
-        image_digest=row.image_id or None,
-        created_at=datetime.fromtimestamp(row.created, UTC),
+        generation=names_.generation_in(labels),
+        position=names_.position_in(labels),
+        image_id=row.image_id or None,
+        created_at=made_at(row),
     )
+
+
+def made_at(row: Listed) -> datetime:
+    """When a listed container was made."""
+    return datetime.fromtimestamp(row.created, UTC)
 
 
 def _exit(state: State) -> Exit:
     # The end is noted as it happens, the start only when the engine has heard of it: a short life may seem to end
     # before it began.
     at = max(state.started_at, state.finished_at)
-    return Exit(state.exit_code, state.oom_killed, state.error, _moment(at))
+    return Exit(state.exit_code, state.oom_killed, storable(state.error), _moment(at))
+
+
+def _address(network: Network | None) -> Address | None:
+    """The one network that a sandbox is on. None: there is none, or the engine does not show it yet."""
+    networks = (network.networks if network else None) or {}
+    for name, endpoint in networks.items():
+        if endpoint.ip or name == HOST_NETWORK:
+            ports = (network.ports if network else None) or {}
+            return Address(name, endpoint.ip, dict(filter(None, map(_published, ports.items()))))
+    return None
+
+
+def _published(port: tuple[str, list[Binding] | None]) -> tuple[str, str] | None:
+    """`8080/tcp` and where it is published; None while it is not."""
+    number, bindings = port
+    for binding in bindings or ():
+        if binding.host_port:
+            host = f"[{binding.host_ip}]" if ":" in binding.host_ip else binding.host_ip
+            return number.removesuffix("/tcp"), f"{host}:{binding.host_port}"
+    return None
 
 
 def _moment(value: datetime) -> datetime | None:

@@ -1,44 +1,46 @@
-"""Pulls: one at a time for an image, whoever asks.
+"""Fetches: one pull at a time for an image, whoever asks.
 
-Protocol. A pull is known by image, platform and credentials; pulls with different credentials never share a result.
-Whoever asks while it runs waits for it. It looks first whether the image has arrived meanwhile, so that a late asker,
-whose create call failed just before the pull ended, does not pull again. The outcome is a value; each waiter raises
-its own error from it.
+Protocol. A pull is known by reference, platform and credentials; pulls with different credentials never share a result.
+It inspects the image first, so that a late caller, whose create call failed just before the pull ended, does not pull
+again. After the transfer it inspects the image again, so a success names an id and a digest. The outcome is a value;
+each caller raises its own error from it.
 
-Invariants. A waiter that is cancelled leaves alone; the pull lives until the last one has left, and then is cancelled
-and forgotten at once, so that nobody can join a dying one. Credentials exist here only while their pull runs.
+Invariants. Credentials exist here only while their pull runs. A stream that is cut before its end is the engine's
+trouble, never a success.
 
 How it fails. The engine reports most failures as a line inside a 200 answer, and a few by status; both become a typed
-cause. A stream that is cut before its end is the engine's trouble, never a success.
+cause. A process that dies ends its connection, and then the engine ends the transfer; layers that were complete stay,
+and the next fetch goes on from there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import re
-from collections import defaultdict
 from typing import TypeAlias
 
 import msgspec
 from msgspec import Struct
 
+from app.domain.text import storable
 from app.errors import RuntimeRejected, RuntimeUnavailable
-from app.runtime.docker.answers import ImageFacts, PullLine
-from app.runtime.docker.engine import Engine, Refused, lines, until_done
-from app.runtime.docker.verdicts import EngineCause, PullCause, pull_cause, pull_timeout
-from app.runtime.driver import RegistryAuth
+from app.runtime.docker.answers import PullLine
+from app.runtime.docker.engine import Engine, Refused, is_plugin, lines, trouble, until_done
+from app.runtime.docker.images import IMAGE_ID, Images, has_platform, has_tag, is_reference, registry_of
+from app.runtime.docker.progress import Meter
+from app.runtime.docker.pull_verdicts import (
+    EngineCause,
+    PullCause,
+    Weight,
+    other_platform,
+    pull_cause,
+    pull_timeout,
+    vanished,
+)
+from app.runtime.driver import FetchedImage, Image, Progress, RegistryAuth
+from app.runtime.flights import Flights
 
-IMAGE_ID = re.compile(r"(sha256:)?[0-9a-f]{64}\Z")
-Outcome: TypeAlias = PullCause | EngineCause | None
-
-
-class Wanted(Struct, frozen=True):
-    """What makes two pulls the same one."""
-
-    image: str
-    platform: str | None
-    auth: RegistryAuth | None
+Outcome: TypeAlias = FetchedImage | PullCause | EngineCause
 
 
 class Credentials(Struct, frozen=True):
@@ -52,97 +54,91 @@ class Credentials(Struct, frozen=True):
 class Pulls:
     """The pulls of one driver."""
 
-    def __init__(self, engine: Engine, timeout: float) -> None:
+    def __init__(self, engine: Engine, images: Images, timeout: float) -> None:
         self._engine = engine
+        self._images = images
         self._timeout = timeout
-        self._running: dict[Wanted, asyncio.Task[Outcome]] = {}
-        self._waiting: defaultdict[Wanted, int] = defaultdict(int)
+        self._flights: Flights[Image, Outcome] = Flights()
 
-    async def pull(self, wanted: Wanted) -> None:
+    async def fetch(self, image: Image, progress: Progress) -> FetchedImage:
         """Return when the image is there. Raises the typed cause when it cannot be had."""
-        if IMAGE_ID.match(wanted.image):
-            raise RuntimeRejected("IMAGE_NOT_FOUND", f"{wanted.image} is not on the engine, and an id cannot be pulled")
-        task = self._running.get(wanted)
-        if task is None:
-            task = self._running[wanted] = asyncio.create_task(self._fetch(wanted))
-        self._waiting[wanted] += 1
-        try:
-            # The shield keeps one waiter's cancellation from the others.
-            outcome = await asyncio.shield(task)
-        finally:
-            self._leave(wanted, task)
-        if outcome is not None:
-            raise outcome.error()
+        if not is_reference(image.reference):
+            raise RuntimeRejected("IMAGE_REFERENCE_INVALID", storable(f"{image.reference} is no image reference"))
+        outcome = await self._flights.join(image, lambda report: self._run(image, report), progress)
+        if isinstance(outcome, FetchedImage):
+            return outcome
+        raise outcome.error()
 
     async def close(self) -> None:
         """End what still runs."""
-        tasks = list(self._running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._flights.close()
 
-    def _leave(self, wanted: Wanted, task: asyncio.Task[Outcome]) -> None:
-        self._waiting[wanted] -= 1
-        if self._waiting[wanted] == 0:
-            # No await between the count and the removal, so nobody joins in between.
-            del self._waiting[wanted], self._running[wanted]
-            task.cancel()  # nothing when it is done
-
-    async def _fetch(self, wanted: Wanted) -> Outcome:
+    async def _run(self, image: Image, report: Progress) -> Outcome:
         try:
             async with asyncio.timeout(self._timeout):
-                if not await self._present(wanted):
-                    return await self._transfer(wanted)
+                shown = await self._images.show(image.reference)
+                if shown is not None and has_platform(shown, image.platform):
+                    return self._images.fetched(shown, image.reference)
+                if IMAGE_ID.match(image.reference):
+                    words = f"{image.reference} is not on the engine, and an id cannot be pulled"
+                    return PullCause(Weight.FINAL, "IMAGE_NOT_FOUND", words)
+                return await self._transfer(image, report) or await self._arrived(image)
         except TimeoutError:
-            return pull_timeout(wanted.image, self._timeout)
+            return pull_timeout(image.reference, self._timeout)
         except Refused as refused:
-            return pull_cause(wanted.image, wanted.auth, refused.message)
+            return _refused(image, refused)
         except RuntimeUnavailable as fault:
-            return EngineCause(str(fault))
-        return None
+            return EngineCause(str(fault), fault.retry_after)
 
-    async def _present(self, wanted: Wanted) -> bool:
-        try:
-            facts = await self._engine.ask(f"images/{wanted.image}/json", ImageFacts)
-        except Refused:
-            return False  # absent, or unreadable: the pull itself will say why
-        return wanted.platform is None or wanted.platform == f"{facts.os}/{facts.architecture}"
-
-    async def _transfer(self, wanted: Wanted) -> Outcome:
-        params = {"fromImage": wanted.image}
-        if not _has_tag(wanted.image):
+    async def _transfer(self, image: Image, report: Progress) -> PullCause | EngineCause | None:
+        params = {"fromImage": image.reference}
+        if not has_tag(image.reference):
             params["tag"] = "latest"  # without any tag the engine would pull all of them
-        if wanted.platform:
-            params["platform"] = wanted.platform
-        headers = {"X-Registry-Auth": credentials_header(wanted.image, wanted.auth)} if wanted.auth else None
-        async with self._engine.open(
-            "POST", "images/create", params=params, headers=headers, timeout=until_done()
-        ) as response:
-            async for line in lines(response):
-                if failure := _progress(line).failure:
-                    return pull_cause(wanted.image, wanted.auth, failure)
+        if image.platform:
+            params["platform"] = image.platform
+        auth = image.auth
+        headers = {"X-Registry-Auth": credentials_header(image.reference, auth)} if auth else None
+        meter = Meter(report)
+        try:
+            async with self._engine.open(
+                "POST", "images/create", params=params, headers=headers, timeout=until_done()
+            ) as response:
+                async for line in lines(response):
+                    progress_line = _read(line)
+                    if progress_line.failure:
+                        return pull_cause(image, progress_line.failure)
+                    meter.note(progress_line)
+        finally:
+            meter.close()
         return None
 
+    async def _arrived(self, image: Image) -> Outcome:
+        shown = await self._images.show(image.reference)
+        if shown is None:
+            return vanished(image.reference)
+        if not has_platform(shown, image.platform):
+            return other_platform(image, f"{shown.os}/{shown.architecture}")
+        return self._images.fetched(shown, image.reference)
 
-def credentials_header(image: str, auth: RegistryAuth) -> str:
+
+def credentials_header(reference: str, auth: RegistryAuth) -> str:
     """The header's value. An empty address means the engine's default registry."""
-    document = msgspec.json.encode(Credentials(auth.username, auth.password, registry_of(image)))
+    document = msgspec.json.encode(Credentials(auth.username, auth.password, registry_of(reference)))
     return base64.urlsafe_b64encode(document).decode()
 
 
-def registry_of(image: str) -> str:
-    """The registry's host in a reference, if its first part looks like one; else empty, the default registry."""
-    first, slash, _ = image.partition("/")
-    return first if slash and ("." in first or ":" in first or first == "localhost") else ""
+def _refused(image: Image, refused: Refused) -> PullCause | EngineCause:
+    """Refused by status. A registry's "forbidden" comes in the engine's form; a proxy in front of the engine has its
+    own, and what it forbids says nothing about the image.
+    """
+    if not refused.is_engine or is_plugin(refused):
+        fault = trouble(f"pull {image.reference}", refused)
+        return EngineCause(str(fault), fault.retry_after)
+    return pull_cause(image, refused.message)
 
 
-def _progress(line: bytes) -> PullLine:
+def _read(line: bytes) -> PullLine:
     try:
         return msgspec.json.decode(line, type=PullLine)
     except msgspec.DecodeError as error:
         raise RuntimeUnavailable(f"the engine's report on a pull cannot be read: {error}") from None
-
-
-def _has_tag(image: str) -> bool:
-    last = image.rpartition("/")[2]
-    return ":" in last or "@" in last

@@ -1,26 +1,15 @@
-"""What a sandbox's container is made of. Pure: a `Workload` and `DockerOptions` in, the engine's own words out.
-
-Labels carry identity only (installation, sandbox, tenant, generation), because everybody who can list containers
-reads them. An image may bring labels along, a committed sandbox even ours; therefore an object is ours only when the
-installation label, the id label and the container's name agree.
-"""
+"""What a sandbox's container is made of. Pure: a `Workload` and `DockerOptions` in, the engine's own words out."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
-from uuid import UUID
 
 from msgspec import Struct
 
 from app.errors import RuntimeRejected
-from app.runtime.docker.options import DockerOptions
+from app.runtime.docker import names
+from app.runtime.docker.options import DockerOptions, Ulimit
 from app.runtime.driver import Workload
-
-LABEL_ID = "opensandbox.io/id"
-LABEL_INSTALLATION = "sandledger.io/installation"
-LABEL_TENANT = "sandledger.io/tenant"
-LABEL_GENERATION = "sandledger.io/generation"
 
 
 class LogConfig(Struct, frozen=True, rename="pascal"):
@@ -43,8 +32,11 @@ class HostConfig(Struct, frozen=True, rename="pascal", omit_defaults=True):
     network_mode: str
     log_config: LogConfig
     cap_drop: tuple[str, ...] = ()
+    cap_add: tuple[str, ...] = ()
     security_opt: tuple[str, ...] = ()
+    init: bool | None = None
     pids_limit: int | None = None
+    ulimits: tuple[Ulimit, ...] = ()
     memory: int | None = None
     memory_swap: int | None = None
     nano_cpus: int | None = None
@@ -66,72 +58,47 @@ class ContainerConfig(Struct, frozen=True, rename="pascal"):
         return f"ContainerConfig(image={self.image!r}, entrypoint={self.entrypoint!r})"
 
 
-def container_name(sandbox_id: UUID) -> str:
-    """Derived from the id, so that a repeated create meets the first one."""
-    return f"sandbox-{sandbox_id}"
-
-
 def host_config(work: Workload, options: DockerOptions) -> HostConfig:
-    """Limits, privileges and network of one sandbox."""
-    memory = work.limits.memory_bytes
-    gpus = work.limits.gpus
+    """Limits, privileges and network of one sandbox. RuntimeRejected when it asks for more than the operator allows."""
+    limits = work.limits
+    memory = _limit("memory", limits.memory_bytes, options.default_memory_bytes, options.max_memory_bytes)
+    cpus = _limit("cpu", limits.cpu_nanos, options.default_cpu_nanos, options.max_cpu_nanos)
     return HostConfig(
         network_mode=options.network_mode,
         log_config=LogConfig("json-file", {"max-size": options.log_max_size, "max-file": str(options.log_max_files)}),
-        cap_drop=options.drop_capabilities,
+        cap_drop=("ALL",),
+        cap_add=options.added_capabilities,
         security_opt=_security(options),
+        init=options.init,  # said either way, or a default of the engine would decide
         pids_limit=options.pids_limit,
+        ulimits=options.ulimits,
         memory=memory,
         memory_swap=memory,  # memory and swap together: equal means no swap at all
-        nano_cpus=work.limits.nano_cpus,
-        device_requests=() if gpus is None else (DeviceRequest(gpus, (("gpu",),)),),
+        nano_cpus=cpus,
+        device_requests=_devices(work),
     )
 
 
 def container_config(work: Workload, options: DockerOptions) -> ContainerConfig:
     """The whole create call. RuntimeRejected `SPEC_REJECTED` for what no engine could take."""
     return ContainerConfig(
-        image=work.image,
-        entrypoint=_command(work),
-        cmd=(),  # with the entrypoint given and no cmd, the image's own command is out of the game
+        image=work.image.reference,
+        entrypoint=command(work),
+        cmd=(),  # with the entrypoint given and no cmd, the image's own command is not used
         env=_environment(work, options),
-        labels={
-            LABEL_ID: str(work.sandbox_id),
-            LABEL_INSTALLATION: str(options.installation),
-            LABEL_TENANT: work.tenant,
-            LABEL_GENERATION: str(work.generation),
-        },
+        labels=names.labels_of(
+            options.installation,
+            work.ref.object_id,
+            names.MAIN,
+            tenant=work.tenant,
+            generation=work.generation,
+            position=work.position,
+        ),
         host_config=host_config(work, options),
     )
 
 
-def sandbox_of(labels: Mapping[str, str], names: Iterable[str], installation: UUID) -> UUID | None:
-    """Which sandbox this object is; None = a stranger's. `names` as the engine gives them, with a slash in front."""
-    if labels.get(LABEL_INSTALLATION) != str(installation):
-        return None
-    try:
-        sandbox_id = UUID(labels.get(LABEL_ID, ""))
-    except ValueError:
-        return None
-    return sandbox_id if f"/{container_name(sandbox_id)}" in names else None
-
-
-def generation_of(labels: Mapping[str, str]) -> int:
-    """The generation label; 1 when it is missing or has been tampered with."""
-    text = labels.get(LABEL_GENERATION, "")
-    return int(text) if text.isascii() and text.isdecimal() else 1
-
-
-def _security(options: DockerOptions) -> tuple[str, ...]:
-    chosen = ["no-new-privileges"] if options.no_new_privileges else []
-    if options.apparmor_profile:
-        chosen.append(f"apparmor={options.apparmor_profile}")
-    if options.seccomp_profile:
-        chosen.append(f"seccomp={options.seccomp_profile}")
-    return tuple(chosen)
-
-
-def _command(work: Workload) -> tuple[str, ...]:
+def command(work: Workload) -> tuple[str, ...]:
     """The entrypoint whole; a single element with a space in it is a command line and is split as a shell would."""
     words = work.entrypoint
     if len(words) == 1 and " " in words[0]:
@@ -144,8 +111,33 @@ def _command(work: Workload) -> tuple[str, ...]:
     return words
 
 
+def _limit(what: str, asked: int | None, default: int | None, largest: int | None) -> int | None:
+    """The operator's default where nothing is asked for, never above the operator's maximum."""
+    if asked is not None:
+        if largest is not None and asked > largest:
+            raise RuntimeRejected("SPEC_REJECTED", f"{what} {asked} is above the operator's maximum of {largest}")
+        return asked
+    if default is None or largest is None:
+        return largest if default is None else default
+    return min(default, largest)
+
+
+def _devices(work: Workload) -> tuple[DeviceRequest, ...]:
+    count = -1 if work.limits.gpus_all else work.limits.gpus
+    return () if count is None else (DeviceRequest(count, (("gpu",),)),)
+
+
+def _security(options: DockerOptions) -> tuple[str, ...]:
+    chosen = ["no-new-privileges"] if options.no_new_privileges else []
+    if options.apparmor_profile:
+        chosen.append(f"apparmor={options.apparmor_profile}")
+    if options.seccomp_profile:
+        chosen.append(f"seccomp={options.seccomp_profile}")
+    return tuple(chosen)
+
+
 def _environment(work: Workload, options: DockerOptions) -> tuple[str, ...]:
-    merged = {**options.sandbox_env, **work.env, "OPENSANDBOX_ID": str(work.sandbox_id)}
+    merged = {**options.sandbox_env, **work.env, "OPENSANDBOX_ID": str(work.ref.object_id)}
     # The engine repeats a malformed entry, value and all, in its error; such an entry must never get there.
     for name, value in merged.items():
         if not name or "=" in name or "\0" in name or "\0" in value:

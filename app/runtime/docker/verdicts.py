@@ -1,216 +1,132 @@
-"""From the engine's texts to typed faults. The engine has no codes of its own, so its words are all there is.
+"""From the engine's refusals to typed faults. The engine has no codes of its own, so its words are all there is.
 
-The tables were made by provoking the cases on a real engine; a few fragments are those of its other image store. What
-no table knows: a failed pull or start counts as an attempt (`AttemptFailed`), a failed create is the engine's trouble
-(`RuntimeUnavailable`); so a new text delays a verdict but neither invents one nor waits for ever on a sandbox that
-cannot start.
+Three answers are possible.
 
-Every text that leaves through here has lost the values of the workload's environment and its password: the engine
-repeats malformed input in its errors.
+* `RuntimeUnavailable`: the engine is overloaded or failing, or a proxy or plugin in front of it forbids us the call.
+* `RuntimeRejected`: final. Only what the request itself decides: its program is missing or cannot be executed, its user
+  or group does not exist, no driver for the devices that it asks for, its reference, its limits.
+* `AttemptFailed`: everything else. Most of it is trouble of the host or of the operator's settings, which looks the
+  same for every sandbox; a sandbox waits for it to be mended until its time is up, and then ends with these words.
+
+So a text that nobody has read before delays a verdict, and never invents one.
+
+Every text that leaves through here has lost the values of the workload's environment and its password, because the
+engine repeats malformed input in its errors; and it has lost its control characters.
 """
 
 from __future__ import annotations
 
-import re
-from enum import Enum
 from http import HTTPStatus
 
-from msgspec import Struct
+import msgspec
 
-from app.errors import RuntimeFault, RuntimeRejected, RuntimeUnavailable
-from app.runtime.docker.engine import Refused
-from app.runtime.driver import RegistryAuth, Workload
-from app.runtime.faults import AttemptFailed, ImagePullFailed
+from app.domain.text import storable
+from app.errors import RuntimeFault, RuntimeRejected
+from app.runtime.docker.engine import Refused, trouble
+from app.runtime.docker.spec import command
+from app.runtime.driver import Power, Workload
+from app.runtime.faults import AttemptFailed, ImageMissing
 
 HIDDEN = "***"
 SHORTEST_SECRET = 4
 """Shorter values are not searched for: they would punch holes into every message and give nothing away."""
 
-PLATFORM = ("no matching manifest", "no match for platform", "does not match the specified platform")
-RATE = ("toomanyrequests", "too many requests", "rate limit")
-ENGINE = ("containerd.sock", "transport is closing", "error while dialing")
-NETWORK = (
-    "no such host",
-    "name resolution",
-    "server misbehaving",
-    "connection refused",
-    "connection reset",
-    "network is unreachable",
-    "no route to host",
-    "timeout",
-    "deadline exceeded",
-    "request canceled",
-    "tls:",
-    "x509:",
-    "eof",
-    "gave http response",
-    "unexpected http status: 5",
-    "unexpected status code 5",
-    "unexpected status from",
-    "bad gateway",
-    "service unavailable",
-)
-NOT_FOUND_OR_PRIVATE = "repository does not exist or may require"
-DENIED = (
-    "no basic auth credentials",
-    "unauthorized",
-    "authentication required",
-    "incorrect username",
-    "insufficient_scope",
-    "authorization failed",
-    "denied",
-    "forbidden",
-)
-ABSENT = ("manifest unknown", "name unknown", "not found", "does not exist")
-REFERENCE = ("invalid reference", "invalid tag", "tag invalid", "invalid digest", "is a reserved name")
-
 NO_IMAGE = ("no such image", "image with reference")
-START_ENGINE = (*ENGINE, "no space left on device", "too many open files", "context deadline exceeded")
-START_FINAL = (
-    "oci runtime",
-    "could not select device driver",
-    "unable to find user",
-    "unable to find group",
-    "no matching entries in",
-    "seccomp",
-    "apparmor",
-    "logging driver",
+REFERENCE = ("invalid reference", "invalid tag", "tag invalid", "invalid digest", "is a reserved name")
+SPEC = (
+    "minimum memory limit",
+    "range of cpus is from",
+    "invalid environment variable",
+    "cannot parse platform",
+    "unknown operating system or architecture",
 )
-PASSING = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
-
-
-class Weight(Enum):
-    """What a failed pull means for the sandbox."""
-
-    FINAL = RuntimeRejected
-    ATTEMPT = ImagePullFailed
-
-
-class PullCause(Struct, frozen=True):
-    """Why a pull failed, as a value: each of those who wait for one pull raises an error of its own."""
-
-    weight: Weight
-    reason: str
-    message: str
-
-    def error(self) -> RuntimeFault:
-        """The error to raise."""
-        return self.weight.value(self.reason, self.message)
-
-
-class EngineCause(Struct, frozen=True):
-    """The pull failed because of the engine."""
-
-    message: str
-
-    def error(self) -> RuntimeFault:
-        """The error to raise."""
-        return RuntimeUnavailable(self.message)
+"""About the limits, the environment or the platform of the request."""
+USER = ("unable to find user", "unable to find group", "no matching entries in")
+DEVICE = ("could not select device driver",)
+ABSENT = ("executable file not found", "no such file or directory")
+FORBIDDEN = ("permission denied", "is a directory", "exec format error")
+NO_FREEZER = ("freezer not supported", "freezer is not supported", "freezer not mounted", "not implemented")
 
 
 def clean(text: str, work: Workload) -> str:
-    """The text without any value of the workload's environment and without its password."""
-    return _without(text, [*work.env.values(), *([work.auth.password] if work.auth else [])])
-
-
-def create_verdict(work: Workload, refused: Refused) -> RuntimeFault:
-    """A create call that was refused for another reason than its name or a missing image."""
-    message = clean(refused.message, work)
-    if refused.status >= HTTPStatus.INTERNAL_SERVER_ERROR or refused.status in PASSING:
-        return RuntimeUnavailable(f"the engine could not create the container: {message}")
-    if _any(message, REFERENCE):
-        return RuntimeRejected("IMAGE_REFERENCE_INVALID", message)
-    return RuntimeRejected("SPEC_REJECTED", message)
+    """The text without any value of the workload's environment, without its password and control characters."""
+    return storable(without(text, [*work.env.values(), *([work.image.auth.password] if work.image.auth else [])]))
 
 
 def is_image_missing(refused: Refused) -> bool:
-    """True when a create call needs a pull first: nothing local, or only another platform's."""
-    return refused.status == HTTPStatus.NOT_FOUND and _any(refused.message, NO_IMAGE)
+    """True when a create call needs a fetch first: nothing local, or only another platform's."""
+    return refused.status == HTTPStatus.NOT_FOUND and has_any(refused.message, NO_IMAGE)
 
 
-def still_missing(work: Workload, refused: Refused) -> RuntimeFault:
-    """A create call that found no image although the pull before it had succeeded."""
-    if _any(refused.message, PLATFORM):
-        return RuntimeRejected("IMAGE_PLATFORM_MISMATCH", clean(refused.message, work))
-    return ImagePullFailed(
-        "IMAGE_PULL_FAILED", f"{work.image} was pulled and is gone again: {clean(refused.message, work)}"
-    )
+def create_verdict(work: Workload, refused: Refused) -> RuntimeFault:
+    """A create call that was refused for another reason than its name."""
+    message = clean(refused.message, work)
+    if refused.is_engine_trouble:
+        return trouble("create the container", refused, message)
+    if is_image_missing(refused):
+        return ImageMissing(work.image.reference, message)
+    if refused.status == HTTPStatus.BAD_REQUEST:
+        if has_any(message, REFERENCE):
+            return RuntimeRejected("IMAGE_REFERENCE_INVALID", message)
+        if has_any(message, SPEC):
+            return RuntimeRejected("SPEC_REJECTED", message)
+    return AttemptFailed("START_FAILED", f"the engine did not create the container: {message}")
 
 
 def start_verdict(work: Workload, refused: Refused) -> RuntimeFault:
     """A start call that was refused. 404 for the container itself and 409 are the caller's to know."""
     message = clean(refused.message, work)
-    text = message.lower()
-    if _any(text, START_ENGINE) or refused.status > HTTPStatus.INTERNAL_SERVER_ERROR or refused.status in PASSING:
-        return RuntimeUnavailable(f"the engine could not start the container: {message}")
-    if "exec:" in text and ("executable file not found" in text or "no such file or directory" in text):
-        return RuntimeRejected("ENTRYPOINT_NOT_FOUND", message)
-    if "exec:" in text and "permission denied" in text:
-        return RuntimeRejected("ENTRYPOINT_NOT_EXECUTABLE", message)
-    if refused.status < HTTPStatus.INTERNAL_SERVER_ERROR or _any(text, START_FINAL):
+    if refused.is_engine_trouble:
+        return trouble("start the container", refused, message)
+    if _is_about_program(work, refused.message):
+        if has_any(refused.message, ABSENT):
+            return RuntimeRejected("ENTRYPOINT_NOT_FOUND", message)
+        if has_any(refused.message, FORBIDDEN):
+            return RuntimeRejected("ENTRYPOINT_NOT_EXECUTABLE", message)
+    if has_any(message, USER) or has_any(message, DEVICE):
         return RuntimeRejected("START_REJECTED", message)
-    return AttemptFailed("START_FAILED", message)
+    return AttemptFailed("START_FAILED", f"the engine did not start the container: {message}")
 
 
-def pull_cause(image: str, auth: RegistryAuth | None, text: str) -> PullCause | EngineCause:
-    """A failed pull, by the engine's words about it."""
-    message = _without(_without_queries(text), [auth.password] if auth else [])
-    words = _without_names(message, image).lower()
-    if _any(words, ENGINE):
-        return EngineCause(f"the engine could not pull {image}: {message}")
-    weight, reason = _sort(words, given=auth is not None)
-    return PullCause(weight, reason, message)
+def power_verdict(power: Power, name: str, refused: Refused) -> RuntimeFault:
+    """A pause or unpause call that was refused, and the object is as before."""
+    verb = {Power.PAUSED: "pause", Power.RUNNING: "resume"}[power]
+    if refused.is_engine_trouble:
+        return trouble(f"{verb} {name}", refused)
+    message = storable(refused.message)
+    if has_any(message, NO_FREEZER):
+        return RuntimeRejected("PAUSE_NOT_SUPPORTED", f"the engine cannot {verb} containers: {message}")
+    return AttemptFailed(f"{verb.upper()}_REFUSED", f"the engine did not {verb} {name}: {message}")
 
 
-def pull_timeout(image: str, seconds: float) -> PullCause:
-    """A pull that took longer than the operator allows."""
-    message = f"{image} was not there after {seconds:g} s; see the registry, or raise docker.pull_timeout_seconds"
-    return PullCause(Weight.ATTEMPT, "IMAGE_PULL_TIMEOUT", message)
+def remove_verdict(name: str, refused: Refused) -> RuntimeFault:
+    """A remove call that was refused, and the object is still there."""
+    if refused.is_engine_trouble:
+        return trouble(f"remove {name}", refused)
+    return AttemptFailed("REMOVE_REFUSED", f"the engine did not remove {name}: {storable(refused.message)}")
 
 
-def _sort(words: str, *, given: bool) -> tuple[Weight, str]:
-    """The order matters: a rate limit may say "denied", a lookup that failed says "no such host ... not found"."""
-    if _any(words, REFERENCE):
-        return Weight.FINAL, "IMAGE_REFERENCE_INVALID"
-    if _any(words, PLATFORM):
-        return Weight.FINAL, "IMAGE_PLATFORM_MISMATCH"
-    if _any(words, RATE):
-        return Weight.ATTEMPT, "REGISTRY_RATE_LIMITED"
-    if NOT_FOUND_OR_PRIVATE in words and not given:
-        # Registries that hide what is private answer both alike; a mistyped name is the likelier one.
-        return Weight.FINAL, "IMAGE_NOT_FOUND"
-    if _any(words, DENIED):
-        return Weight.FINAL, "IMAGE_AUTH_FAILED" if given else "IMAGE_AUTH_REQUIRED"
-    if _any(words, NETWORK):
-        return Weight.ATTEMPT, "REGISTRY_UNREACHABLE"
-    if _any(words, ABSENT):
-        return Weight.FINAL, "IMAGE_NOT_FOUND"
-    if "cannot parse platform" in words:
-        return Weight.FINAL, "SPEC_REJECTED"
-    return Weight.ATTEMPT, "IMAGE_PULL_FAILED"
-
-
-def _without_names(message: str, image: str) -> str:
-    """The image's own name must not decide: it is in most messages, and it may contain any of the words."""
-    message = re.sub(r'"https?://[^"]*"', "", message)
-    folder, slash, last = image.partition("@")[0].rpartition("/")
-    if not slash:
-        return message  # a single word, and the word itself may be the engine's
-    return message.replace(f"{folder}/{last.partition(':')[0]}", "")
-
-
-def _without_queries(text: str) -> str:
-    """Redirects to storage carry signatures in their query."""
-    return re.sub(r"(https?://[^\s\"?]+)\?[^\s\"]*", r"\1", text)
-
-
-def _without(text: str, secrets: list[str]) -> str:
+def without(text: str, secrets: list[str]) -> str:
+    """The text without the secrets, as they are and as they stand inside a quoted string."""
     for secret in sorted(secrets, key=len, reverse=True):  # longest first: one may contain another
         if len(secret) >= SHORTEST_SECRET:
-            text = text.replace(secret, HIDDEN)
+            text = text.replace(secret, HIDDEN).replace(_quoted(secret), HIDDEN)
     return text
 
 
-def _any(text: str, fragments: tuple[str, ...]) -> bool:
+def has_any(text: str, fragments: tuple[str, ...]) -> bool:
+    """Whether one of the fragments is in the text, in any case."""
     lowered = text.lower()
     return any(fragment in lowered for fragment in fragments)
+
+
+def _is_about_program(work: Workload, text: str) -> bool:
+    """The runtime names the program that it could not execute. It may be another than the request's: a helper that the
+    host lacks, such as a hook of a device driver or the engine's init, is missing for every sandbox.
+    """
+    program = command(work)[0]
+    return f'exec: "{_quoted(program)}"' in text or f"executable file `{program}`" in text
+
+
+def _quoted(text: str) -> str:
+    return msgspec.json.encode(text.encode(errors="replace").decode()).decode()[1:-1]

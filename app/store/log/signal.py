@@ -30,7 +30,7 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy import Text, bindparam, func, literal, select
+from sqlalchemy import Text, bindparam, func, select
 
 from app.errors import StoreUnavailable
 from app.store.database.pool import Database
@@ -45,7 +45,6 @@ _LAST_WORDS_S = 1.0
 _news = func.pg_notify(NEWS_CHANNEL, bindparam("news", type_=Text))
 _NEWS = Statement(select(_news))
 _NEWS_AND_WORK = Statement(select(_news, func.pg_notify(WORK_CHANNEL, bindparam("work", type_=Text))))
-_PING = Statement(select(literal(1)))
 _FAILURES = (StoreUnavailable, asyncpg.PostgresError)
 """A standby after a failover, or a full queue, refuses to notify: PostgreSQL's word, and no reason to stop either."""
 _LOG = logging.getLogger(__name__)
@@ -148,9 +147,9 @@ class Signal:
         news = f"{self._word} {told}"
         try:
             if work:
-                await self._database.fetch(_NEWS_AND_WORK, news=news, work=self._word)
+                await self._database.reserved.fetch(_NEWS_AND_WORK, news=news, work=self._word)
             else:
-                await self._database.fetch(_NEWS, news=news)
+                await self._database.reserved.fetch(_NEWS, news=news)
         except _FAILURES as error:
             _LOG.warning("notification lost, readers fall back to polling: %s", error)
         except asyncio.CancelledError:
@@ -168,22 +167,15 @@ class Signal:
             await asyncio.sleep(_RECONNECT_S)
 
     async def _listen(self) -> None:
-        ended = asyncio.Event()
-        async with self._database.connection() as connection:
-            driver = await connection.driver()
-            driver.add_termination_listener(lambda *_: ended.set())
-            try:
-                await driver.add_listener(NEWS_CHANNEL, self._heard_news)
-                await driver.add_listener(WORK_CHANNEL, self._heard_work)
-                self._wake_all()  # whatever was said while nobody listened
-                while not ended.is_set():
-                    try:
-                        async with asyncio.timeout(self._check):
-                            await ended.wait()
-                    except TimeoutError:
-                        await connection.fetch(_PING)
-            finally:
-                await connection.invalidate()
+        channels = {NEWS_CHANNEL: self._heard_news, WORK_CHANNEL: self._heard_work}
+        async with self._database.listen(channels) as listening:
+            self._wake_all()  # whatever was said while nobody listened
+            while not listening.ended.is_set():
+                try:
+                    async with asyncio.timeout(self._check):
+                        await listening.ended.wait()
+                except TimeoutError:
+                    await listening.ping()
 
     def _heard_news(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
         word, _, told = payload.partition(" ")

@@ -32,10 +32,9 @@ from uuid import UUID
 
 import asyncpg
 from msgspec import Struct
-from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal_column, select
+from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal_column, select, table
 
-from app.store.database.pool import Database
-from app.store.database.statement import Statement
+from app.store.database.statement import Connections, Statement
 from app.store.tables import events
 
 HORIZON_SECONDS = 0.02
@@ -91,7 +90,10 @@ _COLUMNS = (
     events.c.meta,
     events.c.recorded_at,
 )
-_HORIZON = Statement(select(func.log_horizon().label("horizon")))
+_HORIZON = Statement(select(func.sandledger.log_horizon().label("horizon")))
+_LAST = Statement(
+    select(literal_column("last_value", BigInteger)).select_from(table("events_position", schema="sandledger"))
+)
 TAIL = Statement(
     select(*_COLUMNS)
     .where(
@@ -118,7 +120,7 @@ _IDENTITY = Statement(
         literal_column("system_identifier", BigInteger),
         literal_column("timeline_id", Integer),
         literal_column("last_position", BigInteger),
-    ).select_from(func.log_identity().table_valued("system_identifier", "timeline_id", "last_position"))
+    ).select_from(func.sandledger.log_identity().table_valued("system_identifier", "timeline_id", "last_position"))
 )
 _WITNESS = Statement(
     select(events.c.position, events.c.stream_id, events.c.recorded_at)
@@ -126,20 +128,25 @@ _WITNESS = Statement(
     .order_by(events.c.position.desc())
     .limit(1)
 )
-_AHEAD = Statement(select(func.log_partitions_ahead()))
-_PARTITIONS = Statement(select(func.log_ensure_partitions()))
+_AHEAD = Statement(select(func.sandledger.log_partitions_ahead()))
+_PARTITIONS = Statement(select(func.sandledger.log_ensure_partitions()))
 
 
 class EventLog:
     """Reads. Appends are built by `app.store.log.append` and run by `app.service.sandboxes`."""
 
-    def __init__(self, database: Database, *, remember: float = HORIZON_SECONDS) -> None:
+    def __init__(self, database: Connections, *, remember: float = HORIZON_SECONDS) -> None:
         """On an open database. The horizon is remembered for `remember` seconds."""
         self._database = database
         self._remember = remember
         self._horizon = 0
         self._asked_at = float("-inf")
         self._asking = asyncio.Lock()
+
+    async def last_position(self) -> int:
+        """The highest position that was handed out. No event of this log lies beyond it."""
+        row = await self._database.fetch_one(_LAST)
+        return 0 if row is None else row["last_value"]
 
     async def horizon(self, *, fresh: bool = False) -> int:
         """A position up to which everything that will ever be there is there. One flight, remembered for a moment.

@@ -1,26 +1,26 @@
-"""The reconcile queue: one row a sandbox that wants attention. A row is a key, never an order.
+"""The reconcile queue: one row a stream that wants attention. A row is a key, never an order.
 
 **Protocol.** An append that asks for work touches the row (`app.store.queue.effects`): insert, or raise its
-`generation`. A worker claims due rows; `due_at` moves to the end of the lease, so that a crash simply makes the row
-due again. It reads the head *after* the claim, so it sees what the claimed generation stands for, and ends the claim in
-one of four ways:
+`revision`. A worker claims due rows (`app.store.queue.claiming`); `due_at` moves to the end of the lease, so that a
+crash simply makes the row due again. It reads the head *after* the claim, so it sees what the claimed revision stands
+for, and ends the claim in one of four ways:
 
-* `complete`: the row goes, if its generation is still the claimed one; else it is due at once.
-* `defer`: due later, unless something else is wanted since the claim; then at once.
+* `complete`: the row goes, if its revision is still the claimed one; else it is due at once.
+* `defer`: due later, unless something else is wanted since the claim; then at once. With `awaiting`, any news since
+  the claim makes it due at once, hints too.
 * `release`: due at once, as if never claimed.
 * nothing at all (a crash): due when the lease ends.
 
+A stream whose claim was given back while something is done for it outside of the slots waits as
+`app.store.queue.waiting` says.
+
 **Invariants.** At most one holder of a claim: a claim carries a value of its own (`lease_owner`), and every later
-statement names it. No wake-up is lost: whoever has news raises the generation whether or not somebody is at work, so a
+statement names it. No wake-up is lost: whoever has news raises the revision whether or not somebody is at work, so a
 claim that began before the news cannot delete the row. News that only say "look again" (`enqueue`) do not cut a
 back-off short, or a container that fails at start would be retried at the speed of its own events; what a client wants
 (`touch`) does. `cause` tells the two apart: only a touch changes it.
 
-**Fairness.** A round takes at most `share` rows of a tenant, ranked among the first few hundred due; the user lane
-goes first, but the caller can keep slots for the background lane. Tenants take turns.
-
-**Locks.** A claim skips locked rows; the recheck of `due_at` at the lock keeps two claims from taking one row.
-Statements that wait for several rows take them in the order of their ids, so they cannot deadlock.
+**Locks.** Statements that wait for several rows take them in the order of their ids, so they cannot deadlock.
 
 **Times** are the database's. Where it is away (`StoreUnavailable`), the caller does nothing: leases run out.
 """
@@ -28,7 +28,7 @@ Statements that wait for several rows take them in the order of their ids, so th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -39,7 +39,6 @@ from sqlalchemy import (
     DateTime,
     Double,
     Integer,
-    Interval,
     SmallInteger,
     Text,
     Uuid,
@@ -50,52 +49,57 @@ from sqlalchemy import (
     extract,
     func,
     literal,
-    literal_column,
     select,
     tuple_,
-    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
+from app.store.queue.claiming import BACKGROUND, CLAIM, USER, clock, later
 from app.store.tables import reconcile_queue, sandboxes
 
-USER, BACKGROUND = 0, 1
-_WINDOW = 400
-"""Rows among which a round ranks, a lane."""
-_SPARE = 100
+__all__ = ["BACKGROUND", "UNPLACED", "USER", "Claim", "Depth", "Failed", "Queue", "Round"]
+
+UNPLACED = ""
+"""The engine of a stream that no engine has taken yet. Any worker claims it."""
+KINDS = ("sandbox",)
+"""Kinds of streams that this version works on."""
 _Q = reconcile_queue.c
 
 
 class Claim(Struct, frozen=True):
     """A row as it was when it was claimed."""
 
-    sandbox_id: UUID
+    stream_id: UUID
+    tenant: str
     owner: UUID
-    generation: int
+    revision: int
     cause: int | None = None
     attempts: int = 0
     """Counted failures before this claim."""
     first_failed_at: datetime | None = None
     failing_for: float = 0
     """Seconds from the first of them to this claim."""
-    last_code: str | None = None
+    last_reason: str | None = None
     missing_since: datetime | None = None
 
 
 class Round(Struct, frozen=True):
-    """What one round of claiming brought. `due` counts what was due, so more than claimed means: ask again."""
+    """What one round of claiming brought."""
 
     claims: tuple[Claim, ...]
     due: int
+    """Rows that could have been claimed; more than there are claims means: ask again."""
+    above: int
+    """Due rows of tenants that hold all the slots they may."""
 
 
 class Beat(Struct, frozen=True):
     """A held claim's row at this moment."""
 
-    generation: int
+    revision: int
     cause: int | None
 
 
@@ -103,83 +107,25 @@ class Failed(Struct, frozen=True):
     """Why a claim is deferred, when it is for trouble. `attempts` is the new count of counted failures."""
 
     attempts: int
-    code: str | None
+    reason: str
     message: str
 
 
+class Deferred(Struct, frozen=True):
+    """A claim that was given back."""
+
+    due: bool
+    """News came meanwhile, so it is due at once."""
+
+
 class Depth(Struct, frozen=True):
-    """How the queue of one driver stands."""
+    """How the queue of one engine stands."""
 
     rows: int
     leased: int
     due: int
     oldest_due_s: float
     """How long the oldest due row has been due."""
-
-
-_SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
-
-
-def _clock() -> ColumnElement[datetime]:
-    # One reading a statement; and a subquery can bound an index scan, which a bare volatile function cannot.
-    clock = select(func.clock_timestamp().label("now")).cte("clock")
-    return select(clock.c.now).scalar_subquery()
-
-
-def _later(now: ColumnElement[datetime], seconds: str) -> Any:
-    return now + bindparam(seconds, type_=Double) * _SECOND
-
-
-def _claim() -> Statement:
-    now = _clock()
-    slots = bindparam("slots", type_=Integer)
-    due = union_all(
-        *(
-            select(_Q.sandbox_id, _Q.tenant, _Q.priority, _Q.due_at)
-            .where(_Q.driver == bindparam("driver", type_=Text), _Q.priority == literal(lane), _Q.due_at <= now)
-            .order_by(_Q.due_at)
-            .limit(_WINDOW)
-            .subquery()
-            .select()
-            for lane in (USER, BACKGROUND)
-        )
-    ).cte("due")
-    turn = func.row_number().over(partition_by=(due.c.priority, due.c.tenant), order_by=due.c.due_at)
-    ranked = select(due, turn.label("turn")).cte("ranked")
-    place = func.row_number().over(partition_by=ranked.c.priority, order_by=(ranked.c.turn, ranked.c.due_at))
-    fair = (
-        select(ranked.c.sandbox_id, ranked.c.priority, place.label("place"))
-        .where(ranked.c.turn <= bindparam("share", type_=Integer))
-        .cte("fair")
-    )
-    kept = (fair.c.priority == BACKGROUND) & (fair.c.place <= bindparam("background", type_=Integer))
-    order = func.row_number().over(order_by=(case((kept, 0), else_=1), fair.c.priority, fair.c.place))
-    # Some more than slots, for those that others have locked; so few that they are fetched one by one.
-    first = select(fair.c.sandbox_id, order.label("order")).order_by("order").limit(_SPARE + slots).cte("first")
-    picked = (
-        select(_Q.sandbox_id)
-        .join(first, first.c.sandbox_id == _Q.sandbox_id)
-        .where(_Q.due_at <= now)
-        .order_by(first.c.order)
-        .limit(slots)
-        .with_for_update(of=reconcile_queue, skip_locked=True)
-        .cte("picked")
-    )
-    until = _later(now, "lease")
-    claimed = (
-        update(reconcile_queue)
-        .where(_Q.sandbox_id == picked.c.sandbox_id)
-        .values(lease_owner=bindparam("owner", type_=Uuid), lease_until=until, due_at=until)
-        .returning(
-            *(_Q.sandbox_id, _Q.generation, _Q.cause, _Q.attempts, _Q.last_code, _Q.missing_since, _Q.first_failed_at),
-            func.coalesce(extract("epoch", now - _Q.first_failed_at), 0.0).cast(Double).label("failing_for"),
-        )
-        .cte("claimed")
-    )
-    total = select(func.count()).select_from(due).cte("total")
-    return Statement(
-        select(total.c[0].label("due"), claimed).select_from(total.outerjoin(claimed, literal_column("true")))
-    )
 
 
 def _held() -> Any:
@@ -189,33 +135,35 @@ def _held() -> Any:
         .table_valued("id", "owner")
         .render_derived(name="held")
     )
-    return tuple_(_Q.sandbox_id, _Q.lease_owner).in_(select(pairs.c.id, pairs.c.owner))
+    return tuple_(_Q.stream_id, _Q.lease_owner).in_(select(pairs.c.id, pairs.c.owner))
 
 
 def _extend() -> Statement:
-    mine = select(_Q.sandbox_id).where(_held()).order_by(_Q.sandbox_id).with_for_update().cte("mine")
-    until = _later(_clock(), "lease")
+    mine = select(_Q.stream_id).where(_held()).order_by(_Q.stream_id).with_for_update().cte("mine")
+    until = later(clock(), "lease")
     return Statement(
         update(reconcile_queue)
-        .where(_Q.sandbox_id == mine.c.sandbox_id)
+        .where(_Q.stream_id == mine.c.stream_id)
         .values(lease_until=until, due_at=until)
-        .returning(_Q.sandbox_id, _Q.generation, _Q.cause)
+        .returning(_Q.stream_id, _Q.revision, _Q.cause)
     )
 
 
 def _mine() -> ColumnElement[bool]:
-    return (_Q.sandbox_id == bindparam("sandbox_id", type_=Uuid)) & (_Q.lease_owner == bindparam("owner", type_=Uuid))
+    return (_Q.stream_id == bindparam("stream_id", type_=Uuid)) & (_Q.lease_owner == bindparam("owner", type_=Uuid))
 
 
-def _defer() -> Statement:
-    now = _clock()
+def _defer(*, awaiting: bool) -> Statement:
+    now = clock()
     attempts = bindparam("attempts", type_=Integer)
     asked = _Q.cause.is_distinct_from(bindparam("cause", type_=BigInteger))  # a touch since the claim
+    reason, message = bindparam("reason", type_=Text), bindparam("message", type_=Text)
+    news = (asked | (_Q.revision > bindparam("revision", type_=BigInteger))) if awaiting else asked
     return Statement(
         update(reconcile_queue)
         .where(_mine())
         .values(
-            due_at=case((asked, now), else_=_later(now, "wait")),
+            due_at=case((news, now), else_=later(now, "wait")),
             lease_owner=None,
             lease_until=None,
             attempts=case((asked, 0), else_=attempts),
@@ -223,48 +171,50 @@ def _defer() -> Statement:
                 (asked | (attempts == 0), None),
                 else_=func.coalesce(bindparam("first_failed_at", type_=DateTime(timezone=True)), now),
             ),
-            last_code=bindparam("code", type_=Text),
-            last_error=bindparam("message", type_=Text),
+            last_reason=case((asked, None), else_=reason),
+            # A wait that is no failure keeps the text of the last one for as long as its reason stands.
+            last_error=case((asked | reason.is_(None), None), else_=func.coalesce(message, _Q.last_error)),
             missing_since=bindparam("missing_since", type_=DateTime(timezone=True)),
         )
-        .returning(_Q.sandbox_id)
+        .returning((_Q.due_at <= now).label("due"))
     )
 
 
-def _enqueue() -> Statement:
-    now = _clock()
+def _enqueue(named: ColumnElement[Any]) -> Statement:
+    now = clock()
     box = sandboxes.c
+    engine = func.coalesce(box.engine, UNPLACED)
     source = (
         select(
-            *(box.id, box.tenant, box.driver, literal(1), now),
+            *(box.id, literal(KINDS[0]), box.tenant, engine, literal(1), now),
             bindparam("priority", type_=SmallInteger),
             literal(0),
         )
         .where(
-            box.id == any_(bindparam("ids", type_=ARRAY(Uuid))),
-            box.driver == bindparam("driver", type_=Text),
+            named == any_(bindparam("ids", type_=ARRAY(Uuid))),
+            engine.in_([bindparam("engine", type_=Text), literal(UNPLACED)]),
             box.closed_at.is_(None),
         )
         .order_by(box.id)
     )
-    names = ["sandbox_id", "tenant", "driver", "generation", "due_at", "priority", "attempts"]
+    names = ["stream_id", "kind", "tenant", "engine", "revision", "due_at", "priority", "attempts"]
     statement = insert(reconcile_queue).from_select(names, source)
     new = statement.excluded
     waits = (_Q.lease_until > new.due_at) | (_Q.attempts > 0)
     return Statement(
         statement.on_conflict_do_update(
-            index_elements=["sandbox_id"],
+            index_elements=["stream_id"],
             set_={
-                "generation": _Q.generation + 1,
+                "revision": _Q.revision + 1,
                 "due_at": case((waits, _Q.due_at), else_=func.least(_Q.due_at, new.due_at)),
                 "priority": func.least(_Q.priority, new.priority),
             },
-        ).returning(_Q.sandbox_id)
+        ).returning(_Q.stream_id)
     )
 
 
 def _stats() -> Statement:
-    now = _clock()
+    now = clock()
     late = _Q.due_at <= now
     return Statement(
         select(
@@ -274,115 +224,166 @@ def _stats() -> Statement:
             func.coalesce(extract("epoch", now - func.min(_Q.due_at).filter(late)), 0.0)
             .cast(Double)
             .label("oldest_due_s"),
-        ).where(_Q.driver == bindparam("driver", type_=Text))
+        ).where(_Q.engine == bindparam("engine", type_=Text))
     )
 
 
-CLAIM = _claim()
 _EXTEND = _extend()
-_PROBE = Statement(select(_Q.sandbox_id, _Q.generation, _Q.cause).where(_held()))
+_PROBE = Statement(select(_Q.stream_id, _Q.revision, _Q.cause).where(_held()))
 _COMPLETE = Statement(
     delete(reconcile_queue)
-    .where(_mine(), _Q.generation == bindparam("generation", type_=BigInteger))
-    .returning(_Q.sandbox_id)
+    .where(_mine(), _Q.revision == bindparam("revision", type_=BigInteger))
+    .returning(_Q.stream_id)
 )
-_RELEASE = Statement(update(reconcile_queue).where(_mine()).values(due_at=_clock(), lease_owner=None, lease_until=None))
+_CLOSE = Statement(delete(reconcile_queue).where(_mine()).returning(_Q.stream_id))
+_FREE = {"due_at": clock(), "lease_owner": None, "lease_until": None}
+_RELEASE = Statement(update(reconcile_queue).where(_mine()).values(**_FREE))
 _AGAIN = Statement(
     update(reconcile_queue)
     .where(_mine())
-    .values(due_at=_clock(), lease_owner=None, lease_until=None, attempts=0, first_failed_at=None, missing_since=None)
+    .values(**_FREE, attempts=0, first_failed_at=None, last_reason=None, last_error=None, missing_since=None)
 )
-_DEFER = _defer()
-_ENQUEUE = _enqueue()
+_DEFER = {awaiting: _defer(awaiting=awaiting) for awaiting in (False, True)}
+_ENQUEUE = _enqueue(sandboxes.c.id)
+_ENQUEUE_OBJECTS = _enqueue(sandboxes.c.object_id)
 _STATS = _stats()
 
 
 class Queue:
-    """The queue of one driver."""
+    """The queue of one engine, and of what is not placed yet."""
 
-    def __init__(self, database: Database, driver: str) -> None:
+    def __init__(self, database: Database, engine: str) -> None:
         self._database = database
-        self._driver = driver
+        self._engine = engine
 
-    async def claim(self, slots: int, *, lease: float, share: int, background: int = 0) -> Round:
-        """Take up to `slots` due rows, at most `share` of a tenant, `background` of them from that lane if it can."""
+    async def claim(
+        self,
+        slots: int,
+        *,
+        lease: float,
+        tenant_slots: int,
+        background: int = 0,
+        held: Mapping[str, int] | None = None,
+        engines: Sequence[str] | None = None,
+    ) -> Round:
+        """Take up to `slots` due rows, `background` of them from that lane if it can.
+
+        No tenant gets above `tenant_slots`, counting those that it holds already (`held`). `engines` narrows it, e.g.
+        to what is not placed.
+        """
         owner = uuid4()
-        rows = await self._database.fetch(
-            CLAIM, driver=self._driver, slots=slots, share=share, background=background, lease=lease, owner=owner
+        holds = held or {}
+        rows = await self._database.reserved.fetch(
+            CLAIM,
+            engines=list(engines) if engines is not None else [self._engine, UNPLACED],
+            kinds=list(KINDS),
+            slots=slots,
+            tenant_slots=tenant_slots,
+            background=background,
+            held_tenants=list(holds),
+            held_counts=list(holds.values()),
+            lease=lease,
+            owner=owner,
         )
-        claims = tuple(
-            Claim(
-                sandbox_id=_uuid(row["sandbox_id"]),
-                owner=owner,
-                generation=row["generation"],
-                cause=row["cause"],
-                attempts=row["attempts"],
-                first_failed_at=row["first_failed_at"],
-                failing_for=row["failing_for"],
-                last_code=row["last_code"],
-                missing_since=row["missing_since"],
-            )
-            for row in rows
-            if row["sandbox_id"] is not None
-        )
-        return Round(claims, rows[0]["due"])
+        claims = tuple(_claim(row, owner) for row in rows if row["stream_id"] is not None)
+        return Round(claims, rows[0]["due"], rows[0]["above"])
 
     async def extend(self, claims: Iterable[Claim], lease: float) -> Mapping[UUID, Beat]:
         """Keep claims. Whoever is missing from the answer is not ours any more."""
-        return _beats(await self._database.fetch(_EXTEND, lease=lease, **_pairs(claims)))
+        return _beats(await self._database.reserved.fetch(_EXTEND, lease=lease, **_pairs(claims)))
 
     async def probe(self, claims: Iterable[Claim]) -> Mapping[UUID, Beat]:
         """As `extend`, without extending."""
-        return _beats(await self._database.fetch(_PROBE, **_pairs(claims)))
+        return _beats(await self._database.reserved.fetch(_PROBE, **_pairs(claims)))
 
-    async def complete(self, claim: Claim) -> bool:
-        """Done: nothing to do until something changes. False when news came meanwhile, and it is due again."""
-        names = {"sandbox_id": claim.sandbox_id, "owner": claim.owner}
-        if await self._database.fetch(_COMPLETE, generation=claim.generation, **names):
+    async def complete(self, claim: Claim, *, closed: bool = False) -> bool:
+        """Done: nothing to do until something changes. False when news came meanwhile, and it is due again.
+
+        `closed`: the stream has ended, so no news can mean anything; those of our own removal come at this time.
+        """
+        names = {"stream_id": claim.stream_id, "owner": claim.owner}
+        if closed:
+            return bool(await self._database.fetch(_CLOSE, **names))
+        if await self._database.fetch(_COMPLETE, revision=claim.revision, **names):
             return True
         # Two statements: in one, a touch that commits between its snapshot and its delete would leave the row leased.
         await self._database.fetch(_AGAIN, **names)
         return False
 
     async def defer(
-        self, claim: Claim, wait: float, *, failed: Failed | None = None, missing_since: datetime | None = None
-    ) -> bool:
-        """Give back, due after `wait` seconds. False when the claim was lost."""
+        self,
+        claim: Claim,
+        wait: float,
+        *,
+        awaiting: bool = False,
+        failed: Failed | None = None,
+        missing_since: datetime | None = None,
+    ) -> Deferred | None:
+        """Give back, due after `wait` seconds. None when the claim was lost.
+
+        `awaiting`: it waits for something outside; news since the claim, hints included, make it due at once.
+        """
         rows = await self._database.fetch(
-            _DEFER,
-            sandbox_id=claim.sandbox_id,
+            _DEFER[awaiting],
+            stream_id=claim.stream_id,
             owner=claim.owner,
+            **({"revision": claim.revision} if awaiting else {}),
             cause=claim.cause,
             wait=wait,
             attempts=failed.attempts if failed else claim.attempts,
             first_failed_at=claim.first_failed_at,
-            code=failed.code if failed else claim.last_code,
+            reason=failed.reason if failed else claim.last_reason,
             message=failed.message if failed else None,
             missing_since=missing_since,
         )
-        return bool(rows)
+        return Deferred(rows[0]["due"]) if rows else None
 
     async def release(self, claim: Claim) -> None:
         """Give back, due at once; the attempt does not count."""
-        await self._database.fetch(_RELEASE, sandbox_id=claim.sandbox_id, owner=claim.owner)
+        await self._database.fetch(_RELEASE, stream_id=claim.stream_id, owner=claim.owner)
 
     async def enqueue(self, ids: Iterable[UUID], priority: int = BACKGROUND) -> int:
-        """Have the open ones among these sandboxes looked at. Says how many that were."""
-        return len(await self._database.fetch(_ENQUEUE, driver=self._driver, ids=list(ids), priority=priority))
+        """Have the open ones among these sandboxes of this engine looked at. Says how many that were."""
+        return len(await self._database.fetch(_ENQUEUE, engine=self._engine, ids=list(ids), priority=priority))
+
+    async def enqueue_objects(self, ids: Iterable[UUID], priority: int = USER) -> list[UUID]:
+        """As `enqueue`, for the sandboxes that have these objects. Says which those were."""
+        rows = await self._database.fetch(_ENQUEUE_OBJECTS, engine=self._engine, ids=list(ids), priority=priority)
+        return ids_of(rows)
 
     async def stats(self) -> Depth:
         """For operators."""
-        row = (await self._database.fetch(_STATS, driver=self._driver))[0]
+        row = (await self._database.fetch(_STATS, engine=self._engine))[0]
         return Depth(row["rows"], row["leased"], row["due"], row["oldest_due_s"])
+
+
+def _claim(row: Any, owner: UUID) -> Claim:
+    return Claim(
+        stream_id=_uuid(row["stream_id"]),
+        tenant=row["tenant"],
+        owner=owner,
+        revision=row["revision"],
+        cause=row["cause"],
+        attempts=row["attempts"],
+        first_failed_at=row["first_failed_at"],
+        failing_for=row["failing_for"],
+        last_reason=row["last_reason"],
+        missing_since=row["missing_since"],
+    )
 
 
 def _pairs(claims: Iterable[Claim]) -> dict[str, list[UUID]]:
     held = list(claims)
-    return {"ids": [claim.sandbox_id for claim in held], "owners": [claim.owner for claim in held]}
+    return {"ids": [claim.stream_id for claim in held], "owners": [claim.owner for claim in held]}
 
 
 def _beats(rows: Sequence[Any]) -> dict[UUID, Beat]:
-    return {_uuid(row["sandbox_id"]): Beat(row["generation"], row["cause"]) for row in rows}
+    return {_uuid(row["stream_id"]): Beat(row["revision"], row["cause"]) for row in rows}
+
+
+def ids_of(rows: Sequence[Any]) -> list[UUID]:
+    """The streams that these rows are of."""
+    return [_uuid(row["stream_id"]) for row in rows]
 
 
 def _uuid(value: Any) -> UUID:

@@ -62,19 +62,31 @@ def prepend_new_key(path: Path) -> None:
 
 
 def _make(path: Path) -> None:
-    """Write a new key unless there is one. A reader sees a whole file or none: written aside, then linked in place."""
+    """Write a new key unless there is one. A reader sees a whole file or none: written aside, then linked in place.
+
+    The folder is synced before anybody uses the key: else a power cut could keep what was sealed and lose the key.
+    """
     if path.exists():
+        _sync(path.parent)  # whoever linked it may not have come to that yet
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
     _write(aside, f"{generate_master_key()}\n")
     try:
         path.hardlink_to(aside)
-        _sync_folder(path.parent)  # else a power cut could lose the key of what is sealed by then
     except FileExistsError:
         pass  # another server was quicker; its key is the key
     finally:
         aside.unlink()
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _aside(path: Path) -> Path:
@@ -99,14 +111,6 @@ def _locked_folder(folder: Path) -> Generator[int]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle
-    finally:
-        os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)
 

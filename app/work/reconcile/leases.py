@@ -1,42 +1,38 @@
-"""Claims while they are worked on: kept alive, watched for news, and dropped when they are lost.
+"""Claims while they are worked on: kept alive, and dropped when they are lost.
 
-**Protocol.** One loop a worker. Every `probe` seconds it asks the queue about all held claims in one statement, and
-every third of a lease it extends them in one statement. The answer tells three things:
+**Protocol.** One loop a worker. Every third of a lease it extends all held claims in one statement. The answer tells:
 
-* the generation rose: somebody wants something. If a long step (`ensure`, which may pull for minutes) is under way and
-  the head no longer calls for it, the step is cancelled and its run starts over from the new head (`Superseded`);
 * the row is gone or has another owner: the claim was lost, its run is cancelled and records nothing;
 * nothing (the database is away): a claim is trusted until its lease would have run out, counted from *before* the
-  statement that took or extended it. Then it counts as lost, since somebody else may have it by now.
+  statement that took or extended it. Then it counts as lost, since somebody else may have it by now. A second loop
+  watches this, because the first may be waiting for a database that says nothing.
+
+News about a claimed stream do not interrupt its run: no step takes long, and what it observed is recorded only if the
+stream has not moved.
 
 **How it fails.** A process that was stopped for longer than its lease and wakes up has a moment in which two runs of
-one sandbox exist. They cannot harm: facts are appended against the version they were seen at, and names on the engine
-are unique.
+one sandbox exist. They cannot harm: observations are appended against the version they were made at, and names on the
+engine are unique.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 from datetime import datetime
-from typing import Any, TypeVar
 from uuid import UUID
 
 import msgspec
 
-from app.domain.sandbox.plan import Absence, Ensure, plan
 from app.errors import SandledgerError, StoreUnavailable
 from app.store.queue.reconcile import Beat, Claim, Queue
-from app.views.current import CurrentView
 from app.work.policy import WorkPolicy
+from app.work.watchdog import Watchdog
 
-T = TypeVar("T")
+LOOP = "leases"
+_TRUST_CHECKS = 20
+"""How often a lease's end is looked at while one lease lasts."""
 _LOG = logging.getLogger(__name__)
-
-
-class Superseded(SandledgerError):
-    """What the step was for is not wanted any more; start over from the head."""
 
 
 class LeaseLost(SandledgerError):
@@ -50,8 +46,6 @@ class Held:
         self.claim = claim
         self.trusted_until = trusted_until
         """By the loop's clock."""
-        self.noticed = claim.generation
-        """The highest generation that was looked into; the claim's own is what the run has acted on."""
         self.cause = claim.cause
         """Position of the event that the next one follows from: the one that asked, then the last that was recorded."""
         self.lost = False
@@ -60,59 +54,27 @@ class Held:
         self.ending = False
         """The row is being given back: its absence is no loss."""
         self.run: asyncio.Task[None] | None = None
-        self._step: asyncio.Task[Any] | None = None
-        self._superseded = False
 
     @property
-    def sandbox_id(self) -> UUID:
-        """Which sandbox."""
-        return self.claim.sandbox_id
+    def stream_id(self) -> UUID:
+        """Whose claim it is."""
+        return self.claim.stream_id
 
     def renew(self, beat: Beat) -> None:
-        """From here on the run is for this generation; the head has to be read after this."""
-        self.claim = msgspec.structs.replace(self.claim, generation=beat.generation, cause=beat.cause)
+        """From here on the run is for this revision; the head has to be read after this."""
+        self.claim = msgspec.structs.replace(self.claim, revision=beat.revision, cause=beat.cause)
         self.cause = beat.cause
-        self.noticed = beat.generation
 
     def start_over(self) -> None:
         """Something succeeded: failures before it do not count any more."""
-        if self.claim.attempts:
+        if self.claim.attempts or self.claim.last_reason:
             self.claim = msgspec.structs.replace(
-                self.claim, attempts=0, first_failed_at=None, failing_for=0, last_code=None
+                self.claim, attempts=0, first_failed_at=None, failing_for=0, last_reason=None
             )
 
     def missing(self, since: datetime | None) -> None:
         """Since when the engine says there is none."""
         self.claim = msgspec.structs.replace(self.claim, missing_since=since)
-
-    @property
-    def interruptible(self) -> bool:
-        """A long step is under way."""
-        return self._step is not None
-
-    async def interruptibly(self, step: Coroutine[Any, Any, T]) -> T:
-        """Run a long step that news may cancel.
-
-        Raises:
-            Superseded: they did.
-        """
-        self._superseded = False
-        self._step = asyncio.create_task(step)
-        try:
-            return await self._step
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._superseded and not (task and task.cancelling()):
-                raise Superseded(f"sandbox {self.sandbox_id}: the step under way is not wanted any more") from None
-            raise
-        finally:
-            self._step = None
-
-    def supersede(self) -> None:
-        """Cancel the long step under way."""
-        if self._step is not None:
-            self._superseded = True
-            self._step.cancel()
 
     def lose(self) -> None:
         """Cancel the run; it records nothing."""
@@ -124,12 +86,11 @@ class Held:
 class Leases:
     """The claims of one worker."""
 
-    def __init__(self, queue: Queue, view: CurrentView, policy: WorkPolicy) -> None:
+    def __init__(self, queue: Queue, policy: WorkPolicy, watchdog: Watchdog) -> None:
         self._queue = queue
-        self._view = view
         self._policy = policy
+        self._watchdog = watchdog
         self._held: set[Held] = set()
-        self._extend_at = 0.0
 
     def hold(self, claim: Claim, claimed_at: float) -> Held:
         """Watch it. `claimed_at` is the loop's time from before the claim was asked for."""
@@ -148,54 +109,45 @@ class Leases:
 
     async def run(self) -> None:
         """Beat until cancelled."""
+        async with asyncio.TaskGroup() as loops:
+            loops.create_task(self._beat_forever(), name="leases-beat")
+            loops.create_task(self._watch_trust(), name="leases-trust")
+
+    async def _beat_forever(self) -> None:
         while True:
-            await asyncio.sleep(self._policy.probe)
+            self._watchdog.stamp(LOOP)
+            await asyncio.sleep(self._policy.heartbeat)
             try:
-                # A database that says nothing at all must not keep us from noticing that our leases are over.
-                async with asyncio.timeout(self._policy.heartbeat):
+                async with asyncio.timeout(self._policy.lease):
                     await self.beat()
             except TimeoutError:
-                _LOG.warning("leases cannot be checked: the database does not answer")
+                _LOG.warning("leases cannot be extended: the database does not answer")
             except StoreUnavailable as error:
-                _LOG.warning("leases cannot be checked: %s", error)
+                _LOG.warning("leases cannot be extended: %s", error)
             except Exception:  # noqa: BLE001 - whatever it is, the next beat may work
                 _LOG.exception("a heartbeat failed; leases run out if this goes on")
-            self._distrust()
+
+    async def _watch_trust(self) -> None:
+        while True:
+            await asyncio.sleep(self._policy.lease / _TRUST_CHECKS)
+            self.distrust()
 
     async def beat(self) -> None:
-        """Ask about every held claim."""
+        """Extend every held claim."""
         now = asyncio.get_running_loop().time()
         watched = [held for held in self._held if not held.ending]
         if not watched:
             return
-        claims = [held.claim for held in watched]
-        extending = now >= self._extend_at
-        beats = await (self._queue.extend(claims, self._policy.lease) if extending else self._queue.probe(claims))
-        if extending:
-            self._extend_at = now + self._policy.heartbeat
+        beats = await self._queue.extend([held.claim for held in watched], self._policy.lease)
+        # Nothing is awaited from here on: an extension that the database made is an extension that we know of.
         for held in watched:
-            beat = beats.get(held.sandbox_id)
-            if beat is None:
-                self._lost(held, "somebody else has it")
-                continue
-            if extending:
+            if held.stream_id in beats:
                 held.trusted_until = now + self._policy.lease
-            if beat.generation > held.noticed:
-                await self._look_into(held, beat)
+            else:
+                self._lost(held, "somebody else has it")
 
-    async def _look_into(self, held: Held, beat: Beat) -> None:
-        """A rise may be no more than a hint to look again, which the run's end will lead to by itself."""
-        if not held.interruptible:
-            return  # a long step may yet begin on the old head: the next beat asks again
-        held.noticed = beat.generation
-        loaded = await self._view.load(held.sandbox_id)
-        if loaded is not None:
-            box, now = loaded
-            if isinstance(plan(box, None, Absence(now, None, self._policy.grace)), Ensure):
-                return
-        held.supersede()
-
-    def _distrust(self) -> None:
+    def distrust(self) -> None:
+        """Give up the claims whose leases may have run out."""
         now = asyncio.get_running_loop().time()
         for held in [held for held in self._held if held.trusted_until <= now and not held.ending]:
             self._lost(held, "its lease ran out while the database was away")
@@ -203,5 +155,5 @@ class Leases:
     def _lost(self, held: Held, why: str) -> None:
         if held.ending or held.lost or held not in self._held:
             return  # it ended while the answer was on its way
-        _LOG.warning("lost the claim on sandbox %s: %s", held.sandbox_id, why)
+        _LOG.warning("lost the claim on sandbox %s: %s", held.stream_id, why)
         held.lose()

@@ -1,10 +1,13 @@
 """From a sandbox to what a driver makes: the spec, resolved, with its secrets in the clear.
 
-The only place where sealed values are opened. They live in a `Workload` for as long as one `ensure` runs.
+The only place where sealed values are opened. Env values live in a `Workload` for as long as one `ensure` runs, and
+registry credentials in its `Image` for as long as one pull.
 
 Where a spec has secrets and the row with them is gone, the sandbox has ended or failed meanwhile (the append that ends
 it erases them), or somebody deleted the row by hand. The caller records the rejection against the version it looked at,
 which tells the two apart. A row that does not open is a matter of this worker's key, so it is retried.
+
+Amounts are those that were parsed at the request. "All GPUs" is no amount, so it is read from the spec again.
 """
 
 from __future__ import annotations
@@ -13,20 +16,28 @@ from uuid import UUID
 
 from sqlalchemy import Uuid, bindparam, select
 
+from app.domain.sandbox.observed import Ref
+from app.domain.sandbox.quantity import ALL_GPUS
 from app.domain.sandbox.spec import parse_limits
 from app.domain.sandbox.state import Sandbox
 from app.errors import RuntimeRejected
-from app.runtime.driver import Limits, RegistryAuth, Workload
+from app.runtime.driver import Image, Limits, RegistryAuth, Workload
 from app.runtime.faults import AttemptFailed
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
-from app.store.tables import sandbox_secrets
+from app.store.tables import sealed_values
 from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable
 
-_S = sandbox_secrets.c
+_S = sealed_values.c
 _SEALED = Statement(
-    select(_S.key_id, _S.wrapped_key, _S.sealed).where(_S.sandbox_id == bindparam("sandbox_id", type_=Uuid))
+    select(_S.key_id, _S.wrapped_key, _S.sealed).where(_S.stream_id == bindparam("stream_id", type_=Uuid))
 )
+
+
+def ref_of(sandbox: Sandbox) -> Ref:
+    """The object of the engine that belongs to it."""
+    assert sandbox.object_id is not None, "a sandbox is placed before an engine is asked about it"
+    return Ref(sandbox.object_id, sandbox.place)
 
 
 class Workloads:
@@ -36,31 +47,34 @@ class Workloads:
         self._database = database
         self._sealer = sealer
 
-    async def of(self, box: Sandbox) -> Workload:
+    async def of(self, sandbox: Sandbox) -> Workload:
         """What to make.
 
         Raises:
             RuntimeRejected: `SECRETS_UNAVAILABLE`, the values are gone.
             AttemptFailed: `SECRETS_SEALED`, this worker cannot open them.
         """
-        spec = box.spec
-        secrets = await self._secrets(box.id) if spec.env or spec.registry_auth else Secrets()
-        limits = parse_limits(spec.resource_limits)
+        spec = sandbox.spec
+        secrets = await self._secrets(sandbox.id) if spec.env or spec.registry_auth else Secrets()
         name, password = secrets.registry_username, secrets.registry_password
         return Workload(
-            sandbox_id=box.id,
-            tenant=box.tenant,
-            image=spec.image,
+            ref=ref_of(sandbox),
+            tenant=sandbox.tenant,
+            image=Image(
+                spec.image,
+                None if spec.platform is None else str(spec.platform),
+                None if name is None or password is None else RegistryAuth(name, password),
+            ),
             entrypoint=spec.entrypoint,
             env=secrets.env,
-            limits=Limits(limits.get("cpu"), limits.get("memory"), limits.get("gpu")),
-            platform=None if spec.platform is None else str(spec.platform),
-            auth=None if name is None or password is None else RegistryAuth(name, password),
-            generation=1 if box.runtime is None else box.runtime.generation,
+            limits=_limits(sandbox),
+            # A new object is one more. One that is there already is adopted, and says which it is.
+            generation=sandbox.generation + 1,
+            position=sandbox.position,
         )
 
     async def _secrets(self, sandbox_id: UUID) -> Secrets:
-        row = await self._database.fetch_one(_SEALED, sandbox_id=sandbox_id)
+        row = await self._database.fetch_one(_SEALED, stream_id=sandbox_id)
         if row is None:
             raise RuntimeRejected(
                 "SECRETS_UNAVAILABLE",
@@ -70,3 +84,8 @@ class Workloads:
             return self._sealer.unseal(sandbox_id, Sealed(row["key_id"], row["wrapped_key"], row["sealed"]))
         except Unsealable as error:
             raise AttemptFailed("SECRETS_SEALED", str(error)) from None
+
+
+def _limits(sandbox: Sandbox) -> Limits:
+    gpus_all = parse_limits(sandbox.spec.resource_limits).get("gpu") == ALL_GPUS
+    return Limits(sandbox.cpu_nanos, sandbox.memory_bytes, None if gpus_all else sandbox.gpus, gpus_all)

@@ -1,0 +1,247 @@
+"""The OpenAPI 3.1 document: Litestar derives it from the handlers; here is what it cannot see.
+
+A handler names the codes that it may refuse with (`may_refuse`), and the document gets one answer a status with an
+example a code. `Documented` adds what holds for every operation: the request id, and the errors of key, database and
+server. The test suite runs a fuzzer over the document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import msgspec
+from litestar.datastructures import ResponseHeader
+from litestar.openapi.config import OpenAPIConfig
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.plugins import OpenAPIRenderPlugin
+from litestar.openapi.spec import (
+    Components,
+    Example,
+    License,
+    OpenAPIHeader,
+    OpenAPIResponse,
+    OpenAPIType,
+    Operation,
+    Parameter,
+    Schema,
+    SecurityScheme,
+)
+from litestar.router import Router
+from msgspec import Struct
+
+from app import __version__
+from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, VALIDATION, ErrorBody, Issue
+
+_DESCRIPTION: Final = """\
+Lifecycle of sandboxes. Every request that changes something becomes an event in an append-only log. Every refused
+command of a known caller becomes a record beside it. All paths below `/v1` are also served without that prefix. Other
+routes of the public contract (endpoints, proxy, network policies, diagnostics, snapshots, pools, templates) answer 501.
+
+Errors are always `{"code", "message"}`; 422 adds `detail`. No answer repeats a value that was sent.
+"""
+_STATUSES: Final = {
+    400: "A value or a header breaks a rule.",
+    401: "The API key is missing or wrong.",
+    403: "The server has no key, and the request comes from another host name or another page's origin.",
+    404: "There is no such sandbox, or it has ended. The message says when and why.",
+    408: "The body stopped coming.",
+    409: "The sandbox is not in a state that allows it.",
+    412: "`If-Match` names another version.",
+    413: "The body is too large.",
+    415: "The body does not come as JSON.",
+    422: "The request does not have the right shape. `detail` says where.",
+    500: "A fault of the server.",
+    501: "A part of the contract that is not served yet, or not by this runtime.",
+    503: "The database is not reachable at the moment, or the server has too many connections.",
+}
+_ID: Final = "0197a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"
+_CODES: Final[Mapping[str, tuple[int, str]]] = {
+    INVALID_PARAMETER: (400, "image.uri must be an image reference such as registry.example/team/name:tag."),
+    "SANDBOX::INVALID_METADATA_LABEL": (400, "metadata keys must be labels such as team or example.com/team."),
+    "INVALID_METADATA_FORMAT": (400, "metadata must be a query string of its own, key=value&key=value."),
+    "INVALID_METADATA_LABEL": (400, "Keys that begin with opensandbox.io/ are reserved."),
+    "DOCKER::INVALID_ENTRYPOINT": (400, "entrypoint must begin with a program."),
+    "DOCKER::INVALID_EXPIRATION": (400, "expiresAt must lie in the future."),
+    INVALID_HEADER: (400, "The header idempotency-key must not be repeated."),
+    "MISSING_API_KEY": (401, "The header OPEN-SANDBOX-API-KEY is missing."),
+    "INVALID_API_KEY": (401, "The API key is not valid."),
+    "SANDLEDGER::HOST_NOT_ALLOWED": (403, "Without an API key this server answers only to localhost."),
+    "SANDLEDGER::ORIGIN_NOT_ALLOWED": (403, "Without an API key this server accepts no changes from other origins."),
+    "DOCKER::SANDBOX_NOT_FOUND": (404, f"Sandbox {_ID} does not exist."),
+    "GENERAL::REQUEST_TIMEOUT": (408, "The body stopped coming, or took too long. Waited 30 s."),
+    "DOCKER::SANDBOX_NOT_RUNNING": (409, "The sandbox is Paused; only a running sandbox can be paused."),
+    "DOCKER::SANDBOX_NOT_PAUSED": (409, "The sandbox is Running; only a paused sandbox can be resumed."),
+    "SANDLEDGER::CONCURRENT_CHANGE": (409, "The sandbox is being changed by too many callers at once. Try again."),
+    "SANDLEDGER::VERSION_MISMATCH": (
+        412,
+        "If-Match names version 3, the sandbox is at version 4; read its ETag again.",
+    ),
+    "GENERAL::BODY_TOO_LARGE": (413, "A body may have at most 1048576 bytes."),
+    "GENERAL::UNSUPPORTED_MEDIA_TYPE": (415, "The body must come as Content-Type: application/json."),
+    VALIDATION: (422, "body.timeout: expected `int` >= 60"),
+    "SANDLEDGER::IDEMPOTENCY_KEY_REUSED": (422, "This Idempotency-Key was used before with a different body."),
+    "GENERAL::INTERNAL_ERROR": (500, "Something went wrong here; the log has it under request 5f2c9a."),
+    "SANDBOX::API_NOT_SUPPORTED": (501, "volumes is not served yet."),
+    "GENERAL::STORE_UNAVAILABLE": (503, "The database is not reachable at the moment; try again."),
+    "GENERAL::TOO_MANY_CONNECTIONS": (503, "The server has too many connections; try again."),
+}
+BODY: Final = (
+    "GENERAL::REQUEST_TIMEOUT",
+    "GENERAL::BODY_TOO_LARGE",
+    "GENERAL::UNSUPPORTED_MEDIA_TYPE",
+    VALIDATION,
+)
+"""Codes of every handler that takes a body."""
+COMMAND: Final = (
+    INVALID_HEADER,
+    "DOCKER::SANDBOX_NOT_FOUND",
+    "SANDLEDGER::CONCURRENT_CHANGE",
+    "SANDLEDGER::VERSION_MISMATCH",
+    "GENERAL::BODY_TOO_LARGE",
+)
+"""Codes of every handler that changes one sandbox."""
+_ALWAYS: Final = (
+    INVALID_HEADER,
+    "SANDLEDGER::HOST_NOT_ALLOWED",
+    "GENERAL::INTERNAL_ERROR",
+    "GENERAL::TOO_MANY_CONNECTIONS",
+)
+_KEYED: Final = (
+    "MISSING_API_KEY",
+    "INVALID_API_KEY",
+    "SANDLEDGER::ORIGIN_NOT_ALLOWED",
+    "GENERAL::STORE_UNAVAILABLE",
+)
+
+
+def may_refuse(*codes: str, keyed: bool = True) -> dict[int, ResponseSpec]:
+    """The error answers of a handler. `keyed` = it needs a key."""
+    found: dict[int, list[Example]] = {}
+    for code in dict.fromkeys((*codes, *_ALWAYS, *(_KEYED if keyed else ()))):
+        status, message = _CODES[code]
+        detail = (Issue(("body", "timeout"), "expected `int` >= 60", "value_error"),) if code == VALIDATION else None
+        value: dict[str, Any] = {"code": code, "message": message}
+        if detail:
+            value["detail"] = [{"loc": list(each.loc), "msg": each.msg, "type": each.type} for each in detail]
+        found.setdefault(status, []).append(Example(id=code, summary=code, value=value))
+    return {
+        status: ResponseSpec(ErrorBody, generate_examples=False, description=_STATUSES[status], examples=examples)
+        for status, examples in sorted(found.items())
+    }
+
+
+def header(name: str, description: str) -> ResponseHeader:
+    """A header of the successful answer, for the document only."""
+    return ResponseHeader(name=name, description=description, documentation_only=True)
+
+
+ETAG: Final = header("ETag", "Version of the sandbox.")
+APPLIED: Final = header("Preference-Applied", "What of `Prefer` was followed (RFC 7240).")
+_TEXT: Final = Schema(type=OpenAPIType.STRING)
+
+
+@dataclass
+class Documented(Operation):
+    """An operation with what holds for each of them."""
+
+    def __post_init__(self) -> None:
+        """Complete what Litestar made."""
+        self.parameters = [
+            *(self.parameters or []),
+            Parameter(
+                name="X-Request-ID",
+                param_in="header",
+                description="Comes back in the answer. It is stored beside what the request led to.",
+                schema=Schema(type=OpenAPIType.STRING, max_length=128),
+            ),
+        ]
+        for status, response in (self.responses or {}).items():
+            if not isinstance(response, OpenAPIResponse):
+                continue
+            if _is_empty(response):
+                response.content = None
+            headers: dict[str, Any] = {
+                "X-Request-ID": OpenAPIHeader(schema=_TEXT, description="The client's own, or a new one."),
+                **(response.headers or {}),
+            }
+            if status == "503" and self.tags != ["server"]:
+                headers["Retry-After"] = OpenAPIHeader(schema=_TEXT, description="Seconds.")
+            for each in headers.values():
+                each.schema = each.schema or _TEXT
+            response.headers = headers
+
+
+def _is_empty(response: OpenAPIResponse) -> bool:
+    """Whether the handler answers `None`, which Litestar documents as JSON null."""
+    schemas = [each.schema for each in (response.content or {}).values()]
+    return any(isinstance(each, Schema) and each.type is OpenAPIType.NULL for each in schemas)
+
+
+@dataclass
+class OpenOperation(Documented):
+    """One that needs no key."""
+
+    def __post_init__(self) -> None:
+        """No requirement stands above the document's."""
+        super().__post_init__()
+        self.security = []
+
+
+def config(router: Router, *plugins: OpenAPIRenderPlugin) -> OpenAPIConfig:
+    """Litestar's OpenAPI, rendered by these plugins on this router."""
+    return OpenAPIConfig(
+        title="Sandledger",
+        version=__version__,
+        description=_DESCRIPTION,
+        license=License(name="Apache-2.0", identifier="Apache-2.0"),
+        security=[{"key": []}],
+        components=Components(
+            security_schemes={
+                "key": SecurityScheme(type="apiKey", name="OPEN-SANDBOX-API-KEY", security_scheme_in="header")
+            }
+        ),
+        use_handler_docstrings=True,
+        openapi_router=router,
+        render_plugins=plugins,
+    )
+
+
+def described(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with three things put right.
+
+    Shapes get the docstrings of their structs, and what their `example` gives. A union is `anyOf`: Litestar writes
+    `oneOf`, and then an integer, which is also a number, fits neither. An alternative that stands alone is no union:
+    Litestar keeps one for a parameter that may be absent, and says that it may be null.
+    """
+    found = _plain(dict(document))
+    shapes = {each.__name__: each for each in Struct.__subclasses__() if each.__module__.startswith("app.api")}
+    for name, schema in found["components"]["schemas"].items():
+        schema.setdefault("description", shapes[name].__doc__)
+        if (example := getattr(shapes[name], "example", None)) is not None:
+            schema.setdefault("examples", [msgspec.to_builtins(example())])
+    for methods in found["paths"].values():
+        for operation in methods.values():
+            for parameter in operation["parameters"]:
+                parameter["schema"] = _without_null(parameter["schema"])
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in cast("list[Any]", value)]
+    if not isinstance(value, dict):
+        return value
+    plain = {("anyOf" if key == "oneOf" else key): _plain(each) for key, each in cast("dict[str, Any]", value).items()}
+    return _alone(plain, plain["anyOf"]) if "anyOf" in plain else plain
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    return _alone(schema, [each for each in schema.get("anyOf", []) if each != {"type": "null"}])
+
+
+def _alone(schema: dict[str, Any], alternatives: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(alternatives) != 1:
+        return schema
+    return {**alternatives[0], **{key: each for key, each in schema.items() if key != "anyOf"}}

@@ -1,0 +1,1 @@
+"""`sandledger demo`: the main job in one narrated run, on real parts."""

@@ -1,0 +1,93 @@
+"""Which engine this is: its own id, and our mark.
+
+The engine's own id is not enough. Daemons on one host may share it, a copied data directory takes it along, and Podman
+makes a new one for each question. So at first contact we leave a volume with a random word in a label. The engine makes
+a volume only once for a name and answers a second create with the first one's labels: whoever comes first decides, and
+all others read the same word.
+
+`check` never makes the mark. An engine without it is another one than we left, or its data is gone.
+"""
+
+from __future__ import annotations
+
+import secrets
+from http import HTTPStatus
+from uuid import UUID
+
+from msgspec import Struct
+
+from app.domain.engine.events import Capacity
+from app.domain.text import storable
+from app.errors import RuntimeRejected, RuntimeUnavailable
+from app.runtime.docker import names
+from app.runtime.docker.answers import Info, Version, Volume
+from app.runtime.docker.engine import Engine, Refused, trouble
+from app.runtime.driver import Capabilities, EngineInfo
+
+OLDEST_API = (1, 41)
+KIND = "docker"
+NANO = 1_000_000_000
+
+
+class VolumeConfig(Struct, frozen=True, rename="pascal"):
+    """The body of a call that makes a volume."""
+
+    name: str
+    labels: dict[str, str]
+
+
+async def leave_mark(engine: Engine, installation: UUID) -> str:
+    """Make the mark unless it is there. The answer is the mark, whoever made it.
+
+    Raises:
+        RuntimeRejected: `NAME_TAKEN`, a stranger's volume has its name.
+    """
+    name, labels = names.mark_name(installation), names.mark_labels(installation, secrets.token_hex(16))
+    try:
+        volume = await engine.create("volumes/create", VolumeConfig(name, labels), Volume, limit=engine.times.volume)
+    except Refused as refused:
+        raise trouble(f"make the volume {name}", refused) from None
+    mark = names.mark_in(volume.name, volume.labels or {}, installation)
+    if mark is None:
+        raise RuntimeRejected("NAME_TAKEN", f"the volume {name} exists and is not ours: remove it, or rename it")
+    return mark
+
+
+async def check(engine: Engine, installation: UUID, can: Capabilities) -> EngineInfo:
+    """Ask the engine who it is. Speaks its present API version from now on."""
+    try:
+        version = await engine.negotiate()
+        _demand_api(engine, version)
+        info = await engine.ask("info", Info)
+        mark = await _find_mark(engine, installation)
+    except Refused as refused:
+        raise trouble("say who it is", refused) from None
+    return EngineInfo(
+        kind=KIND,
+        version=storable(version.version),
+        api=storable(version.api_version),
+        engine_id=storable(info.id),
+        address=engine.address,
+        mark=mark,
+        capabilities=can,
+        capacity=Capacity(info.cpus * NANO or None, info.memory or None),
+        live_restore=info.live_restore,
+    )
+
+
+async def _find_mark(engine: Engine, installation: UUID) -> str | None:
+    name = names.mark_name(installation)
+    try:
+        volume = await engine.ask(f"volumes/{name}", Volume, limit=engine.times.volume)
+    except Refused as refused:
+        if refused.status == HTTPStatus.NOT_FOUND:
+            return None
+        raise
+    return names.mark_in(volume.name, volume.labels or {}, installation)
+
+
+def _demand_api(engine: Engine, version: Version) -> None:
+    if tuple(int(part) for part in version.api_version.split(".") if part.isdecimal()) < OLDEST_API:
+        raise RuntimeUnavailable(
+            f"the Docker engine at {engine.address} is too old ({storable(version.version)}): use 20.10 or later"
+        )

@@ -1,0 +1,108 @@
+"""Names and labels of everything that the driver puts on an engine. No other module knows one.
+
+============ ==================================== =======================================================
+role         name                                 what it is
+============ ==================================== =======================================================
+`main`       `sandbox-<object id>`                the container that runs the workload
+`egress`     `sandbox-egress-<object id>`         the container that filters its traffic (not made yet)
+`mark`       `sandledger-mark-<installation>`     a volume; its label tells this engine from all others
+============ ==================================== =======================================================
+
+`<installation>` is the first eight hex digits of the installation's id, which is random.
+
+Labels are ours only (`sandledger.io/`). The public server lists and removes whatever bears `opensandbox.io/id`, so no
+object of ours bears a label of that prefix, and no label of that prefix makes an object ours.
+
+Labels travel: a container that somebody commits to an image hands all its labels to whatever is made from that image.
+Therefore an object is ours only when installation label, object label, role label and the derived name agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from uuid import UUID
+
+from msgspec import Struct
+
+INSTALLATION = "sandledger.io/installation"
+OBJECT = "sandledger.io/object"
+ROLE = "sandledger.io/role"
+TENANT = "sandledger.io/tenant"
+GENERATION = "sandledger.io/generation"
+POSITION = "sandledger.io/position"
+MARK = "sandledger.io/mark"
+
+MAIN, EGRESS = "main", "egress"
+ROLE_OF_MARK = "mark"
+PREFIXES = {MAIN: "sandbox-", EGRESS: "sandbox-egress-"}
+"""Roles of containers."""
+
+
+class Identity(Struct, frozen=True):
+    """Which part of which object of ours a container is."""
+
+    object_id: UUID
+    role: str
+    name: str
+
+
+def container_name(object_id: UUID, role: str = MAIN) -> str:
+    """Derived from the id, so that a repeated create meets the first one."""
+    return f"{PREFIXES[role]}{object_id}"
+
+
+def mark_name(installation: UUID) -> str:
+    """The volume that marks the engine."""
+    return f"sandledger-mark-{installation.hex[:8]}"
+
+
+def labels_of(
+    installation: UUID, object_id: UUID, role: str, *, tenant: str, generation: int, position: int
+) -> dict[str, str]:
+    """Identity and nothing else: everybody who may list containers reads labels."""
+    return {
+        INSTALLATION: str(installation),
+        OBJECT: str(object_id),
+        ROLE: role,
+        TENANT: tenant,
+        GENERATION: str(generation),
+        POSITION: str(position),
+    }
+
+
+def identify(labels: Mapping[str, str], names: Iterable[str], installation: UUID) -> Identity | None:
+    """Which part this container is; None = a stranger's. `names` as the engine gives them, with or without a slash."""
+    role = labels.get(ROLE, "")
+    if labels.get(INSTALLATION) != str(installation) or role not in PREFIXES:
+        return None
+    try:
+        object_id = UUID(labels.get(OBJECT, ""))
+    except ValueError:
+        return None
+    name = container_name(object_id, role)
+    return Identity(object_id, role, name) if name in {given.removeprefix("/") for given in names} else None
+
+
+def mark_labels(installation: UUID, mark: str) -> dict[str, str]:
+    """Labels of the mark's volume."""
+    return {INSTALLATION: str(installation), ROLE: ROLE_OF_MARK, MARK: mark}
+
+
+def mark_in(name: str, labels: Mapping[str, str], installation: UUID) -> str | None:
+    """The mark that a volume bears; None = the volume is not ours."""
+    ours = name == mark_name(installation) and labels.get(INSTALLATION) == str(installation)
+    return (labels.get(MARK) or None) if ours and labels.get(ROLE) == ROLE_OF_MARK else None
+
+
+def generation_in(labels: Mapping[str, str]) -> int:
+    """The generation label; 1 when it is missing or has been tampered with."""
+    return _number(labels.get(GENERATION, "")) or 1
+
+
+def position_in(labels: Mapping[str, str]) -> int | None:
+    """The position label; None when it is missing or has been tampered with."""
+    return _number(labels.get(POSITION, ""))
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None  # noqa: PLR2004 - int64

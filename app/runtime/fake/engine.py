@@ -1,0 +1,229 @@
+"""The engine of the fake: what several drivers share. Tests read and set the public fields, and play every accident.
+
+By convention images named `missing/...` are in no registry, and entrypoints below `/missing/` in no image. An image in
+`to_pull` exists and is not on the engine yet; all others are on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime
+from typing import TypeAlias
+from uuid import UUID, uuid4
+
+import msgspec
+from msgspec import Struct
+
+from app.domain.sandbox.observed import Address, Waiting
+from app.errors import RuntimeFault
+from app.runtime.driver import Exit, FetchedImage, Leftover, Power, Workload
+
+Clock: TypeAlias = Callable[[], datetime]
+KILLED = 137
+SIZE = 1_000_000
+
+
+def name_of(object_id: UUID) -> str:
+    """The name of an object's container."""
+    return f"sandbox-{object_id}"
+
+
+class FakeContainer(Struct, frozen=True):
+    """One container. `object_id` None = made by a stranger."""
+
+    name: str
+    runtime_id: str
+    power: Power
+    created_at: datetime
+    installation: UUID | None = None
+    object_id: UUID | None = None
+    work: Workload | None = None
+    started_at: datetime | None = None
+    exit: Exit | None = None
+    address: Address | None = None
+    removing: bool = False
+    """Somebody asked for its removal, and it is not gone yet."""
+
+
+class Pull(Struct, frozen=True):
+    """How the pull of one image goes."""
+
+    progress: tuple[str, ...] = ()
+    fault: RuntimeFault | None = None
+    """Raised at its end: as a fresh one for each caller."""
+    gate: asyncio.Event | None = None
+    """Waited for between the progress and the end."""
+
+
+class FakeEngine:
+    """One engine."""
+
+    def __init__(self, clock: Clock = lambda: datetime.now(UTC)) -> None:
+        self.containers: dict[str, FakeContainer] = {}
+        """By name."""
+        self.leftovers: dict[str, tuple[UUID, Leftover]] = {}
+        """Parts without a `main`, by name, with their installation."""
+        self.calls: Counter[str] = Counter()
+        self.engine_id = str(uuid4())
+        self.marks: dict[UUID, str] = {}
+        """By installation."""
+        self.to_pull: set[str] = set()
+        """Images that exist but are not on the engine yet; all others are."""
+        self.pulls: dict[str, Pull] = {}
+        """How pulls go, by reference; the others succeed at once."""
+        self.scripts: dict[UUID, Exit] = {}
+        """Workloads that end by themselves right after their start."""
+        self.waiting: dict[UUID, Waiting] = {}
+        """Objects that are created and not started before `settle`."""
+        self.refusals: dict[str, RuntimeFault] = {}
+        """Calls that a healthy engine refuses, by name: `pause`, `unpause`, `remove`, `create`, `start`, `pull`."""
+        self.slow_removals = False
+        """A removal is only begun; `finish_removals` ends it."""
+        self.down = False
+        self.empty_listing = False
+        self._clock = clock
+        self._streams: set[asyncio.Queue[FakeContainer | None]] = set()
+        self._made = 0
+
+    def of(self, object_id: UUID) -> FakeContainer | None:
+        """The container that has this object's name."""
+        return self.containers.get(name_of(object_id))
+
+    def make(self, name: str, work: Workload | None = None, installation: UUID | None = None) -> FakeContainer:
+        """Create without start. Without `work` it is a stranger's."""
+        self._made += 1
+        object_id = work.ref.object_id if work else None
+        made = FakeContainer(name, f"{self._made:064x}", Power.CREATED, self._clock(), installation, object_id, work)
+        self.containers[name] = made
+        return made
+
+    def start(self, name: str) -> None:
+        """Run what was created."""
+        # No hint: as with the real driver, a start that a driver makes is known to whoever asked for it.
+        self._run(name)
+        container = self.containers[name]
+        ends = self.scripts.get(container.object_id) if container.object_id else None
+        if ends is not None:
+            self._end(container, msgspec.structs.replace(ends, at=ends.at or self._clock()))
+
+    def settle(self, object_id: UUID) -> None:
+        """What was waiting is up now, as when the engine itself starts it."""
+        self.waiting.pop(object_id, None)
+        self.start(name_of(object_id))
+        self._publish(self.containers[name_of(object_id)])
+
+    def exit(self, object_id: UUID, code: int = 0, *, oom: bool = False, message: str = "") -> None:
+        """Let a workload end by itself."""
+        self._end(self.containers[name_of(object_id)], Exit(KILLED if oom else code, oom, message, self._clock()))
+
+    def restart(self, object_id: UUID) -> None:
+        """From outside, as `docker restart`: the same container, started anew."""
+        name = name_of(object_id)
+        self._end(self.containers[name], Exit(KILLED, at=self._clock()))
+        self._run(name)
+        self._publish(self.containers[name])
+
+    def lose_power(self, *, forgetting: Collection[UUID] = ()) -> None:
+        """The host goes down and comes back: nothing runs any more, and there are no events about it.
+
+        Of the objects in `forgetting` the disk has the create only, since they were so young.
+        """
+        for name, container in self.containers.items():
+            if container.power not in (Power.RUNNING, Power.PAUSED):
+                continue
+            after = msgspec.structs.replace(
+                container, power=Power.EXITED, exit=Exit(KILLED, at=self._clock()), address=None
+            )
+            if container.object_id in forgetting:
+                after = msgspec.structs.replace(after, power=Power.CREATED, started_at=None, exit=None)
+            self.containers[name] = after
+        self.drop_streams()
+
+    def become_another(self) -> None:
+        """Another engine answers at this address: other id, no mark, nothing of ours."""
+        self.engine_id = str(uuid4())
+        self.marks.clear()
+        self.containers.clear()
+        self.leftovers.clear()
+        self.drop_streams()
+
+    def set_power(self, name: str, power: Power) -> None:
+        """Pause or resume."""
+        changed = msgspec.structs.replace(self.containers[name], power=power, exit=None)
+        self.containers[name] = changed
+        self._publish(changed)
+
+    def remove(self, name: str) -> bool:
+        """Take away, or only begin to. False = not gone yet."""
+        if self.slow_removals:
+            changed = msgspec.structs.replace(
+                self.containers[name], removing=True, power=Power.EXITED, exit=Exit(KILLED, at=self._clock())
+            )
+            self.containers[name] = changed
+            return False
+        self.destroy(name)
+        return True
+
+    def finish_removals(self) -> None:
+        """What was being removed is gone."""
+        for container in [one for one in self.containers.values() if one.removing]:
+            self.destroy(container.name)
+
+    def destroy(self, name: str) -> None:
+        """Take away."""
+        self._publish(self.containers.pop(name))
+
+    def leave(self, installation: UUID, leftover: Leftover) -> None:
+        """Put a part without `main` there."""
+        self.leftovers[leftover.name] = installation, leftover
+
+    def image(self, reference: str) -> FetchedImage | None:
+        """The image, if it is here."""
+        if reference.startswith("missing/") or reference in self.to_pull:
+            return None
+        return FetchedImage(_digest(f"id of {reference}"), _digest(reference), SIZE)
+
+    def drop_streams(self) -> None:
+        """Cut every event stream; the drivers open them again and miss nothing."""
+        for stream in self._streams:
+            stream.put_nowait(None)
+
+    def open_stream(self) -> asyncio.Queue[FakeContainer | None]:
+        """Events from now on."""
+        stream: asyncio.Queue[FakeContainer | None] = asyncio.Queue()
+        self._streams.add(stream)
+        return stream
+
+    @property
+    def listeners(self) -> int:
+        """How many event streams are open."""
+        return len(self._streams)
+
+    def close_stream(self, stream: asyncio.Queue[FakeContainer | None]) -> None:
+        """No more events."""
+        self._streams.discard(stream)
+
+    def _run(self, name: str) -> None:
+        self.containers[name] = msgspec.structs.replace(
+            self.containers[name],
+            power=Power.RUNNING,
+            started_at=self._clock(),
+            exit=None,
+            address=Address("fake", f"10.0.0.{self._made % 250 + 1}"),
+        )
+
+    def _end(self, container: FakeContainer, end: Exit) -> None:
+        changed = msgspec.structs.replace(container, power=Power.EXITED, exit=end, address=None)
+        self.containers[container.name] = changed
+        self._publish(changed)
+
+    def _publish(self, container: FakeContainer) -> None:
+        for stream in self._streams:
+            stream.put_nowait(container)
+
+
+def _digest(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

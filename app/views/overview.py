@@ -1,0 +1,256 @@
+"""What an operator asks first: are the engines there, does the queue move, is anything stuck?
+
+Each figure comes from one statement, so two figures may be some milliseconds apart. Nothing here asks an engine: an
+engine is as the workers last recorded it.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from msgspec import Struct
+from sqlalchemy import Double, Integer, Text, bindparam, case, extract, func, select
+
+from app.store.database.pool import Database
+from app.store.database.statement import Statement
+from app.store.log.store import EventLog
+from app.store.tables import deadlines, engines, reconcile_queue, sandboxes
+
+DARK_AFTER_SECONDS = 15.0
+LATE_AFTER_SECONDS = 15.0
+"""A row that is due for longer than this is late: no worker has taken it."""
+FAILING_ATTEMPTS = 3
+HELD_POSITIONS = 1000
+"""A horizon that lies further behind is held back by a writer that hangs."""
+MAX_SHOWN = 20
+
+_now = func.clock_timestamp()
+_Q, _D, _S, _E = reconcile_queue.c, deadlines.c, sandboxes.c, engines.c
+
+
+def _seconds(earlier: Any) -> Any:
+    return extract("epoch", _now - earlier).cast(Double)
+
+
+class EngineLine(Struct, frozen=True):
+    """One engine."""
+
+    name: str
+    kind: str
+    state: str
+    state_since: datetime
+    trouble: str
+    version: str
+    sandboxes: int
+    """Not closed yet."""
+    seen_s: float | None
+    """Seconds since a worker last reached it."""
+    swept_s: float | None
+    """Seconds since a worker last compared all of it."""
+
+
+class QueueLine(Struct, frozen=True):
+    """The queue of one engine; an empty name = not placed."""
+
+    engine: str
+    rows: int
+    claimed: int
+    due: int
+    failing: int
+    oldest_due_s: float
+
+
+class DeadlineLine(Struct, frozen=True):
+    """Deadlines of one name."""
+
+    name: str
+    rows: int
+    overdue: int
+    """Fired by nobody although their time has come."""
+    oldest_overdue_s: float
+
+
+class StuckLine(Struct, frozen=True):
+    """A sandbox that stays in a transitional phase, or whose attempts fail."""
+
+    id: UUID
+    tenant: str
+    phase: str
+    engine: str | None
+    since_s: float
+    attempts: int
+    reason: str | None
+    message: str | None
+
+
+class LogLine(Struct, frozen=True):
+    """How the log stands."""
+
+    last_position: int
+    horizon: int
+    partitions_ahead: int
+
+    @property
+    def lag(self) -> int:
+        """Positions that are handed out and not settled."""
+        return self.last_position - self.horizon
+
+
+class Overview(Struct, frozen=True):
+    """All of it."""
+
+    engines: tuple[EngineLine, ...]
+    queue: tuple[QueueLine, ...]
+    deadlines: tuple[DeadlineLine, ...]
+    stuck: tuple[StuckLine, ...]
+    log: LogLine
+    phases: dict[str, int]
+    """Sandboxes that are not closed, by phase."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, in words; empty when nothing is."""
+        return (*self._engine_problems(), *self._work_problems(), *self._log_problems())
+
+    def _engine_problems(self) -> list[str]:
+        found: list[str] = []
+        if not self.engines:
+            found.append("no engine is registered: start a worker that can reach one")
+        for engine in self.engines:
+            if engine.state != "up":
+                found.append(f"engine {engine.name} is {engine.state}: {engine.trouble}")
+            elif engine.seen_s is None or engine.seen_s > DARK_AFTER_SECONDS:
+                ago = "never" if engine.seen_s is None else f"{engine.seen_s:.0f} s ago"
+                found.append(f"no worker serves engine {engine.name}: last seen {ago}")
+        return found
+
+    def _work_problems(self) -> list[str]:
+        found = [
+            f"queue of engine {line.engine or '(not placed)'}: {line.due} due, the oldest for {line.oldest_due_s:.0f} s"
+            for line in self.queue
+            if line.oldest_due_s > LATE_AFTER_SECONDS
+        ]
+        found += [
+            f"{line.overdue} deadlines {line.name} have not fired, the oldest for {line.oldest_overdue_s:.0f} s"
+            for line in self.deadlines
+            if line.oldest_overdue_s > LATE_AFTER_SECONDS
+        ]
+        if self.stuck:
+            found.append(f"{len(self.stuck)} sandboxes are stuck or failing; they are listed below")
+        return found
+
+    def _log_problems(self) -> list[str]:
+        found: list[str] = []
+        if self.log.lag > HELD_POSITIONS:
+            found.append(f"the log's horizon is {self.log.lag} positions behind: a writer hangs in its transaction")
+        if self.log.partitions_ahead < 1:
+            found.append("no spare partition of the log is left: a worker makes them; look at its log")
+        return found
+
+
+def _engines_statement() -> Statement:
+    open_ = (
+        select(func.count())
+        .select_from(sandboxes)
+        .where(_S.engine == _E.name, _S.closed_at.is_(None))
+        .scalar_subquery()
+    )
+    return Statement(
+        select(
+            _E.name,
+            _E.kind,
+            _E.state,
+            _E.state_since,
+            _E.trouble,
+            _E.server_version,
+            open_.label("sandboxes"),
+            _seconds(_E.last_seen_at).label("seen_s"),
+            _seconds(_E.swept_at).label("swept_s"),
+        ).order_by(_E.name)
+    )
+
+
+def _oldest(column: Any) -> Any:
+    return func.coalesce(_seconds(func.min(column).filter(column <= _now)), 0.0).cast(Double)
+
+
+_ENGINES = _engines_statement()
+_QUEUE = Statement(
+    select(
+        _Q.engine,
+        func.count().label("rows"),
+        func.count().filter(_Q.lease_until > _now).label("claimed"),
+        func.count().filter(_Q.due_at <= _now).label("due"),
+        func.count().filter(_Q.attempts > 0).label("failing"),
+        _oldest(_Q.due_at).label("oldest_due_s"),
+    )
+    .group_by(_Q.engine)
+    .order_by(_Q.engine)
+)
+_DEADLINES = Statement(
+    select(
+        _D.name,
+        func.count().label("rows"),
+        func.count().filter(_D.fires_at <= _now).label("overdue"),
+        _oldest(_D.fires_at).label("oldest_overdue_s"),
+    )
+    .group_by(_D.name)
+    .order_by(_D.name)
+)
+_PHASES = Statement(select(_S.phase, func.count()).where(_S.closed_at.is_(None)).group_by(_S.phase))
+_LATE = deadlines.alias("late")
+_STUCK = Statement(
+    select(
+        _S.id,
+        _S.tenant,
+        _S.phase,
+        _S.engine,
+        _seconds(_S.changed_at).label("since_s"),
+        func.coalesce(_Q.attempts, 0).cast(Integer).label("attempts"),
+        func.coalesce(_Q.last_reason, _S.waiting["reason"].astext).cast(Text).label("reason"),
+        func.coalesce(_Q.last_error, _S.waiting["message"].astext).cast(Text).label("message"),
+    )
+    .select_from(sandboxes)
+    .outerjoin(reconcile_queue, _Q.stream_id == _S.id)
+    .where(
+        _S.closed_at.is_(None),
+        (_Q.attempts >= FAILING_ATTEMPTS)
+        | (
+            case(
+                (_S.phase == "Stopping", _seconds(_S.changed_at) > bindparam("stopping_s", type_=Double)),
+                (
+                    (_S.phase == "Pausing") | (_S.phase == "Resuming"),
+                    _seconds(_S.changed_at) > bindparam("power_s", type_=Double),
+                ),
+                else_=False,
+            )
+        ),
+    )
+    .order_by(_S.changed_at)
+    .limit(MAX_SHOWN)
+)
+
+
+class OverviewReader:
+    """Reads it."""
+
+    def __init__(self, database: Database, *, stopping_s: float = 60, power_s: float = 60) -> None:
+        """On an open database, with the operator's limits of transitional phases."""
+        self._database = database
+        self._log = EventLog(database, remember=0)
+        self._limits = {"stopping_s": stopping_s, "power_s": power_s}
+
+    async def read(self) -> Overview:
+        """As things are now."""
+        fetch = self._database.fetch
+        identity = await self._log.identity()
+        return Overview(
+            tuple(EngineLine(*row) for row in await fetch(_ENGINES)),
+            tuple(QueueLine(*row) for row in await fetch(_QUEUE)),
+            tuple(DeadlineLine(*row) for row in await fetch(_DEADLINES)),
+            tuple(StuckLine(UUID(int=row[0].int), *row[1:]) for row in await fetch(_STUCK, **self._limits)),
+            LogLine(identity.last_position, await self._log.horizon(), await self._log.partitions_ahead()),
+            {row[0]: row[1] for row in await fetch(_PHASES)},
+        )

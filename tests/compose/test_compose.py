@@ -1,0 +1,94 @@
+"""compose.yaml is run: two API servers, two workers and PostgreSQL on the real engine, with base images made here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import aiodocker
+import pytest
+
+from app.cli.local_image import ensure_busybox_image
+from tests.compose.stack import SANDBOX_IMAGE, Stack
+
+APIS = ("api1", "api2")
+WORKERS = ("worker1", "worker2")
+
+
+@pytest.fixture
+def stack(docker_host: str) -> Iterator[Stack]:
+    async def sandbox_image() -> None:
+        async with aiodocker.Docker(url=docker_host) as docker:
+            await ensure_busybox_image(docker, SANDBOX_IMAGE)
+
+    made = Stack(docker_host)
+    asyncio.run(sandbox_image())
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def create_through_each(stack: Stack) -> None:
+    """Each one's sandbox is seen to run through the other."""
+    for here, there in (APIS, reversed(APIS)):
+        sandbox = stack.create(here)
+        stack.until(f"{sandbox} of {here} runs", lambda there=there, sandbox=sandbox: stack.runs(there, sandbox))
+
+
+def hardening(stack: Stack, service: str) -> None:
+    seen = stack.container(service)
+    host = seen["HostConfig"]
+    assert host["ReadonlyRootfs"] and host["Init"] and host["CapDrop"] == ["ALL"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    sockets = [each["Destination"] for each in seen["Mounts"] if each["Destination"].endswith(".sock")]
+    if service in WORKERS:
+        assert sockets == ["/var/run/docker.sock"]
+    else:
+        assert sockets == []
+        assert seen["Config"]["User"] == "65534:65534"
+
+
+@pytest.mark.timeout(600)  # it builds an image, beside whatever else this machine does
+def test_two_of_each_serve_outlive_kills_and_leave_nothing(stack: Stack) -> None:
+    stack.make_base_images()
+    stack.compose("up", "--detach", "--build")
+    for api in APIS:
+        stack.until(f"{api} is ready", lambda api=api: stack.ready(api))
+    for service in (*APIS, *WORKERS):
+        hardening(stack, service)
+    # The workers' health check; the engine itself waits half a minute before it asks.
+    assert "Traceback" not in stack.compose("exec", "-T", "worker1", "sandledger", "doctor")
+    create_through_each(stack)
+
+    killed = ("api1", "worker1", "postgres")
+    before = {each: stack.container(each)["State"]["StartedAt"] for each in killed}
+    stack.kill(*killed)
+    for each in killed:
+        stack.until(
+            f"{each} runs again",
+            lambda each=each: (
+                (state := stack.container(each)["State"])["Running"] and state["StartedAt"] != before[each]
+            ),
+        )
+    for api in APIS:
+        stack.until(f"{api} is ready again", lambda api=api: stack.ready(api))
+    for sandbox in stack.made:
+        assert stack.runs("api1", sandbox)
+    create_through_each(stack)
+
+    assert len(stack.sandbox_containers()) == 4
+    for api, sandbox in zip(APIS * 2, stack.made, strict=True):
+        with stack.api(api) as client:
+            assert client.delete(f"/v1/sandboxes/{sandbox}").status_code == 204
+    stack.until("their containers are removed", lambda: stack.sandbox_containers() == [])
+    stack.compose("down", "--volumes")
+    assert [stack.listed(path, all="1") for path in ("containers/json", "networks", "volumes")] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    "missing", ["POSTGRES_PASSWORD", "SERVER_PASSWORD", "OPENSANDBOX_SERVER_API_KEY", "SANDLEDGER_MASTER_KEY"]
+)
+def test_no_secret_has_a_default(stack: Stack, missing: str) -> None:
+    with pytest.raises(AssertionError, match="set it"):
+        stack.compose("config", **{missing: ""})

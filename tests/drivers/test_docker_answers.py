@@ -1,0 +1,134 @@
+"""What is read from the engine's answers: addresses, and the progress of a pull."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import pytest
+
+from app.domain.sandbox.observed import Address
+from app.runtime.docker import names
+from app.runtime.docker.answers import Amount, ImageShown, Inspected, PullLine, observed
+from app.runtime.docker.images import digest_in, has_platform, repository
+from app.runtime.docker.progress import Layers, Meter
+
+WHOSE = names.Identity(uuid4(), "main", "sandbox-x")
+
+
+def shown(network: dict[str, Any] | None, status: str = "running") -> Inspected:
+    now = datetime.now(UTC).isoformat()
+    state = {"Status": status, "StartedAt": now, "FinishedAt": now, "Error": "\x1b[2J"}
+    document = {"Id": "1", "Name": "/x", "Created": now, "Image": "i", "State": state, "Config": {}}
+    return msgspec.convert(document | ({} if network is None else {"NetworkSettings": network}), Inspected)
+
+
+@pytest.mark.parametrize(
+    ("network", "address"),
+    [
+        (None, None),
+        ({}, None),
+        ({"Networks": None, "Ports": None}, None),
+        ({"Networks": {"bridge": {"IPAddress": ""}}}, None),
+        ({"Networks": {"own": {"IPAddress": "10.1.2.3"}}, "IPAddress": ""}, Address("own", "10.1.2.3")),
+        ({"Networks": {"host": {"IPAddress": ""}}}, Address("host")),
+        (
+            {
+                "Networks": {"bridge": {"IPAddress": "10.1.2.3"}},
+                "Ports": {
+                    "8080/tcp": [{"HostIp": "127.0.0.1", "HostPort": "32768"}],
+                    "53/udp": [{"HostIp": "::", "HostPort": "5353"}],
+                    "99/tcp": None,
+                    "98/tcp": [{"HostIp": "", "HostPort": ""}],
+                },
+            },
+            Address("bridge", "10.1.2.3", {"8080": "127.0.0.1:32768", "53/udp": "[::]:5353"}),
+        ),
+    ],
+)
+def test_addresses(network: dict[str, Any] | None, address: Address | None):
+    assert observed(shown(network), WHOSE).address == address
+    assert observed(shown(network, "paused"), WHOSE).address == address
+    for gone in ("exited", "created", "removing", "dead"):
+        assert observed(shown(network, gone), WHOSE).address is None
+
+
+def test_the_message_of_an_exit_has_no_control_characters():
+    seen = observed(shown(None, "exited"), WHOSE)
+    assert seen.exit is not None
+    assert seen.exit.message == "\\x1b[2J"
+
+
+def line(layer: str, status: str, current: int = 0, total: int = 0) -> PullLine:
+    return PullLine(status, layer, Amount(current, total) if total else None)
+
+
+def test_progress_is_counted_by_layers_and_bytes():
+    layers = Layers()
+    steps = [
+        (line("1.0", "Pulling from team/app"), ""),  # the tag, not a layer
+        (line("", "Status: Downloaded newer image"), ""),
+        (line("a", "Pulling fs layer"), "0 of 1 layers"),
+        (line("b", "Pulling fs layer"), "0 of 2 layers"),
+        (line("c", "Already exists"), "1 of 3 layers"),
+        (line("b", "Waiting"), "1 of 3 layers"),
+        (line("a", "Downloading", 500_000, 41_000_000), "1 of 3 layers, 0.5 of 41.0 MB"),
+        (line("b", "Downloading", 1_000_000, 79_000_000), "1 of 3 layers, 1.5 of 120.0 MB"),
+        (line("a", "Download complete"), "1 of 3 layers, 42.0 of 120.0 MB"),
+        (line("a", "Extracting", 1, 41_000_000), "1 of 3 layers, 42.0 of 120.0 MB"),
+        (line("a", "Pull complete"), "2 of 3 layers, 42.0 of 120.0 MB"),
+        (line("d", "Some word that nobody knows"), "2 of 3 layers, 42.0 of 120.0 MB"),
+    ]
+    for told, text in steps:
+        layers.note(told)
+        assert str(layers) == text
+
+
+async def test_progress_is_told_once_and_not_too_often():
+    told = list[str]()
+    meter = Meter(told.append)
+    for _ in range(100):
+        meter.note(line("a", "Pulling fs layer"))
+    for done in range(1, 1000):
+        meter.note(line("a", "Downloading", done, 1000))
+    assert told == ["0 of 1 layers"]
+    while len(told) < 2:
+        await asyncio.sleep(0.05)
+    assert told[1] == "0 of 1 layers, 0.0 of 0.0 MB", "the last one, although no line came any more"
+    meter.note(line("a", "Pull complete"))
+    meter.close()
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("app", "app"),
+        ("app:1", "app"),
+        ("library/app:1", "app"),
+        ("docker.io/library/app:1", "app"),
+        ("docker.io/team/app", "team/app"),
+        ("localhost:5000/app", "localhost:5000/app"),
+        ("r.test:5000/team/app:1@sha256:0", "r.test:5000/team/app"),
+    ],
+)
+def test_the_repository_in_a_reference(reference: str, name: str):
+    assert repository(reference) == name
+
+
+def test_the_digest_is_that_of_the_references_own_repository():
+    image = ImageShown("sha256:i", repo_digests=["other/app@sha256:1", "docker.io/team/app@sha256:2"])
+    assert digest_in(image, "team/app:latest") == "sha256:2"
+    assert digest_in(image, "retagged:1") == "sha256:1"
+    assert digest_in(ImageShown("sha256:i"), "team/app") is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "fits"),
+    [(None, True), ("linux/arm64", True), ("linux/arm64/v8", True), ("linux/amd64", False), ("linux", False)],
+)
+def test_platforms(platform: str | None, fits: bool):
+    assert has_platform(ImageShown("i", "linux", "arm64"), platform) is fits
