@@ -15,6 +15,7 @@ have_compose = { command -v docker-compose || docker compose version; } >/dev/nu
 define ready_for_tests
 @.ci/engine start || { [ -z "$${REQUIRE_ENGINE:-}" ] && echo "Tests that need an engine will be skipped."; }
 @$(have_compose) || [ "$$(id -u)" != 0 ] || .ci/apt docker-compose || echo "The test of compose.yaml needs Docker Compose."
+@command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || [ "$$(id -u)" != 0 ] || .ci/apt pgbouncer || echo "The test of poolers needs pgbouncer."
 endef
 
 # Whether nobody holds this lock of the embedded PostgreSQL (app/store/embedded/server.py says which they are).

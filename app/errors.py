@@ -13,7 +13,9 @@
     ├── RuntimeFault             the engine side
     │   ├── RuntimeUnavailable   cannot be reached or answers 5xx: retried, never counted, never a verdict
     │   └── RuntimeRejected      the engine's final word on this workload: the sandbox fails with this reason
-    ├── StoreUnavailable         503  PostgreSQL cannot be reached
+    ├── StoreUnavailable         503  PostgreSQL cannot be reached, or may not write
+    │   ├── StoreBusy            503  every connection of this process is in use
+    │   └── StoreRefused         503  PostgreSQL answers and refuses: waiting does not help
     ├── IllegalTransition        an event that the declared table does not allow; a bug, never appended
     ├── UnknownEvent             503  a stored event this version cannot read; reading stops loudly
     └── SettingsError            configuration; the message names file, key, value and what is allowed
@@ -99,7 +101,15 @@ class RuntimeRejected(RuntimeFault):
 
 
 class StoreUnavailable(SandledgerError):
-    """PostgreSQL cannot be reached."""
+    """PostgreSQL cannot be reached, or may not write."""
+
+
+class StoreBusy(StoreUnavailable):
+    """Every connection of this process is in use. PostgreSQL is well."""
+
+
+class StoreRefused(StoreUnavailable):
+    """PostgreSQL answers and refuses: the login, the database or the schema is wrong. Waiting does not help."""
 
 
 class IllegalTransition(SandledgerError):

@@ -21,7 +21,10 @@ context.configure(
     connection=connection,
     target_metadata=metadata,
     include_object=include_object,
+    include_schemas=True,
+    version_table_schema="sandledger",
     transactional_ddl=True,
+    transaction_per_migration=True,
 )
 with context.begin_transaction():
     context.run_migrations()

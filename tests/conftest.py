@@ -21,6 +21,7 @@ from app.domain.engine.decide import Sighting
 from app.domain.stream import Actor, ActorKind, Meta
 from app.service.engines import Engines
 from app.service.sandboxes import Service
+from app.store.database.dsn import address
 from app.store.database.migrate import migrate
 from app.store.database.pool import Database
 from app.store.embedded.server import EmbeddedPostgres
@@ -32,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 INSTALLATION = uuid.UUID("0198f000-0000-7000-8000-00000000aaaa")
 SIGHTING = Sighting("default", "fake", "fake-engine", "fake-mark", "1", "1")
 STATION = Meta(Actor(ActorKind.RECONCILER, "station", "test"), "test")
+SERVER = "sandledger_server"
+"""The login of servers."""
 
 
 def _run(dsn: str, *statements: str) -> None:
@@ -94,7 +97,7 @@ def postgres(pytestconfig: pytest.Config) -> Iterator[EmbeddedPostgres]:
 def template(postgres: EmbeddedPostgres) -> str:
     """A migrated database to copy from."""
     _run(postgres.dsn, "CREATE DATABASE template_test")
-    asyncio.run(migrate(on_database(postgres.dsn, "template_test")))
+    asyncio.run(migrate(on_database(postgres.dsn, "template_test"), admit=address(as_server(postgres.dsn))))
     return "template_test"
 
 
@@ -104,11 +107,26 @@ def on_database(dsn: str, name: str) -> str:
     return f"{head.rpartition('/')[0]}/{name}" + (f"?{query}" if query else "")
 
 
+def cloned(name: str, template: str) -> tuple[str, ...]:
+    """Statements that copy a migrated database, with what belongs to the database itself and is not copied."""
+    return (
+        f"CREATE DATABASE {name} TEMPLATE {template}",
+        # For plain connections of tests; servers pin their own.
+        f"ALTER DATABASE {name} SET search_path = sandledger, public",
+        f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC",
+    )
+
+
+def as_server(dsn: str) -> str:
+    """The same database, as servers log in."""
+    return dsn.replace("postgres@", f"{SERVER}@")
+
+
 @pytest.fixture
 def dsn(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
-    """A fresh database. At the end every stream in it must fold to its head row."""
+    """A fresh database, as its owner. At the end every stream in it must fold to its head row."""
     name = f"t_{uuid.uuid4().hex}"
-    _run(postgres.dsn, f"CREATE DATABASE {name} TEMPLATE {template}")
+    _run(postgres.dsn, *cloned(name, template))
     address = on_database(postgres.dsn, name)
     try:
         yield address
@@ -120,7 +138,7 @@ def dsn(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
 @pytest.fixture
 async def database(dsn: str) -> AsyncIterator[Database]:
     """The application's pool on the fresh database."""
-    opened = Database(dsn)
+    opened = Database(as_server(dsn))
     yield opened
     await opened.close()
 

@@ -19,7 +19,7 @@ from litestar.typing import FieldDefinition
 from msgspec import UNSET, Struct, UnsetType
 
 from app.domain.text import printable
-from app.errors import Rejected, StoreUnavailable, UnknownEvent
+from app.errors import Rejected, StoreBusy, StoreUnavailable, UnknownEvent
 
 _LOG = logging.getLogger(__name__)
 _PLACE = re.compile(r"^(?P<rule>.*?)(?: - at `(?:key` in `)?\$(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -149,7 +149,9 @@ def problem_of(error: BaseException, request_id: str, fields: Mapping[str, Field
             return Problem(
                 503,
                 "GENERAL::STORE_UNAVAILABLE",
-                "The database is not reachable at the moment; try again.",
+                "This server is busy: all its database connections are in use; try again."
+                if isinstance(error, StoreBusy)
+                else "The database is not reachable at the moment; try again.",
                 headers=[("retry-after", "2")],
             )
         case UnknownEvent():

@@ -21,8 +21,7 @@ from app.cli.demonstration.play import play
 from app.errors import SandledgerError
 from app.server.assembly import open_database
 from app.server.process import Role, run
-from app.settings import Settings, load, redacted_dsn
-from app.store.database.migrate import migrate as run_migrations
+from app.settings import Settings, load
 
 T = TypeVar("T")
 _CONFIG = click.option(
@@ -80,11 +79,12 @@ def cli() -> None:
 @cli.command()
 @_CONFIG
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="all", show_default=True)
-def serve(config: Path | None, role: str) -> None:
+@click.option("--no-migrate", is_flag=True, help="Do not touch the schema; exit when it is older than this version.")
+def serve(config: Path | None, role: str, *, no_migrate: bool) -> None:
     """Run the API and the worker, or one of them."""
     settings = settings_of(config)
     logs.configure(settings.log)
-    go(lambda: run(settings, Role(role), say), loop=settings.server.loop)
+    go(lambda: run(settings, Role(role), say, upgrade=not no_migrate), loop=settings.server.loop)
 
 
 @cli.command()
@@ -94,14 +94,8 @@ def migrate(config: Path | None) -> None:
     settings = settings_of(config)
 
     async def work() -> None:
-        dsn = settings.store.postgresql.dsn
-        if dsn is None:
-            async with open_database(settings, say) as store:
-                say(f"{store.where}: up to date")
-            return
-        done = await run_migrations(dsn)
-        change = "is up to date" if done.before == done.after else f"migrated from {done.before or 'empty'}"
-        say(f"{redacted_dsn(dsn)}: {change}, at {done.after}")
+        async with open_database(settings, say, patient=True) as store:
+            say(f"{store.where}: the schema is up to date")
 
     go(work)
 

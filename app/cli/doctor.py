@@ -62,7 +62,7 @@ async def _store(settings: Settings, say: Say) -> list[Finding]:
     try:
         async with open_database(settings, say, upgrade=False) as store:
             found.append(Finding("database", fine=True, text=store.where))
-            done = await migrate(store.dsn, apply=False)
+            done = await migrate(store.owner_dsn, apply=False)
             ready = done.before == done.head or not done.known
             newer = "" if done.known else ", written by a newer version"
             advice = "" if ready else "; run `sandledger migrate`, or start a server, which does it"

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeAlias
 from uuid import UUID
 
+import msgspec
 from litestar import Litestar
 from msgspec import Struct
 
@@ -22,9 +23,11 @@ from app.runtime.driver import Driver
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import Settings, is_loopback, redacted_dsn
+from app.store.database.dsn import address
 from app.store.database.installation import claim_master_key
-from app.store.database.migrate import migrate
-from app.store.database.pool import Database
+from app.store.database.migrate import Migration, migrate
+from app.store.database.pool import KEPT_BACK, Database
+from app.store.database.waiting import wait_until_there
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
@@ -43,9 +46,14 @@ class Store(Struct, frozen=True):
     """A running, migrated PostgreSQL."""
 
     dsn: str
+    """As servers log in."""
+    owner_dsn: str
+    """As migrations log in; the same when only one is configured."""
     where: str
     """Which, for people; no password."""
     embedded: EmbeddedPostgres | None = None
+    schema: Migration | None = None
+    """As it was found and left."""
 
 
 class Opened(Struct, frozen=True):
@@ -123,38 +131,74 @@ def deadline_limits(settings: Settings) -> Limits:
 
 
 @asynccontextmanager
-async def open_database(settings: Settings, say: Say, *, upgrade: bool = True) -> AsyncGenerator[Store]:
-    """Start or join the embedded one, or take the configured one; migrate it unless told to leave it as it is."""
+async def open_database(
+    settings: Settings, say: Say, *, upgrade: bool = True, patient: bool = False
+) -> AsyncGenerator[Store]:
+    """Start or join the embedded one, or take the configured one; migrate it unless told to leave it as it is.
+
+    `patient` waits for a configured one that is not there yet.
+    """
     async with AsyncExitStack() as stack:
-        dsn, embedded = settings.store.postgresql.dsn, None
-        if dsn is None:
-            state_dir = settings.sandledger.state_dir
-            embedded = await asyncio.to_thread(EmbeddedPostgres.start, state_dir, say)
-            stack.callback(embedded.stop)
-            dsn, where = embedded.dsn, f"embedded PostgreSQL in {embedded.data_dir}"
-        else:
-            where = redacted_dsn(dsn)
-        done = await migrate(dsn, apply=upgrade)
+        store = await _store(settings, say, stack, settings.sandledger.start_wait_seconds if patient else 0)
+        done = await migrate(
+            store.owner_dsn,
+            apply=upgrade,
+            admit=address(store.dsn) if store.owner_dsn != store.dsn else None,
+            say=say,
+        )
         if done.after != done.before:
             say(f"database: migrated from {done.before or 'empty'} to {done.after}")
         if upgrade and not done.known:
             say(f"database: schema {done.before} was written by a newer version; using it as it is")
-        yield Store(dsn, where, embedded)
+        yield msgspec.structs.replace(store, schema=done)
+
+
+def _check_schema(store: Store) -> None:
+    """Told to leave the schema alone, a server starts only on one that it can use."""
+    found = store.schema
+    if found is not None and found.known and found.after != found.head:
+        raise SettingsError(
+            f"the database schema is at {found.after or 'nothing'}, this version needs {found.head}: run `sandledger "
+            "migrate`, or start without --no-migrate"
+        )
+
+
+async def _store(settings: Settings, say: Say, stack: AsyncExitStack, seconds: float) -> Store:
+    pool = settings.store.postgresql
+    if pool.dsn is None:
+        embedded = await asyncio.to_thread(EmbeddedPostgres.start, settings.sandledger.state_dir, say)
+        stack.callback(embedded.stop)
+        where = f"embedded PostgreSQL in {embedded.data_dir}"
+        return Store(embedded.server_dsn, embedded.dsn, where, embedded)
+    owner = pool.migrate_dsn or pool.dsn
+    # Only for the owner's: the migration may yet have to make the login of the other.
+    await wait_until_there(
+        owner, f"PostgreSQL at {redacted_dsn(owner)}", seconds, say, limit=pool.connect_timeout_seconds
+    )
+    return Store(pool.dsn, owner, redacted_dsn(pool.dsn))
+
+
+def database_of(settings: Settings, store: Store) -> Database:
+    """The connections of this process, within `max_pool_size`."""
+    pool = settings.store.postgresql
+    return Database(
+        store.dsn,
+        min_size=pool.min_pool_size,
+        max_size=pool.max_pool_size - KEPT_BACK,
+        connect_timeout=pool.connect_timeout_seconds,
+        pool_timeout=pool.pool_timeout_seconds,
+    )
 
 
 @asynccontextmanager
-async def opened(settings: Settings, say: Say, make_driver: MakeDriver = docker_driver) -> AsyncGenerator[Opened]:
+async def opened(
+    settings: Settings, say: Say, make_driver: MakeDriver = docker_driver, *, upgrade: bool = True
+) -> AsyncGenerator[Opened]:
     """Everything below the two shells."""
-    pool = settings.store.postgresql
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_database(settings, say))
-        database = Database(
-            store.dsn,
-            min_size=pool.min_pool_size,
-            max_size=pool.max_pool_size,
-            connect_timeout=pool.connect_timeout_seconds,
-            pool_timeout=pool.pool_timeout_seconds,
-        )
+        store = await stack.enter_async_context(open_database(settings, say, upgrade=upgrade, patient=True))
+        _check_schema(store)
+        database = database_of(settings, store)
         stack.push_async_callback(database.close)
         ours = settings.sandledger
         keys, _ = await asyncio.to_thread(
@@ -164,6 +208,8 @@ async def opened(settings: Settings, say: Say, make_driver: MakeDriver = docker_
         installation, in_use = found.id, found.master_key_id or keys.ids[0]
         own_keys = await open_keys(database, keys, in_use)
         sealer = Sealer(keys, own_keys.digest, key_id=in_use)
+        if database.login is not None and database.login.warning is not None:
+            say(f"warning: {database.login.warning}")
         driver = make_driver(settings, installation)
         stack.push_async_callback(driver.close)
         news = Signal(database)

@@ -90,8 +90,10 @@ class _Stop:
         self.asked.set()
 
 
-async def run(settings: Settings, role: Role, say: Say, make_driver: MakeDriver = docker_driver) -> None:
-    """Serve until a signal.
+async def run(
+    settings: Settings, role: Role, say: Say, make_driver: MakeDriver = docker_driver, *, upgrade: bool = True
+) -> None:
+    """Serve until a signal. `upgrade` brings the schema to this version first.
 
     Raises:
         SettingsError, StoreUnavailable: the start did not work; the message says what to do.
@@ -104,7 +106,7 @@ async def run(settings: Settings, role: Role, say: Say, make_driver: MakeDriver 
     async with AsyncExitStack() as stack:
         if listener is not None:
             stack.callback(listener.close)
-        parts = await stack.enter_async_context(opened(settings, say, make_driver))
+        parts = await stack.enter_async_context(opened(settings, say, make_driver, upgrade=upgrade))
         worker = None
         if role is not Role.API:
             worker = Worker(

@@ -25,7 +25,7 @@ KIND = ev.REGISTRY.kind
 _MAX_ATTEMPTS = 10
 _MAX_POSITION = 2**47
 """The keys of the announced horizon have room for 48 bits."""
-_SKIP = Statement(select(func.log_skip_to(bindparam("position", type_=BigInteger)).label("position")))
+_SKIP = Statement(select(func.sandledger.log_skip_to(bindparam("position", type_=BigInteger)).label("position")))
 _CREATE = create_statement(KIND, engines.begin)
 _MOVE = append_statement(KIND, table, engines.move)
 

@@ -15,19 +15,21 @@ from app.settings.keys import Toml, is_table, lookup
 API_KEY = "OPENSANDBOX_SERVER_API_KEY"
 DSN = "OPENSANDBOX_STORE_POSTGRESQL_DSN"
 SHARED_DSN = "DATABASE_URL"
+MIGRATE_DSN = "SANDLEDGER_MIGRATE_DSN"
 INSECURE = "OPENSANDBOX_INSECURE_SERVER"
 MASTER_KEY = "SANDLEDGER_MASTER_KEY"
 MASTER_KEY_FILE = "SANDLEDGER_MASTER_KEY_FILE"
 
 _OVERRIDES = {
     DSN: "store.postgresql.dsn",
+    MIGRATE_DSN: "store.postgresql.migrate_dsn",
     "DOCKER_HOST": "docker.host",
     MASTER_KEY: "sandledger.master_key",
     MASTER_KEY_FILE: "sandledger.master_key_file",
     "SANDLEDGER_PREVIOUS_MASTER_KEY": "sandledger.previous_master_key",
     "SANDLEDGER_STATE_DIR": "sandledger.state_dir",
 }
-_BLANK_IS_UNSET = ("server.api_key", "store.postgresql.dsn")
+_BLANK_IS_UNSET = ("server.api_key", "store.postgresql.dsn", "store.postgresql.migrate_dsn")
 
 
 def overlay(raw: Toml, environ: Mapping[str, str]) -> dict[str, str]:

@@ -38,8 +38,8 @@ Environment = Annotated[
 Dsn = Annotated[
     str,
     Meta(
-        pattern=r"^(postgres|postgresql|postgresql\+asyncpg)://",
-        description="a URL that starts with postgresql://, postgres:// or postgresql+asyncpg://",
+        pattern=r"^\s*((postgres|postgresql|postgresql\+asyncpg)://|\w+\s*=)",
+        description="a URL that starts with postgresql://, postgres:// or postgresql+asyncpg://, or libpq's key=value",
         extra={"secret": True},
     ),
 ]
@@ -186,8 +186,8 @@ class DockerSettings(Table, frozen=True):
     """Address of the engine; None = the engine's default socket. `DOCKER_HOST` wins."""
     network_mode: Text = "bridge"
     """`bridge`, `host` or the name of a network. The public server defaults to `host`, where sandboxes share ports."""
-    api_timeout: WholeSeconds = 180
-    """Seconds an engine call may take, pulls apart."""
+    api_timeout: WholeSeconds = 60
+    """Seconds that a create, start or remove call may take; other calls get a fixed share of it, pulls their own."""
     pull_timeout_seconds: Seconds = 600
     """Seconds an image pull may take."""
     capabilities: tuple[Text, ...] | None = None
@@ -221,7 +221,7 @@ class DockerSettings(Table, frozen=True):
     """Environment of every sandbox; the request's own values win."""
 
 
-_FEWEST_CONNECTIONS = 3
+_FEWEST_CONNECTIONS = 5
 
 
 class PostgresqlSettings(Table, frozen=True):
@@ -229,10 +229,12 @@ class PostgresqlSettings(Table, frozen=True):
 
     dsn: Dsn | None = None
     """Which server; None = the embedded one. Kept as written."""
+    migrate_dsn: Dsn | None = None
+    """The same database as its owner, for migrations only; None = `dsn`."""
     min_pool_size: CountOrNone = 1
     """Connections that are kept open."""
     max_pool_size: Count = 10
-    """Connections at most."""
+    """Connections at most. Three of them are kept back: two for leases and wake-ups, one to listen."""
     connect_timeout_seconds: Seconds = 5
     """Seconds to wait for a new connection."""
     pool_timeout_seconds: Seconds = 5
@@ -243,7 +245,7 @@ class PostgresqlSettings(Table, frozen=True):
         if self.max_pool_size < _FEWEST_CONNECTIONS:
             raise ValueError(
                 f"max_pool_size ({self.max_pool_size}) must be at least {_FEWEST_CONNECTIONS}: one connection listens,"
-                " one guards a sweep, and the work needs another"
+                " two keep leases, one guards a sweep, and the work needs another"
             )
         if self.min_pool_size > self.max_pool_size:
             raise ValueError(f"min_pool_size ({self.min_pool_size}) exceeds max_pool_size ({self.max_pool_size})")
@@ -323,6 +325,8 @@ class SandledgerSettings(Table, frozen=True):
     """That key itself; wins over `master_key_file`."""
     previous_master_key: PreviousMasterKey | None = None
     """The key that was in use before a rotation; it only opens what it sealed."""
+    start_wait_seconds: Grace = 60
+    """Seconds that a server waits at its start for a database that is not there yet; 0 = not at all."""
     worker: WorkerSettings = WorkerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
     api: ApiSettings = ApiSettings()

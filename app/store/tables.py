@@ -24,9 +24,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-metadata = MetaData()
+metadata = MetaData(schema="sandledger")
 
-events_position = Sequence("events_position", metadata=metadata, data_type=BigInteger, cache=1)
+events_position = Sequence("events_position", metadata=metadata, schema="sandledger", data_type=BigInteger, cache=1)
 
 events = Table(
     "events",
@@ -35,7 +35,7 @@ events = Table(
         "position",
         BigInteger,
         primary_key=True,
-        server_default=text("nextval('events_position')"),
+        server_default=text("nextval('sandledger.events_position')"),
         comment="Place in the one total order. Gaps are normal.",
     ),
     Column("stream_id", Uuid, nullable=False, comment="The aggregate: a sandbox, an engine, or the installation."),
@@ -233,6 +233,8 @@ installation = Table(
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("master_key_id", Text, comment="Digest of the master key that seals here."),
     Column("epoch", Integer, nullable=False, comment="Of the log; rises when an operator restores it."),
+    Column("app_role", Text, nullable=False, comment="The role that servers work as; their logins are members of it."),
+    Column("owner_role", Text, nullable=False, comment="Who made the schema."),
 )
 
 installation_keys = Table(

@@ -5,6 +5,9 @@ Hand-written SQL: partitions, triggers and grants are what makes the log trustwo
 
 from __future__ import annotations
 
+from alembic import op
+
+from app.errors import SettingsError
 from app.store.database.migrate import run_script
 
 revision = "0001"
@@ -12,28 +15,47 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# Group role of every server process. Cluster-wide, so another database may have made it already, or be making it.
+# The connection's search path has our schema first: what is created here without a schema goes there. Functions run on
+# other connections, with other paths, an empty one in a restore: they name every object in full, and pin their path.
+
+# Group role of every server process. Roles belong to the cluster, so each database has one of its own name.
+# `:app_role` stands for it in all that follows.
+APP_ROLE = """
+SELECT 'sandledger_app_' || substr(md5(current_database()), 1, 8)
+"""
 ROLE = """
 DO $$
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'sandledger_app') THEN
-        CREATE ROLE sandledger_app NOLOGIN;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = ':app_role') THEN
+        CREATE ROLE :app_role NOLOGIN;
     END IF;
-EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
-END $$;
-DO $$
-BEGIN
-    GRANT sandledger_app TO CURRENT_USER;
+    GRANT :app_role TO CURRENT_USER;
 EXCEPTION
-    WHEN duplicate_object OR unique_violation THEN NULL;
     WHEN insufficient_privilege THEN
         -- Made and granted beforehand, by somebody who may.
-        IF NOT pg_has_role(CURRENT_USER, 'sandledger_app', 'MEMBER') THEN RAISE; END IF;
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = ':app_role')
+           OR NOT pg_has_role(CURRENT_USER, ':app_role', 'MEMBER') THEN
+            RAISE EXCEPTION
+                'the role :app_role cannot be made and granted (CREATE ROLE :app_role; GRANT :app_role TO %)',
+                CURRENT_USER USING ERRCODE = 'insufficient_privilege';
+        END IF;
 END $$;
 DO $$
 BEGIN
-    EXECUTE format('GRANT CONNECT ON DATABASE %I TO sandledger_app', current_database());
+    EXECUTE format('GRANT CONNECT ON DATABASE %I TO :app_role', current_database());
+    -- Temporary tables and new objects are of no use to servers. PUBLIC loses them only where nobody else lives.
+    IF NOT EXISTS (
+        SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'sandledger') AND n.nspname NOT LIKE 'pg\\_%'
+    ) THEN
+        EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
+        IF pg_has_role(CURRENT_USER, (SELECT nspowner FROM pg_namespace WHERE nspname = 'public'), 'MEMBER') THEN
+            REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+        END IF;
+    END IF;
 END $$;
+REVOKE ALL ON SCHEMA sandledger FROM PUBLIC;
+GRANT USAGE ON SCHEMA sandledger TO :app_role;
 """
 
 INSTALLATION = """
@@ -42,11 +64,13 @@ CREATE TABLE installation (
     id uuid NOT NULL DEFAULT gen_random_uuid(),
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     master_key_id text,
-    epoch integer NOT NULL DEFAULT 1
+    epoch integer NOT NULL DEFAULT 1,
+    app_role text NOT NULL,
+    owner_role text NOT NULL DEFAULT CURRENT_USER
 );
 COMMENT ON TABLE installation IS 'Who we are: the id that labels our objects on engines, and which master key seals.';
-INSERT INTO installation DEFAULT VALUES;
-GRANT SELECT, UPDATE (master_key_id) ON installation TO sandledger_app;
+INSERT INTO installation (app_role) VALUES (':app_role');
+GRANT SELECT, UPDATE (master_key_id) ON installation TO :app_role;
 """
 
 EVENTS = """
@@ -75,11 +99,12 @@ COMMENT ON TABLE events IS 'The lifecycle log. Append-only for every role. Read 
 
 # The announced horizon (see app/store/log/store.py for the protocol). 21324 = 0x534C, 'SL'.
 HORIZON = """
-CREATE FUNCTION log_announce() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION log_announce() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, sandledger, pg_temp AS $$
 DECLARE
     handed_out bigint;
 BEGIN
-    SELECT last_value INTO handed_out FROM events_position;
+    SELECT last_value INTO handed_out FROM sandledger.events_position;
     PERFORM pg_advisory_xact_lock_shared((21324::bigint << 48) | handed_out);
     RETURN NULL;
 END $$;
@@ -87,7 +112,8 @@ CREATE TRIGGER announce BEFORE INSERT ON events FOR EACH STATEMENT EXECUTE FUNCT
 -- Always: `session_replication_role = replica`, as restore and replication tools set it, switches off other triggers.
 ALTER TABLE events ENABLE ALWAYS TRIGGER announce;
 
-CREATE FUNCTION log_horizon() RETURNS bigint LANGUAGE plpgsql VOLATILE AS $$
+CREATE FUNCTION log_horizon() RETURNS bigint LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, sandledger, pg_temp AS $$
 DECLARE
     handed_out bigint;
     announced bigint;
@@ -98,7 +124,7 @@ BEGIN
             USING ERRCODE = 'read_only_sql_transaction';
     END IF;
     -- First the sequence, then the announcements, each with a look of its own; never one statement for both.
-    SELECT last_value INTO handed_out FROM events_position;
+    SELECT last_value INTO handed_out FROM sandledger.events_position;
     SELECT min(((classid::bigint & 65535) << 32) | objid::bigint) INTO announced
       FROM pg_locks
      WHERE locktype = 'advisory' AND objsubid = 1 AND (classid::bigint >> 16) = 21324
@@ -111,17 +137,18 @@ IDENTITY = """
 -- The owner asks for the servers, which need no right of their own. The name of the present WAL file begins with the
 -- timeline; the control file would name that of the last checkpoint.
 CREATE FUNCTION log_identity(OUT system_identifier bigint, OUT timeline_id integer, OUT last_position bigint)
-LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, sandledger, pg_temp AS $$
     SELECT s.system_identifier, ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::integer,
            p.last_value
-      FROM pg_control_system() s, events_position p
+      FROM pg_control_system() s, sandledger.events_position p
 $$;
 REVOKE ALL ON FUNCTION log_identity FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION log_identity TO sandledger_app;
+GRANT EXECUTE ON FUNCTION log_identity TO :app_role;
 """
 
 APPEND_ONLY = """
-CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, sandledger, pg_temp AS $$
 BEGIN
     RAISE EXCEPTION '% is append-only: % refused', TG_TABLE_NAME, TG_OP USING ERRCODE = 'insufficient_privilege';
 END $$;
@@ -134,7 +161,7 @@ ALTER TABLE events ENABLE ALWAYS TRIGGER append_only;
 # PostgreSQL cannot enforce that across partitions; the head row is the guard, this is the belt.
 PARTITIONS = """
 CREATE FUNCTION log_ensure_partitions() RETURNS integer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, sandledger, pg_temp AS $$
 DECLARE
     size CONSTANT bigint := 25000000;
     ahead CONSTANT integer := 2;
@@ -143,47 +170,49 @@ DECLARE
     part text;
     made integer := 0;
 BEGIN
-    SELECT last_value / size INTO present FROM events_position;
+    SELECT last_value / size INTO present FROM sandledger.events_position;
     FOR slot IN present .. present + ahead LOOP
         part := format('events_p%s', lpad(slot::text, 6, '0'));
-        CONTINUE WHEN to_regclass(part) IS NOT NULL;
+        CONTINUE WHEN to_regclass('sandledger.' || part) IS NOT NULL;
         -- Two servers may come here at once; one makes it, the other waits and finds it. Finds it by a query, since
         -- to_regclass would repeat from its cache that there is none.
         PERFORM pg_advisory_xact_lock(hashtextextended('sandledger.partitions', 0));
-        CONTINUE WHEN EXISTS (SELECT FROM pg_class WHERE relname = part AND relnamespace = 'public'::regnamespace);
+        CONTINUE WHEN EXISTS (SELECT FROM pg_class WHERE relname = part AND relnamespace = 'sandledger'::regnamespace);
         -- Made apart and attached: CREATE TABLE ... PARTITION OF would wait for whoever reads or writes the log, be it
         -- a dump of hours, and every append would wait behind it. ATTACH conflicts with neither.
-        EXECUTE format('CREATE TABLE %I (LIKE events INCLUDING ALL) WITH '
+        EXECUTE format('CREATE TABLE sandledger.%I (LIKE sandledger.events INCLUDING ALL) WITH '
                        '(autovacuum_vacuum_insert_scale_factor = 0.02)', part);
-        EXECUTE format('CREATE UNIQUE INDEX %I ON %I (stream_id, version)', part || '_stream', part);
-        EXECUTE format('CREATE TRIGGER announce BEFORE INSERT ON %I FOR EACH STATEMENT EXECUTE FUNCTION log_announce()',
-                       part);
-        EXECUTE format('CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON %I '
-                       'FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()', part);
-        EXECUTE format('ALTER TABLE %I ENABLE ALWAYS TRIGGER announce, ENABLE ALWAYS TRIGGER append_only', part);
-        EXECUTE format('ALTER TABLE events ATTACH PARTITION %I FOR VALUES FROM (%s) TO (%s)',
+        EXECUTE format('CREATE UNIQUE INDEX %I ON sandledger.%I (stream_id, version)', part || '_stream', part);
+        EXECUTE format('CREATE TRIGGER announce BEFORE INSERT ON sandledger.%I '
+                       'FOR EACH STATEMENT EXECUTE FUNCTION sandledger.log_announce()', part);
+        EXECUTE format('CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON sandledger.%I '
+                       'FOR EACH STATEMENT EXECUTE FUNCTION sandledger.refuse_change()', part);
+        EXECUTE format('ALTER TABLE sandledger.%I ENABLE ALWAYS TRIGGER announce, '
+                       'ENABLE ALWAYS TRIGGER append_only', part);
+        EXECUTE format('ALTER TABLE sandledger.events ATTACH PARTITION sandledger.%I FOR VALUES FROM (%s) TO (%s)',
                        part, slot * size, (slot + 1) * size);
         made := made + 1;
     END LOOP;
     RETURN made;
 END $$;
-CREATE FUNCTION log_partitions_ahead() RETURNS integer LANGUAGE sql STABLE AS $$
-    SELECT count(*)::integer - 1 - (SELECT last_value / 25000000 FROM events_position)::integer
-      FROM pg_inherits WHERE inhparent = 'events'::regclass
+CREATE FUNCTION log_partitions_ahead() RETURNS integer LANGUAGE sql STABLE
+SET search_path = pg_catalog, sandledger, pg_temp AS $$
+    SELECT count(*)::integer - 1 - (SELECT last_value / 25000000 FROM sandledger.events_position)::integer
+      FROM pg_inherits WHERE inhparent = 'sandledger.events'::regclass
 $$;
 REVOKE ALL ON FUNCTION log_ensure_partitions FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION log_ensure_partitions TO sandledger_app;
+GRANT EXECUTE ON FUNCTION log_ensure_partitions TO :app_role;
 SELECT log_ensure_partitions();
 -- Not the position: a row below the horizon would never be seen.
 GRANT SELECT, INSERT (stream_id, kind, tenant, version, type, schema, data, meta, recorded_at) ON events
-    TO sandledger_app;
-GRANT SELECT, USAGE ON SEQUENCE events_position TO sandledger_app;
+    TO :app_role;
+GRANT SELECT, USAGE ON SEQUENCE events_position TO :app_role;
 """
 
 # After a restore, when objects on an engine bear positions of events that are gone (`sandledger engines trust`).
 SKIP = """
 CREATE FUNCTION log_skip_to(target bigint) RETURNS bigint
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, sandledger, pg_temp AS $$
 DECLARE
     handed_out bigint;
 BEGIN
@@ -191,17 +220,17 @@ BEGIN
         RAISE EXCEPTION 'position % is beyond what the log can hold', target USING ERRCODE = 'check_violation';
     END IF;
     -- Nobody may draw a position between the comparison and the skip, or the log would go backwards.
-    LOCK TABLE events IN SHARE ROW EXCLUSIVE MODE;
-    SELECT last_value INTO handed_out FROM events_position;
+    LOCK TABLE sandledger.events IN SHARE ROW EXCLUSIVE MODE;
+    SELECT last_value INTO handed_out FROM sandledger.events_position;
     IF target > handed_out THEN
-        PERFORM setval('events_position', target);
-        PERFORM log_ensure_partitions();
+        PERFORM setval('sandledger.events_position', target);
+        PERFORM sandledger.log_ensure_partitions();
         handed_out := target;
     END IF;
     RETURN handed_out;
 END $$;
 REVOKE ALL ON FUNCTION log_skip_to FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION log_skip_to TO sandledger_app;
+GRANT EXECUTE ON FUNCTION log_skip_to TO :app_role;
 """
 
 SANDBOXES = """
@@ -225,7 +254,7 @@ INSERT INTO phase_transitions VALUES
     ('Resuming', 'Running'), ('Resuming', 'Paused'), ('Resuming', 'Terminated'), ('Resuming', 'Failed'),
     ('Resuming', 'Stopping'),
     ('Terminated', 'Stopping'), ('Failed', 'Stopping'), ('Failed', 'Terminated'), ('Stopping', 'Terminated');
-GRANT SELECT ON phase_transitions TO sandledger_app;
+GRANT SELECT ON phase_transitions TO :app_role;
 
 CREATE TABLE sandboxes (
     id uuid PRIMARY KEY,
@@ -273,13 +302,14 @@ CREATE INDEX sandboxes_all_by_phase ON sandboxes (tenant, phase, created_at DESC
 CREATE INDEX sandboxes_open ON sandboxes (engine, id) WHERE closed_at IS NULL;
 CREATE INDEX sandboxes_metadata ON sandboxes USING gin (tenant, metadata jsonb_path_ops);
 
-CREATE FUNCTION check_phase() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION check_phase() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, sandledger, pg_temp AS $$
 BEGIN
     IF NEW.version <= OLD.version THEN
         RAISE EXCEPTION 'sandbox %: version must rise', NEW.id USING ERRCODE = 'check_violation';
     END IF;
     IF NEW.phase <> OLD.phase AND NOT EXISTS (
-        SELECT FROM phase_transitions WHERE from_phase = OLD.phase AND to_phase = NEW.phase) THEN
+        SELECT FROM sandledger.phase_transitions WHERE from_phase = OLD.phase AND to_phase = NEW.phase) THEN
         RAISE EXCEPTION 'sandbox %: % cannot become %', NEW.id, OLD.phase, NEW.phase USING ERRCODE = 'check_violation';
     END IF;
     RETURN NEW;
@@ -288,7 +318,7 @@ CREATE TRIGGER check_phase BEFORE UPDATE ON sandboxes FOR EACH ROW EXECUTE FUNCT
 -- The first append brings one event, or two when an engine takes it at once.
 ALTER TABLE sandboxes ADD CONSTRAINT born_pending
     CHECK (phase = 'Pending' OR version > CASE WHEN engine IS NULL THEN 1 ELSE 2 END);
-GRANT SELECT, INSERT, UPDATE ON sandboxes TO sandledger_app;
+GRANT SELECT, INSERT, UPDATE ON sandboxes TO :app_role;
 """
 
 WORK = """
@@ -335,8 +365,8 @@ CREATE TABLE idempotency_keys (
     made_at timestamptz NOT NULL,
     PRIMARY KEY (tenant, digest)
 );
-GRANT SELECT, INSERT, UPDATE, DELETE ON reconcile_queue, deadlines TO sandledger_app;
-GRANT SELECT, INSERT ON idempotency_keys TO sandledger_app;
+GRANT SELECT, INSERT, UPDATE, DELETE ON reconcile_queue, deadlines TO :app_role;
+GRANT SELECT, INSERT ON idempotency_keys TO :app_role;
 """
 
 ENGINES = """
@@ -371,7 +401,7 @@ CREATE TABLE operations (
     position bigint NOT NULL,
     schema smallint NOT NULL
 );
-GRANT SELECT, INSERT, UPDATE ON engines, operations TO sandledger_app;
+GRANT SELECT, INSERT, UPDATE ON engines, operations TO :app_role;
 """
 
 VAULT = """
@@ -392,8 +422,8 @@ CREATE TABLE installation_keys (
     wrapped bytea NOT NULL
 );
 COMMENT ON TABLE installation_keys IS 'Random keys of this installation, wrapped by the master key.';
-GRANT SELECT, INSERT, DELETE, UPDATE (key_id, wrapped_key) ON sealed_values TO sandledger_app;
-GRANT SELECT, INSERT, UPDATE ON installation_keys TO sandledger_app;
+GRANT SELECT, INSERT, DELETE, UPDATE (key_id, wrapped_key) ON sealed_values TO :app_role;
+GRANT SELECT, INSERT, UPDATE ON installation_keys TO :app_role;
 """
 
 REFUSALS = """
@@ -417,7 +447,7 @@ CREATE INDEX refusals_by_tenant ON refusals (tenant, id);
 CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON refusals
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
 ALTER TABLE refusals ENABLE ALWAYS TRIGGER append_only;
-GRANT SELECT, INSERT ON refusals TO sandledger_app;
+GRANT SELECT, INSERT ON refusals TO :app_role;
 """
 
 # For whoever reads the tables with tools of their own.
@@ -462,6 +492,8 @@ COMMENT ON COLUMN idempotency_keys.stream_id IS 'What the first request with thi
 COMMENT ON COLUMN idempotency_keys.fingerprint IS 'Keyed digest of that request.';
 COMMENT ON COLUMN installation.id IS 'Label of every object of ours on an engine.';
 COMMENT ON COLUMN installation.master_key_id IS 'Digest of the master key that seals here.';
+COMMENT ON COLUMN installation.app_role IS 'The role that servers work as; their logins are members of it.';
+COMMENT ON COLUMN installation.owner_role IS 'Who made the schema.';
 COMMENT ON COLUMN installation.epoch IS 'Of the log; rises when an operator restores it.';
 COMMENT ON COLUMN installation_keys.name IS 'digest, token, link, audit.';
 COMMENT ON COLUMN installation_keys.key_id IS 'Which master key wraps it.';
@@ -526,7 +558,8 @@ COMMENT ON COLUMN sealed_values.sealed IS 'AES-256-GCM of the values, under the 
 
 
 def upgrade() -> None:
-    """Make everything, in the one transaction that `sandledger migrate` opened."""
+    """Make everything, in one transaction."""
+    app_role = op.get_bind().exec_driver_sql(APP_ROLE).scalar_one()
     for block in (
         ROLE,
         INSTALLATION,
@@ -542,11 +575,11 @@ def upgrade() -> None:
         VAULT,
         REFUSALS,
         COMMENTS,
-        "GRANT SELECT ON alembic_version TO sandledger_app;",
+        "GRANT SELECT ON alembic_version TO :app_role;",
     ):
-        run_script(block)
+        run_script(block.replace(":app_role", app_role))
 
 
 def downgrade() -> None:
     """The log is append-only; going back is restoring a backup."""
-    raise NotImplementedError
+    raise SettingsError("the log is append-only, and no migration is undone: restore a backup of that version instead")

@@ -19,6 +19,7 @@ from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
 from app.views.listing import Listing
 from tests.api.conftest import INSTALLATION, KEY, MakeContext, body, client, create
+from tests.support.sql import connected
 
 ANYWHERE = [
     ("GET", "/v1/sandboxes", 200),
@@ -124,14 +125,11 @@ async def test_other_origins(app: Litestar, make_context: MakeContext):
 
 
 async def test_a_fault_of_ours_says_nothing_and_is_logged(
-    http: httpx.AsyncClient, database: Database, caplog: pytest.LogCaptureFixture
+    http: httpx.AsyncClient, dsn: str, caplog: pytest.LogCaptureFixture
 ):
     await create(http)
-    async with database.connection() as connection:
-        driver = await connection.driver()
-        await driver.execute("RESET ROLE")
-        await driver.execute("SET ROLE NONE; ALTER TABLE sandboxes RENAME COLUMN spec TO elsewhere")
-        await connection.invalidate()
+    async with connected(dsn, owner=True) as owner:
+        await owner.execute("ALTER TABLE sandboxes RENAME COLUMN spec TO elsewhere")
     with caplog.at_level(logging.ERROR):
         answer = await http.get("/v1/sandboxes", headers={"X-Request-ID": "broken-1"})
     assert answer.status_code == 500
@@ -141,10 +139,8 @@ async def test_a_fault_of_ours_says_nothing_and_is_logged(
     }
     assert answer.headers["x-request-id"] == "broken-1"
     assert "broken-1" in caplog.text
-    async with database.connection() as connection:
-        driver = await connection.driver()
-        await driver.execute("SET ROLE NONE; ALTER TABLE sandboxes RENAME COLUMN elsewhere TO spec")
-        await connection.invalidate()
+    async with connected(dsn, owner=True) as owner:
+        await owner.execute("ALTER TABLE sandboxes RENAME COLUMN elsewhere TO spec")
 
 
 async def test_without_a_database(make_context: MakeContext):
@@ -242,3 +238,13 @@ async def test_metrics(http: httpx.AsyncClient):
         answer = await http.post("/v1/metrics/events", json=event | change)
         assert answer.status_code == 422
         assert "canary" not in answer.text
+
+
+async def test_a_busy_server_is_not_called_a_database_that_is_away(make_context: MakeContext, dsn: str):
+    busy = Database(dsn, max_size=1, pool_timeout=0.05)
+    parts: dict[str, Any] = {"service": Service(busy, Signal(busy)), "listing": Listing(busy), "database": busy}
+    async with client(create_app(make_context(**parts)), **{"open-sandbox-api-key": KEY}) as http, busy.connection():
+        answer = await http.get("/v1/sandboxes")
+    await busy.close()
+    assert (answer.status_code, answer.json()["code"]) == (503, "GENERAL::STORE_UNAVAILABLE")
+    assert "busy" in answer.json()["message"]

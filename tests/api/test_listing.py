@@ -23,7 +23,7 @@ from app.domain.sandbox.spec import SandboxSpec
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
-from app.store.tables import events
+from app.store.tables import events, sandboxes
 from app.views import totals
 from app.views.listing import Cursor, Listing, Wanted, _shape, page_statement
 from tests.api.conftest import create, observe
@@ -178,10 +178,9 @@ async def begin(service: Service) -> UUID:
 
 
 async def counted(database: Database, *, ended: bool) -> int:
-    async with database.connection() as connection:
-        driver = await connection.driver()
-        where = "" if ended else "WHERE ended_at IS NULL"
-        return (await driver.fetch(f"SELECT count(*) FROM sandboxes {where}"))[0][0]
+    count = select(func.count()).select_from(sandboxes)
+    rows = await database.fetch(Statement(count if ended else count.where(sandboxes.c.ended_at.is_(None))))
+    return rows[0][0]
 
 
 async def test_totals_are_exact_after_every_step(service: Service, database: Database, monkeypatch: pytest.MonkeyPatch):
@@ -309,9 +308,9 @@ async def test_a_database_that_went_back_is_counted_anew(service: Service, datab
 @pytest.fixture
 async def ten_thousand(dsn: str) -> AsyncIterator[asyncpg.Connection]:
     """Half of 10,000 rows have ended. In a schema of its own, since rows without events would be drift."""
-    connection = await asyncpg.connect(dsn, server_settings={"search_path": "bulk, public"})
+    connection = await asyncpg.connect(dsn, server_settings={"search_path": "bulk, sandledger, public"})
     await connection.execute(
-        "CREATE SCHEMA bulk; CREATE TABLE bulk.sandboxes (LIKE public.sandboxes INCLUDING ALL);"
+        "CREATE SCHEMA bulk; CREATE TABLE bulk.sandboxes (LIKE sandledger.sandboxes INCLUDING ALL);"
         """INSERT INTO bulk.sandboxes SELECT gen_random_uuid(), 'default', 2,
            CASE WHEN g % 100 = 0 THEN 'Running' ELSE 'Pending' END, 'fake', 'running', 'none',
            '{"image": "x", "entrypoint": ["y"]}', jsonb_build_object('n', g::text), NULL, NULL, NULL, 'f',
@@ -349,7 +348,9 @@ async def test_a_page_is_an_index_scan(
     statement = page_statement(_shape(wanted, offset, after))
     for mode in modes:
         await ten_thousand.execute(f"SET plan_cache_mode = force_{mode}_plan")
-        lines = await ten_thousand.fetch(f"EXPLAIN {statement.sql}", *statement.arguments(values))
+        lines = await ten_thousand.fetch(
+            f"EXPLAIN {statement.sql.replace('sandledger.', '')}", *statement.arguments(values)
+        )
         plan = "\n".join(line[0] for line in lines)
         assert index in plan, plan
         assert "Seq Scan on sandboxes" not in plan, plan

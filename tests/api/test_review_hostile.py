@@ -19,6 +19,7 @@ from app.store.database.statement import Statement
 from app.store.tables import sandboxes
 from app.store.vault.seal import Sealer
 from tests.api.conftest import KEY, MakeContext, body, create
+from tests.support.sql import connected
 
 _COUNT = Statement(select(func.count()).select_from(sandboxes))
 _FINGERPRINTS = Statement(select(sandboxes.c.fingerprint))
@@ -218,16 +219,14 @@ async def test_waiters_hold_no_connection(http: httpx.AsyncClient):
     assert {answer.status_code for answer in answers} == {202}
 
 
-async def test_a_database_that_hangs_does_not_prolong_a_wait(http: httpx.AsyncClient, database: Database):
+async def test_a_database_that_hangs_does_not_prolong_a_wait(http: httpx.AsyncClient, database: Database, dsn: str):
     waiting = asyncio.create_task(http.post("/v1/sandboxes", json=body(), headers={"Prefer": "wait=3"}))
     try:
         async with asyncio.timeout(12):  # a statement by itself is given longer
             while not await _rows(database):
                 pass
-            async with database.transaction() as holder:
-                driver = await holder.driver()
-                await driver.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
-                await driver.execute("LOCK TABLE sandboxes IN ACCESS EXCLUSIVE MODE")
+            async with connected(dsn, owner=True) as holder, holder.transaction():
+                await holder.execute("LOCK TABLE sandboxes IN ACCESS EXCLUSIVE MODE")
                 answer = await waiting
     finally:
         waiting.cancel()
@@ -257,6 +256,30 @@ async def test_a_body_that_stops_coming(make_context: MakeContext, database: Dat
     }  # fmt: skip
     async with asyncio.timeout(20):
         await create_app(make_context(body_idle_seconds=0.2))(scope, receive, send)
+    assert said[0]["status"] == 408
+    assert (b"connection", b"close") in said[0]["headers"]
+    assert msgspec.json.decode(said[1]["body"])["code"] == "GENERAL::REQUEST_TIMEOUT"
+    assert await _rows(database) == 0
+
+
+async def test_a_body_that_comes_drop_by_drop_has_an_end(make_context: MakeContext, database: Database):
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.01)  # a slow client
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    headers = [(b"open-sandbox-api-key", KEY.encode()), (b"content-type", b"application/json")]
+    scope: Any = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/v1/sandboxes", "raw_path": b"/v1/sandboxes", "query_string": b"", "root_path": "",
+        "headers": headers, "client": ("192.0.2.7", 4711), "server": ("api.test", 80), "state": {},
+    }  # fmt: skip
+    async with asyncio.timeout(20):
+        await create_app(make_context(body_total_seconds=0.3))(scope, receive, send)
     assert said[0]["status"] == 408
     assert (b"connection", b"close") in said[0]["headers"]
     assert msgspec.json.decode(said[1]["body"])["code"] == "GENERAL::REQUEST_TIMEOUT"

@@ -90,6 +90,8 @@ def config(home: Path, dsn: str, name: str, docker_host: str | None) -> Iterator
 async def fresh(server: EmbeddedPostgres, name: str) -> str:
     connection = await asyncpg.connect(server.dsn)
     await connection.execute(f"CREATE DATABASE {name}")
+    # For the floors, which name tables without a schema.
+    await connection.execute(f"ALTER DATABASE {name} SET search_path = sandledger, public")
     await connection.close()
     head, _, query = server.dsn.partition("?")
     dsn = f"{head.rpartition('/')[0]}/{name}?{query}"

@@ -96,7 +96,7 @@ async def test_no_secret_in_log_labels_answers_or_process_logs(
         for value in (secret, password, KEY):
             for form in forms(value):
                 assert form not in content, f"{place} holds a secret"
-    sealed = after.split(b"COPY public.sandbox_secrets", 1)[1].split(b"\\.", 1)[0]
+    sealed = after.split(b"COPY sandledger.sandbox_secrets", 1)[1].split(b"\\.", 1)[0]
     assert sandbox.encode() not in sealed, "erased with the sandbox"
 
 

@@ -49,6 +49,6 @@ async def test_200_creates_with_one_key_over_two_servers(
         for item in {*[a.json()["id"] for a in naive], sandbox}:
             assert (await two.delete(f"/sandboxes/{item}")).status_code == 204
     connection = await asyncpg.connect(dsn)
-    count = await connection.fetchval("SELECT count(*) FROM events WHERE type = 'sandbox.requested'")
+    count = await connection.fetchval("SELECT count(*) FROM sandledger.events WHERE type = 'sandbox.requested'")
     await connection.close()
     assert count == 5

@@ -96,7 +96,8 @@ def test_a_taken_port_is_said_in_one_line(home: Path, dsn: str) -> None:
 
 
 def test_a_database_that_is_not_there(home: Path) -> None:
-    done = run("migrate", OPENSANDBOX_STORE_POSTGRESQL_DSN="postgresql://u:hidden-word@127.0.0.1:1/x")
+    path = config(home, "[sandledger]\nstart_wait_seconds = 0\n")
+    done = run("migrate", "--config", path, OPENSANDBOX_STORE_POSTGRESQL_DSN="postgresql://u:hidden-word@127.0.0.1:1/x")
     assert done.returncode == 1
     assert "PostgreSQL" in done.stderr
     assert "hidden-word" not in done.stderr

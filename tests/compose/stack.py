@@ -62,6 +62,7 @@ class Stack:
         self._environ = clean | {
             "DOCKER_HOST": docker_host,
             "POSTGRES_PASSWORD": uuid4().hex,
+            "SERVER_PASSWORD": uuid4().hex,
             "OPENSANDBOX_SERVER_API_KEY": KEY,
             "SANDLEDGER_MASTER_KEY": base64.b64encode(os.urandom(32)).decode(),
             "SANDLEDGER_ENGINE_SOCKET": socket,

@@ -86,7 +86,9 @@ def test_two_of_each_serve_outlive_kills_and_leave_nothing(stack: Stack) -> None
     assert [stack.listed(path, all="1") for path in ("containers/json", "networks", "volumes")] == [[], [], []]
 
 
-@pytest.mark.parametrize("missing", ["POSTGRES_PASSWORD", "OPENSANDBOX_SERVER_API_KEY", "SANDLEDGER_MASTER_KEY"])
+@pytest.mark.parametrize(
+    "missing", ["POSTGRES_PASSWORD", "SERVER_PASSWORD", "OPENSANDBOX_SERVER_API_KEY", "SANDLEDGER_MASTER_KEY"]
+)
 def test_no_secret_has_a_default(stack: Stack, missing: str) -> None:
     with pytest.raises(AssertionError, match="set it"):
         stack.compose("config", **{missing: ""})

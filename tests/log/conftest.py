@@ -11,7 +11,7 @@ import pytest
 from app.store.database.pool import Database
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.store import EventLog
-from tests.conftest import on_database
+from tests.conftest import cloned, on_database
 from tests.support.sql import connected
 
 
@@ -23,7 +23,8 @@ async def _as_owner(dsn: str, statement: str) -> None:
 @pytest.fixture
 def bare_dsn(postgres: EmbeddedPostgres, template: str) -> Iterator[str]:
     name = f"t_{uuid.uuid4().hex}"
-    asyncio.run(_as_owner(postgres.dsn, f"CREATE DATABASE {name} TEMPLATE {template}"))
+    for statement in cloned(name, template):
+        asyncio.run(_as_owner(postgres.dsn, statement))
     try:
         yield on_database(postgres.dsn, name)
     finally:

@@ -22,7 +22,7 @@ from app.store.log.append import append_statement
 from app.store.vault.seal import Sealer, Secrets
 from app.views.current import head_update, update_values
 from tests.support.hold import held
-from tests.support.sql import connected
+from tests.support.sql import app_role, connected
 from tests.support.stream import META as ACTOR
 from tests.support.stream import requested, seen
 
@@ -159,9 +159,9 @@ async def test_after_three_more_tries_it_is_a_conflict_and_nothing_is_written(ds
     async with connected(dsn, owner=True) as owner:
         # Somebody else is always first: PostgreSQL itself passes over the row, a counted number of times.
         await owner.execute(
-            "CREATE SEQUENCE losses; GRANT USAGE ON losses TO sandledger_app;"
+            "CREATE SEQUENCE losses; GRANT USAGE ON losses TO PUBLIC;"
             "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-            "IF nextval('losses') <= 4 THEN RETURN NULL; END IF; RETURN NEW; END $$;"
+            "IF nextval('sandledger.losses') <= 4 THEN RETURN NULL; END IF; RETURN NEW; END $$;"
             "CREATE TRIGGER a_loss BEFORE UPDATE ON sandboxes FOR EACH ROW EXECUTE FUNCTION lose()"
         )
         before = await traces(dsn)
@@ -242,7 +242,8 @@ async def test_the_database_refuses_every_other_move(dsn: str, service: Service)
         for before in Phase:
             await owner.execute("BEGIN; ALTER TABLE sandboxes DISABLE TRIGGER check_phase")
             await owner.execute(move, sandbox_id, before.value)
-            await owner.execute("ALTER TABLE sandboxes ENABLE TRIGGER check_phase; SET LOCAL ROLE sandledger_app")
+            role = await app_role(owner)
+            await owner.execute(f"ALTER TABLE sandboxes ENABLE TRIGGER check_phase; SET LOCAL ROLE {role}")
             allowed: set[Phase] = set()
             for after in Phase:
                 await owner.execute("SAVEPOINT here")

@@ -37,10 +37,10 @@ async def test_each_one_gets_what_the_first_has(bare_dsn: str, bare_log: EventLo
         assert await bare_log.ensure_partitions() == 3
         rows = await owner.fetch(
             "SELECT c.relname, "
-            " (SELECT array_agg(tgname::text ORDER BY 1) FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal), "
-            " (SELECT array_agg(regexp_replace(pg_get_indexdef(indexrelid), 'events_p\\d+', '', 'g') ORDER BY 1) "
+            " (SELECT array_agg(tgname::text ORDER BY tgname) FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal), "
+            " (SELECT array_agg(regexp_replace(pg_get_indexdef(indexrelid), 'events_p\\d+', '', 'g') ORDER BY indexrelid::regclass::text) "
             "    FROM pg_index WHERE indrelid = c.oid AND indisvalid), "
-            " (SELECT array_agg(conname::text || pg_get_constraintdef(oid) ORDER BY 1) FROM pg_constraint "
+            " (SELECT array_agg(conname::text || pg_get_constraintdef(oid) ORDER BY conname) FROM pg_constraint "
             "   WHERE conrelid = c.oid AND contype = 'c'), "
             " c.reloptions, pg_get_userbyid(c.relowner), c.relacl::text "
             "FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid WHERE inhparent = 'events'::regclass ORDER BY 1"

@@ -60,7 +60,7 @@ async def test_nothing_is_recorded_without_author_version_and_tenant(bare_dsn: s
 async def test_whoever_reads_the_tables_finds_them_explained(bare_dsn: str):
     async with connected(bare_dsn, owner=True) as owner:
         mute = await owner.fetch(
-            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') "
+            "SELECT relname FROM pg_class WHERE relnamespace = 'sandledger'::regnamespace AND relkind IN ('r', 'p') "
             "AND NOT relispartition AND relname <> 'alembic_version' AND obj_description(oid, 'pg_class') IS NULL"
         )
         assert [row[0] for row in mute] == []

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from pathlib import Path
-from types import ModuleType
+import re
+import sys
+from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import uuid4
 
@@ -18,35 +14,26 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
+from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.errors import SettingsError, StoreUnavailable
 from app.service.sandboxes import Service
 from app.store.database.migrate import Migration, migrate
-from app.store.database.pool import Database, async_url
+from app.store.database.pool import Database
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.signal import Signal
 from app.store.log.store import EventLog
 from app.store.tables import metadata
 from tests.conftest import ROOT, on_database
 from tests.support.drift import assert_no_drift
-from tests.support.sql import connected, partitions
+from tests.support.sql import app_role, connected, partitions
 from tests.support.stream import META as ACTOR
 from tests.support.stream import requested
 
 HEAD = "0001"
 
 
-def _script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "migrations" / "versions" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-FOUNDATION = _script("0001_foundation")
 MakeEmpty = Callable[..., Awaitable[str]]
 MakeLogin = Callable[..., Awaitable[str]]
 Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
@@ -56,7 +43,7 @@ async def works(dsn: str) -> None:
     """A sandbox can be created there."""
     database = Database(dsn)
     service = Service(database, Signal(database))
-    made = await service.create(uuid4(), requested(), None, ACTOR)
+    made = await service.create(uuid4(), "default", requested(), None, ACTOR)
     assert (await service.log.read_after(0))[0][0].position == made.position
     assert await EventLog(database).ensure_partitions() == 0
     await database.close()
@@ -81,57 +68,36 @@ async def test_four_at_once_do_it_once(make_empty: MakeEmpty):
         assert len(await partitions(owner)) == 3
 
 
-@pytest.fixture
-async def pristine() -> AsyncIterator[str]:
-    """A cluster that has never seen us."""
-    home = Path(tempfile.mkdtemp(prefix="sandledger-test-"))
-    home.chmod(0o711)
-    cluster = await asyncio.to_thread(EmbeddedPostgres.start, home)
-    yield cluster.dsn
-    await asyncio.to_thread(cluster.stop)
-    shutil.rmtree(home, ignore_errors=True)
+async def role_of(dsn: str) -> str:
+    async with connected(dsn, owner=True) as owner:
+        return await app_role(owner)
 
 
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+async def test_databases_of_a_cluster_may_all_migrate_at_once_and_share_no_role(make_empty: MakeEmpty):
+    """Else the servers of a staging database could read production's."""
+    dsns = [await make_empty() for _ in range(3)]
+    runs = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-c", MIGRATE, dsn, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}
+        )
+        for dsn in dsns
+    ]  # Alembic's `op` is one for the process
+    assert [await run.wait() for run in runs] == [0, 0, 0]
+    roles = [await role_of(dsn) for dsn in dsns]
+    assert len(set(roles)) == 3
+    async with connected(dsns[0], owner=True) as owner:
+        assert not await owner.fetchval(f"SELECT has_schema_privilege('{roles[1]}', 'sandledger', 'USAGE')")
+        assert await owner.fetchval(f"SELECT has_schema_privilege('{roles[0]}', 'sandledger', 'USAGE')")
 
 
-@pytest.mark.parametrize(
-    ("before", "contended"),
-    [
-        ("SELECT", "CREATE ROLE sandledger_app NOLOGIN"),
-        ("CREATE ROLE sandledger_app NOLOGIN", "GRANT sandledger_app TO postgres"),
-    ],
-    ids=["role", "membership"],
-)
-async def test_databases_of_a_new_cluster_may_all_migrate_at_once(
-    pristine: str, until: Until, before: str, contended: str
-):
-    """The application's role is the cluster's: each makes it and is granted it, and all but one come second."""
-    async with AsyncExitStack() as stack:
-        superuser = await stack.enter_async_context(connected(pristine, owner=True))
-        others: list[Any] = []
-        for number in range(4):
-            await superuser.execute(f"CREATE DATABASE d{number}")
-            others.append(await stack.enter_async_context(connected(on_database(pristine, f"d{number}"), owner=True)))
-        watcher = await stack.enter_async_context(connected(pristine, owner=True))
-
-        async def all_wait() -> bool:
-            return await watcher.fetchval(WAITING) == len(others)
-
-        await superuser.execute(before)
-        await superuser.execute(f"BEGIN; {contended}")
-        runs = [asyncio.create_task(other.execute(FOUNDATION.ROLE)) for other in others]
-        await until(all_wait)
-        await superuser.execute("ROLLBACK")
-        await asyncio.gather(*runs)
-        assert await watcher.fetchval("SELECT pg_has_role('postgres', 'sandledger_app', 'MEMBER')")
+MIGRATE = "import asyncio, sys; from app.store.database.migrate import migrate; asyncio.run(migrate(sys.argv[1]))"
 
 
 async def test_a_database_of_a_newer_version_is_left_alone_and_used(make_empty: MakeEmpty):
     dsn = await make_empty()
     await migrate(dsn)
     async with connected(dsn, owner=True) as owner:
-        await owner.execute("UPDATE alembic_version SET version_num = '9999'")
+        await owner.execute("UPDATE sandledger.alembic_version SET version_num = '9999'")
     assert await migrate(dsn) == Migration("9999", "9999", HEAD, known=False)
     await works(dsn)
 
@@ -139,12 +105,16 @@ async def test_a_database_of_a_newer_version_is_left_alone_and_used(make_empty: 
 async def test_a_migration_that_fails_midway_leaves_nothing(make_empty: MakeEmpty):
     dsn = await make_empty()
     async with connected(dsn, owner=True) as owner:
-        await owner.execute("CREATE TABLE refusals (stranger int)")
-        with pytest.raises(StoreUnavailable, match="refusals"):
+        await owner.execute(
+            "CREATE SCHEMA sandledger; CREATE FUNCTION sandledger.check_phase() RETURNS int LANGUAGE sql AS 'SELECT 1'"
+        )
+        with pytest.raises(StoreUnavailable, match="check_phase"):
             await migrate(dsn)
-        tables = await owner.fetch("SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace")
-        assert [row[0] for row in tables] == ["refusals"]
-        await owner.execute("DROP TABLE refusals")
+        tables = await owner.fetch(
+            "SELECT relname FROM pg_class WHERE relnamespace = 'sandledger'::regnamespace AND relkind = 'r'"
+        )
+        assert tables == []
+        await owner.execute("DROP FUNCTION sandledger.check_phase")
     assert (await migrate(dsn)).after == HEAD
 
 
@@ -154,13 +124,12 @@ async def test_a_migration_that_fails_midway_leaves_nothing(make_empty: MakeEmpt
 async def test_an_owner_that_may_create_roles_needs_nothing_else(
     make_login: MakeLogin, make_empty: MakeEmpty, postgres: EmbeddedPostgres
 ):
-    login = await make_login("CREATEROLE")
-    dsn = await make_empty(login)
-    async with connected(postgres.dsn, owner=True) as superuser:
-        # As if this login had made the role, which is there already in this cluster.
-        await superuser.execute(f"GRANT sandledger_app TO {login} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE")
+    dsn = await make_empty(await make_login("CREATEROLE"))
     assert (await migrate(dsn)).after == HEAD
     await works(dsn)
+    async with connected(dsn.replace(dsn.split("//")[1].split("@")[0], "postgres"), owner=True) as superuser:
+        role = await app_role(superuser)
+        await superuser.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")  # the fixture drops its maker
 
 
 async def test_a_plain_owner_does_with_the_role_made_and_granted_beforehand(
@@ -168,16 +137,14 @@ async def test_a_plain_owner_does_with_the_role_made_and_granted_beforehand(
 ):
     login = await make_login()
     dsn = await make_empty(login)
+    with pytest.raises(SettingsError, match="CREATE ROLE sandledger_app_") as told:
+        await migrate(dsn)
+    statements = re.findall(r"CREATE ROLE \w+; GRANT \w+ TO \w+", str(told.value))
+    assert len(statements) == 1
     async with connected(postgres.dsn, owner=True) as superuser:
-        await superuser.execute(f"GRANT sandledger_app TO {login}")
+        await superuser.execute(statements[0])
     assert (await migrate(dsn)).after == HEAD
     await works(dsn)
-
-
-async def test_an_owner_without_the_role_is_told_what_to_do(make_login: MakeLogin, make_empty: MakeEmpty):
-    dsn = await make_empty(await make_login())
-    with pytest.raises(SettingsError, match="sandledger_app made beforehand and granted"):
-        await migrate(dsn)
 
 
 async def test_somebody_who_may_create_nothing_is_told_what_to_do(
@@ -200,21 +167,27 @@ async def test_nobody_there_is_unavailability(postgres: EmbeddedPostgres):
 
 
 def _ours(_object: object, name: str | None, kind: str, _reflected: bool, _compare: object) -> bool:
-    """Partitions come and go; indexes, unique or not, are written by hand; two tables are the database's own affair."""
+    """Partitions come and go; indexes, unique or not, are written by hand; some tables are the database's own affair."""
     return kind not in ("index", "unique_constraint") and not (
-        kind == "table" and name is not None and (name.startswith("events_p") or name == "phase_transitions")
+        kind == "table"
+        and name is not None
+        and (name.startswith("events_p") or name in ("phase_transitions", "alembic_version"))
     )
 
 
 def _differences(connection: Connection) -> list[object]:
     context = MigrationContext.configure(
-        connection, opts={"target_metadata": metadata, "compare_type": True, "include_object": _ours}
+        connection,
+        opts={"target_metadata": metadata, "compare_type": True, "include_object": _ours, "include_schemas": True},
     )
     return [found for found in compare_metadata(context, metadata) if found[0] != "remove_table_comment"]
 
 
 async def test_what_the_code_believes_is_what_the_migrations_made(dsn: str):
-    engine = create_async_engine(async_url(dsn))
+    async def connect() -> Any:
+        return await asyncpg.connect(dsn, server_settings={"search_path": "public"})
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect)
     async with engine.connect() as connection:
         assert await connection.run_sync(_differences) == []
     await engine.dispose()
@@ -222,7 +195,7 @@ async def test_what_the_code_believes_is_what_the_migrations_made(dsn: str):
 
 COLUMNS = """
 SELECT column_name, is_nullable = 'YES', udt_name FROM information_schema.columns
- WHERE table_schema = 'public' AND table_name = $1 ORDER BY ordinal_position
+ WHERE table_schema = 'sandledger' AND table_name = $1 ORDER BY ordinal_position
 """
 TYPES = {
     "UUID": "uuid",
@@ -239,10 +212,10 @@ TYPES = {
 
 async def test_column_by_column(dsn: str):
     tables = list(metadata.sorted_tables)
-    assert len(tables) == 7
+    assert len(tables) == 11
     async with connected(dsn, owner=True) as owner:
         for table in tables:
-            dialect = Database(dsn).engine.dialect
+            dialect = PGDialect_asyncpg()
             believed = [(column.name, column.nullable, TYPES[column.type.compile(dialect)]) for column in table.columns]
             made = [tuple(row) for row in await owner.fetch(COLUMNS, table.name)]
             assert believed == made, table.name
@@ -250,14 +223,18 @@ async def test_column_by_column(dsn: str):
 
 PRIVILEGES = {
     "alembic_version": "SELECT",
+    "deadlines": "DELETE INSERT SELECT UPDATE",
+    "engines": "INSERT SELECT UPDATE",
     "events": "SELECT",
-    "expiry_jobs": "DELETE INSERT SELECT UPDATE",
+    "idempotency_keys": "INSERT SELECT",
     "installation": "SELECT",
+    "installation_keys": "INSERT SELECT UPDATE",
+    "operations": "INSERT SELECT UPDATE",
     "phase_transitions": "SELECT",
     "reconcile_queue": "DELETE INSERT SELECT UPDATE",
     "refusals": "INSERT SELECT",
-    "sandbox_secrets": "DELETE INSERT SELECT",
     "sandboxes": "INSERT SELECT UPDATE",
+    "sealed_values": "DELETE INSERT SELECT",
 }
 
 
@@ -265,26 +242,32 @@ async def test_the_application_may_do_exactly_this(dsn: str):
     async with connected(dsn, owner=True) as owner:
         rows = await owner.fetch(
             "SELECT table_name, string_agg(privilege_type, ' ' ORDER BY privilege_type) "
-            "FROM information_schema.role_table_grants WHERE grantee = 'sandledger_app' GROUP BY 1"
+            "FROM information_schema.role_table_grants WHERE grantee = $1 GROUP BY 1",
+            await app_role(owner),
         )
         assert {row[0]: row[1] for row in rows} == PRIVILEGES
         columns = await owner.fetch(
             "SELECT table_name, column_name, privilege_type FROM information_schema.column_privileges "
-            "WHERE grantee = 'sandledger_app' AND table_name IN ('events', 'installation') AND privilege_type <> 'SELECT'"
+            "WHERE grantee = $1 AND table_name IN ('events', 'installation', 'sealed_values') AND privilege_type <> 'SELECT'",
+            await app_role(owner),
         )
         by_table: dict[str, set[tuple[str, str]]] = {}
         for table, column, privilege in columns:
             by_table.setdefault(table, set()).add((privilege, column))
         assert by_table["installation"] == {("UPDATE", "master_key_id")}
+        updated = {column for privilege, column in by_table["sealed_values"] if privilege == "UPDATE"}
+        assert updated == {"key_id", "wrapped_key"}
         assert by_table["events"] == {
-            ("INSERT", column.name) for column in metadata.tables["events"].columns if column.name != "position"
+            ("INSERT", column.name)
+            for column in metadata.tables["sandledger.events"].columns
+            if column.name != "position"
         }
         assert not await owner.fetch(
-            "SELECT FROM information_schema.role_table_grants WHERE grantee = 'PUBLIC' AND table_schema = 'public'"
+            "SELECT FROM information_schema.role_table_grants WHERE grantee = 'PUBLIC' AND table_schema = 'sandledger'"
         )
         role = await owner.fetchrow(
-            "SELECT rolcanlogin, rolsuper, rolcreatedb, rolcreaterole, rolbypassrls FROM pg_roles "
-            "WHERE rolname = 'sandledger_app'"
+            "SELECT rolcanlogin, rolsuper, rolcreatedb, rolcreaterole, rolbypassrls FROM pg_roles WHERE rolname = $1",
+            await app_role(owner),
         )
         assert set(role) == {False}
 
@@ -293,14 +276,14 @@ async def test_an_outsider_reads_nothing(dsn: str, make_login: MakeLogin):
     outsider = dsn.replace("postgres@", f"{await make_login()}@")
     async with connected(dsn, owner=True) as owner:
         tables = [row[0] for row in await owner.fetch(
-            "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')"
+            "SELECT relname FROM pg_class WHERE relnamespace = 'sandledger'::regnamespace AND relkind IN ('r', 'p')"
         )]  # fmt: skip
     connection = await asyncpg.connect(outsider)
     try:
         for table in tables:
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
-                await connection.execute(f"SELECT FROM {table}")
+                await connection.execute(f"SELECT FROM sandledger.{table}")
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
-            await connection.execute("SELECT log_ensure_partitions()")
+            await connection.execute("SELECT sandledger.log_ensure_partitions()")
     finally:
         await connection.close()

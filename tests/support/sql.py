@@ -9,8 +9,6 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from app.store.database.pool import APP_ROLE
-
 META = '{"actor": {"kind": "operator", "id": "t", "name": "test"}, "app_version": "test"}'
 INSERT_EVENT = (
     "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
@@ -21,12 +19,18 @@ INSERT_EVENT = (
 @asynccontextmanager
 async def connected(dsn: str, *, owner: bool = False, **settings: str) -> AsyncGenerator[Any]:
     """One asyncpg connection. A killed one closes without complaint."""
-    role = {} if owner else {"role": APP_ROLE}
-    connection = await asyncpg.connect(dsn, server_settings={**role, **settings})
+    connection = await asyncpg.connect(dsn, server_settings={"search_path": "sandledger, public", **settings})
     try:
+        if not owner:
+            await connection.execute(f"SET ROLE {await app_role(connection)}")
         yield connection
     finally:
         connection.terminate()
+
+
+async def app_role(connection: Any) -> str:
+    """The role that servers of this database work as."""
+    return await connection.fetchval("SELECT app_role FROM sandledger.installation")
 
 
 async def insert_event(connection: Any, stream: UUID | None = None, version: int = 1) -> int:
@@ -38,6 +42,6 @@ async def partitions(connection: Any) -> list[str]:
     """Names, oldest first."""
     rows = await connection.fetch(
         "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
-        "WHERE i.inhparent = 'events'::regclass ORDER BY 1"
+        "WHERE i.inhparent = 'sandledger.events'::regclass ORDER BY 1"
     )
     return [row[0] for row in rows]

@@ -65,7 +65,7 @@ class TestFile:
         assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8080)
         assert settings.runtime.type == "docker"
         assert settings.store.postgresql.dsn is None
-        assert len(settings.docker.drop_capabilities) == 9
+        assert (settings.docker.capabilities, settings.docker.drop_capabilities) == (None, ())
         assert settings.log.file_path == Path(home["HOME"], "logs/opensandbox/server.log")
         check_exposure(settings)
 
@@ -301,7 +301,7 @@ class TestBadValues:
                 "[store.postgresql]\nmin_pool_size = 11",
                 "store.postgresql: min_pool_size (11) exceeds max_pool_size (10)",
             ),
-            ("[store.postgresql]\nmax_pool_size = 2", "store.postgresql: max_pool_size (2) must be at least 3: one"),
+            ("[store.postgresql]\nmax_pool_size = 2", "store.postgresql: max_pool_size (2) must be at least 5: one"),
             ("sandledger.worker.backoff_base_seconds = 301", "backoff_base_seconds (301) exceeds backoff_max_seconds"),
         ],
     )
@@ -385,12 +385,14 @@ sandbox_env = { A = "b" }
 type = "sqlite"
 [store.postgresql]
 dsn = "postgresql://h/db"
+migrate_dsn = "host=h dbname=db user=owner"
 min_pool_size = 0
-max_pool_size = 3
+max_pool_size = 5
 connect_timeout_seconds = 1
 pool_timeout_seconds = 1
 [sandledger]
 state_dir = "/s"
+start_wait_seconds = 0
 master_key_file = "/k"
 worker.concurrency = 1
 worker.lease_seconds = 1

@@ -36,14 +36,16 @@ class Line:
         self._socket = socket
         self._open: list[asyncio.Event] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cut = False
         self._server: asyncio.Server | None = None
 
     async def up(self) -> int:
         self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
         return self._server.sockets[0].getsockname()[1]
 
-    def silence(self) -> None:
-        """What is open stays open and says nothing any more; who connects from now on is served."""
+    def silence(self, *, everything: bool = False) -> None:
+        """What is open stays open and says nothing any more; who connects from now on is served, or not either."""
+        self._cut = everything
         for deaf in self._open:
             deaf.set()
 
@@ -57,6 +59,8 @@ class Line:
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         deaf = asyncio.Event()
         self._open.append(deaf)
+        if self._cut:
+            deaf.set()
         there, back = await asyncio.open_unix_connection(str(self._socket))
         for source, sink in ((reader, back), (there, writer)):
             task = asyncio.create_task(self._pump(source, sink, deaf))
@@ -138,7 +142,7 @@ async def test_a_lease_ends_for_its_holder_even_if_the_database_says_nothing(
     (row,) = await stage.sql("SELECT clock_timestamp() + interval '60 s' AS soon")
     claim_end = row["soon"]
     await until(extended)  # by a heartbeat, to 0.6 s from now
-    line.silence()
+    line.silence(everything=True)
 
     async def given_up() -> bool:
         return held.lost
@@ -147,7 +151,7 @@ async def test_a_lease_ends_for_its_holder_even_if_the_database_says_nothing(
     beating.cancel()
     await asyncio.gather(beating, return_exceptions=True)
     assert await stage.phase(sandbox_id) is Phase.PENDING
-    await database.engine.dispose(close=False)  # a goodbye would wait for an answer
+    database.terminate()  # a goodbye would wait for an answer
 
 
 async def test_what_was_answered_is_on_disk_whatever_the_default_is(dsn: str) -> None:

@@ -6,7 +6,6 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.state import Phase
 from app.errors import RuntimeUnavailable
-from app.store.database.pool import APP_ROLE
 from tests.work.stage import Raiser, Stage
 
 
@@ -45,14 +44,16 @@ async def test_two_refusals_are_nobodys_history(stage: Stage) -> None:
 async def test_a_head_that_cannot_be_read_waits_longer_each_time_and_the_queue_says_why(stage: Stage) -> None:
     """Else every lease ends in the same traceback, and no operator sees which sandbox it is."""
     sandbox_id = await stage.create()
-    await stage.sql(f"REVOKE SELECT ON sandboxes FROM {APP_ROLE}")
+    (row,) = await stage.sql("SELECT app_role FROM installation")
+    app_role = row["app_role"]
+    await stage.sql(f"REVOKE SELECT ON sandboxes FROM {app_role}")
     worker = stage.worker()
     for attempt in (1, 2, 3):
         await stage.make_due(sandbox_id)
         await stage.turn(worker)
         row = await stage.row(sandbox_id)
         assert (row["attempts"], row["last_reason"], row["lease_owner"]) == (attempt, "INTERNAL_ERROR", None)
-    await stage.sql(f"GRANT SELECT ON sandboxes TO {APP_ROLE}")
+    await stage.sql(f"GRANT SELECT ON sandboxes TO {app_role}")
     await stage.make_due(sandbox_id)
     await stage.settle(worker)
     assert await stage.phase(sandbox_id) is Phase.RUNNING

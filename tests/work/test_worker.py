@@ -182,7 +182,7 @@ async def test_no_error_of_the_database_ends_the_worker(stage: Stage, until):
     worker = stage.worker()
     async with stage.working(worker):
         for _ in range(3):
-            sandbox_id = await stage.create()
+            sandbox_id = await create_when_possible(stage)  # the cut may not have been noticed yet
             await until(stage.is_phase(Phase.RUNNING, sandbox_id))
             async with stage.locked("reconcile_queue"):
                 await stage.blocked()

@@ -1,139 +1,271 @@
-"""Connections to PostgreSQL: one SQLAlchemy engine per process, autocommit, as the application role.
+"""The connections of one process: most of them for everybody, a few kept back for leases and wake-ups.
 
-Every statement is its own transaction unless `transaction()` says otherwise. The role is part of the connection's
-start packet, so that no statement can forget it. `idle_in_transaction_session_timeout` ends a stuck writer, which
-would otherwise hold back every reader of the log.
+asyncpg's pool holds the connections, `app.store.database.connect` opens and checks them, SQLAlchemy Core only writes
+SQL. Every statement is its own transaction.
 
-A statement that is not answered within `command_timeout` counts as a database that is gone: after a failover, or a
-partition that drops packets, an open connection may stay silent for a quarter of an hour, and ten of them are the pool.
+**Two pools.** Twelve slow statements of the API may use up the first one. Claims, heartbeats and notifications go
+through `reserved`, so that a busy server keeps its leases. One more connection listens.
 
-Failure: whatever means "the database is not there, or may not write" becomes StoreUnavailable and the connection is
-dropped from the pool; parameters never appear in an error or a log (`hide_parameters`). Connections that died while
-nobody used them are replaced at checkout, so that a restart of PostgreSQL does not cost one request for each of them.
+**Two errors.** StoreBusy: all connections are in use for longer than `pool_timeout`; PostgreSQL is well. Any other
+StoreUnavailable: it does not answer, or may not write. Only acquiring and the statement itself are translated, never
+the body of a caller who holds a connection: an error of the engine in there is not the database's.
+
+**Silence.** A statement that is not answered within `command_timeout` counts as a database that is gone: after a
+failover, or a partition that drops packets, an open connection may stay silent for a quarter of an hour. A statement
+that is cancelled or times out is cancelled at the server too, and its connection is closed in the background, so that
+nobody waits for the goodbye.
+
+**Smart shutdown.** PostgreSQL then refuses new connections and waits for the open ones, without telling them. So a new
+connection is tried every `knock_every` seconds; when it is refused because the server shuts down, all idle connections
+are given back, and the others as soon as they are free.
+
+A connection that died while nobody used it is replaced when it is taken, so that a restart of PostgreSQL does not cost
+one request for each of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Protocol, cast
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar, cast
 
 import asyncpg
-from sqlalchemy import event, exc
-from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import PoolProxiedConnection
-from sqlalchemy.util import greenlet_spawn
+from asyncpg import exceptions as pg
 
-from app.errors import SettingsError, StoreUnavailable
+from app.errors import SandledgerError, StoreBusy, StoreUnavailable
+from app.store.database.connect import GONE, Connector, Login, explained
 from app.store.database.statement import Statement
 
-APP_ROLE = "sandledger_app"
-_GONE = (
-    OSError,
-    asyncio.TimeoutError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    asyncpg.OperatorInterventionError,  # shutting down, starting up, killed
-    asyncpg.InsufficientResourcesError,  # disk full, too many connections
-    asyncpg.IdleInTransactionSessionTimeoutError,
-    asyncpg.ReadOnlySQLTransactionError,  # a standby since the last failover
-    exc.TimeoutError,
-    AsyncAdapt_asyncpg_dbapi.Error,  # SQLAlchemy only connects; its errors are refused connections
-    exc.DBAPIError,
-)
+T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
+_GOODBYE_S = 2.0
+_IDLE_S = 60.0
+RESERVED = 2
+"""Connections for leases and wake-ups."""
+KEPT_BACK = RESERVED + 1
+"""Those, and the one that listens."""
 
 
-def async_url(dsn: str) -> URL:
-    """Any PostgreSQL DSN, for SQLAlchemy on asyncpg."""
-    try:
-        url = make_url(dsn)
-    except exc.ArgumentError:
-        raise SettingsError(
-            "the PostgreSQL DSN does not parse; write postgresql://user:password@host/database"
-        ) from None
-    if url.get_backend_name() not in ("postgresql", "postgres"):
-        raise SettingsError("the DSN must begin with postgresql://")
-    return url.set(drivername="postgresql+asyncpg")
+class _OneLine(logging.Filter):
+    """asyncpg reports a connection that it could not restore with a traceback; the kind of error is enough."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            kind = record.exc_info[0]
+            record.msg, record.args = f"{record.getMessage()}: {kind.__name__ if kind else 'unknown'}", ()
+            record.exc_info = None
+        return True
 
 
-class DriverConnection(Protocol):
-    """What we use of asyncpg's connection, which ships without types."""
+logging.getLogger("asyncpg.pool").addFilter(_OneLine())
 
-    async def fetch(self, query: str, *args: Any) -> list[asyncpg.Record]:
-        """All rows."""
-        ...
 
-    async def execute(self, query: str) -> str:
-        """A script."""
-        ...
-
-    def transaction(self) -> AbstractAsyncContextManager[object]:
-        """All or none."""
-        ...
-
-    async def add_listener(self, channel: str, callback: Callable[..., None]) -> None:
-        """LISTEN."""
-        ...
-
-    def add_termination_listener(self, callback: Callable[..., None]) -> None:
-        """Called when the connection ends."""
-        ...
+async def _no_reset(_driver: object) -> None:
+    """Every statement commits by itself, and whoever holds a connection cleans up: nothing to reset."""
 
 
 class Connection:
     """One connection out of the pool."""
 
-    def __init__(self, pooled: PoolProxiedConnection) -> None:
-        """Wrap a checked-out connection."""
-        self._pooled = pooled
-        self._driver = cast("DriverConnection", pooled.driver_connection)
-
-    async def driver(self) -> DriverConnection:
-        """The asyncpg connection underneath."""
-        return self._driver
+    def __init__(self, driver: Any) -> None:
+        """Wrap it."""
+        self._driver = driver
+        self.broken = False
+        """A statement of unknown fate may still run on it."""
 
     async def fetch(self, statement: Statement, **values: Any) -> Sequence[asyncpg.Record]:
         """All rows."""
-        return await self._driver.fetch(statement.sql, *statement.arguments(values))
+        arguments = statement.arguments(values)
+        return await self._translated(self._driver.fetch(statement.sql, *arguments))
 
     async def fetch_one(self, statement: Statement, **values: Any) -> asyncpg.Record | None:
         """The first row, or None."""
         rows = await self.fetch(statement, **values)
         return rows[0] if rows else None
 
-    async def invalidate(self) -> None:
-        """Never give this one back to the pool."""
-        await _drop(self._pooled)
+    @asynccontextmanager
+    async def all_or_none(self) -> AsyncGenerator[None]:
+        """One transaction (READ COMMITTED) around the body."""
+        transaction = self._driver.transaction()
+        await self._translated(transaction.start())
+        try:
+            yield
+        except BaseException:
+            if not self.broken:
+                await self._translated(transaction.rollback())
+            raise
+        await self._translated(transaction.commit())
+
+    async def _translated(self, call: Awaitable[T]) -> T:
+        """Run a call of the driver. Only its own errors are translated, never those of a caller's body."""
+        try:
+            return await call
+        except GONE as error:
+            if isinstance(error, ValueError):
+                raise  # a value of ours that does not fit; asyncpg counts it among the broken connections
+            self.broken = True
+            raise StoreUnavailable(f"PostgreSQL is not reachable: {_kind(error)}") from error
+        except asyncio.CancelledError:
+            self.broken = True
+            raise
 
 
-async def _drop(pooled: PoolProxiedConnection) -> None:
-    """Close for good, by way of a greenlet: only so are a cancelled statement's cancellation sent and a goodbye said.
+class Pool:
+    """Connections of one size. Opens at the first statement."""
 
-    Without, the server would go on with the statement, on a connection that no pool counts any more.
-    """
-    if pooled.is_valid:
-        await greenlet_spawn(pooled.invalidate)
+    def __init__(
+        self, connector: Connector, *, min_size: int, max_size: int, wait: float, on_open: Callable[[], None]
+    ) -> None:
+        """`wait` is how long to wait for a free one, in seconds."""
+        self._connector = connector
+        self._sizes = (min_size, max_size)
+        self._wait = wait
+        self._on_open = on_open
+        self._slots = asyncio.Semaphore(max_size)
+        self._pool: Any = None
+        self._opening: asyncio.Task[Any] | None = None
+        self._goodbyes: set[asyncio.Task[None]] = set()
+
+    async def fetch(self, statement: Statement, **values: Any) -> Sequence[asyncpg.Record]:
+        """All rows of one autocommitted statement."""
+        connection, driver = await self._take()
+        try:
+            return await connection.fetch(statement, **values)
+        finally:
+            await self._give_back(connection, driver)
+
+    async def fetch_one(self, statement: Statement, **values: Any) -> asyncpg.Record | None:
+        """The first row of one autocommitted statement, or None."""
+        rows = await self.fetch(statement, **values)
+        return rows[0] if rows else None
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncGenerator[Connection]:
+        """A connection for as long as the caller wants. Errors of the caller's body pass as they are."""
+        connection, driver = await self._take()
+        try:
+            yield connection
+        except asyncio.CancelledError:
+            connection.broken = True  # the body may have left a lock
+            raise
+        finally:
+            await self._give_back(connection, driver)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[Connection]:
+        """Several statements, all or none."""
+        async with self.connection() as connection, connection.all_or_none():
+            yield connection
+
+    async def _take(self) -> tuple[Connection, Any]:
+        if self._slots.locked():
+            try:
+                async with asyncio.timeout(self._wait):
+                    await self._slots.acquire()
+            except TimeoutError:
+                raise StoreBusy(
+                    f"all {self._sizes[1]} database connections of this process are in use for {self._wait:g} s; "
+                    "raise store.postgresql.max_pool_size, or look for slow statements"
+                ) from None
+        else:
+            await self._slots.acquire()
+        try:
+            pool = self._pool or await self._opened()
+            driver = await pool.acquire()
+        except GONE as error:
+            self._slots.release()
+            raise explained(error) from error
+        except BaseException:
+            self._slots.release()
+            raise
+        return Connection(driver), driver
+
+    async def _give_back(self, connection: Connection, driver: Any) -> None:
+        if connection.broken:
+            task = asyncio.get_running_loop().create_task(self._part(driver))
+            self._goodbyes.add(task)
+            task.add_done_callback(self._goodbyes.discard)
+            return
+        try:
+            await self._pool.release(driver)
+        except (*GONE, pg.PostgresError):
+            pass  # it is closed, and the answer is ours already
+        finally:
+            self._slots.release()
+
+    async def _part(self, driver: Any) -> None:
+        """Close for good. Closing sends the cancel request of a statement that was given up and waits for it."""
+        try:
+            if not driver.is_closed():
+                await driver.close(timeout=_GOODBYE_S)
+            await self._pool.release(driver)
+        except (*GONE, pg.PostgresError):
+            with suppress(pg.InterfaceError):  # it is out of the pool already
+                driver.terminate()
+        finally:
+            self._slots.release()
+
+    async def _opened(self) -> Any:
+        """The pool, opened once; all who come meanwhile share the outcome."""
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+            self._opening.add_done_callback(self._settle)
+        return await asyncio.shield(self._opening)
+
+    def _settle(self, opening: asyncio.Task[Any]) -> None:
+        self._opening = None
+        if not opening.cancelled() and opening.exception() is None:
+            self._pool = opening.result()
+            self._on_open()
+
+    async def _open(self) -> Any:
+        minimum, maximum = self._sizes
+        return await cast("Any", asyncpg).create_pool(
+            min_size=minimum,
+            max_size=maximum,
+            connect=self._connector.open,
+            reset=_no_reset,
+            max_inactive_connection_lifetime=_IDLE_S,
+            max_queries=2**62,
+        )
+
+    async def retire(self) -> None:
+        """Close idle connections now, and the others when they come back."""
+        pool = self._pool
+        if pool is None:
+            return
+        idle = pool.get_idle_size()
+        await pool.expire_connections()
+        for _ in range(idle):
+            # Taking an expired connection closes it; the new one in its place is refused.
+            with suppress(StoreUnavailable, *GONE, pg.PostgresError):
+                await pool.release(await pool.acquire())
+
+    async def close(self) -> None:
+        """Wait for statements under way, then close every connection."""
+        if self._opening is not None:
+            with suppress(StoreUnavailable, *GONE):
+                await asyncio.shield(self._opening)
+        await asyncio.gather(*self._goodbyes, return_exceptions=True)
+        if self._pool is not None:
+            with suppress(*GONE, pg.PostgresError):
+                async with asyncio.timeout(_GOODBYE_S):
+                    await self._pool.close()
+
+    def terminate(self) -> None:
+        """Drop every connection without a word."""
+        if self._pool is not None:
+            self._pool.terminate()
 
 
-def _replace_dead(connection: Any, _record: object, _proxy: object) -> None:
-    """At checkout. What PostgreSQL closed is known by now; SQLAlchemy answers this error with a new connection."""
-    if connection.driver_connection.is_closed():
-        raise exc.DisconnectionError
+def _kind(error: BaseException) -> str:
+    return type(error).__name__
 
 
-def _what(error: BaseException) -> str:
-    """The server's words for a refused connection, which name no value of ours; else the kind of error."""
-    if isinstance(error, exc.DBAPIError):
-        return str(error.orig)
-    return str(error) if isinstance(error, AsyncAdapt_asyncpg_dbapi.Error) else type(error).__name__
-
-
-class Database:
-    """The pool, and the two ways to use it."""
+class Database(Pool):
+    """All connections of one process. Itself the pool for everybody."""
 
     def __init__(
         self,
@@ -144,74 +276,100 @@ class Database:
         connect_timeout: float = 5,
         pool_timeout: float = 5,
         command_timeout: float = 15,
+        knock_every: float = 5,
     ) -> None:
-        """Open lazily. Timeouts in seconds."""
+        """Open lazily. Times in seconds.
+
+        Raises:
+            SettingsError: the DSN does not parse.
+        """
         self.dsn = dsn
-        self.engine: AsyncEngine = create_async_engine(
-            async_url(dsn),
-            isolation_level="AUTOCOMMIT",
-            pool_size=max(min_size, max_size),
-            max_overflow=0,
-            pool_timeout=pool_timeout,
-            pool_reset_on_return=None,  # every statement commits by itself; transaction() cleans up after itself
-            pool_pre_ping=False,
-            pool_use_lifo=True,
-            hide_parameters=True,
-            json_deserializer=str,  # JSON stays text; each reader decodes it once, into its own struct
-            connect_args={
-                "timeout": connect_timeout,
-                "command_timeout": command_timeout,
-                "server_settings": {
-                    "application_name": "sandledger",
-                    "role": APP_ROLE,
-                    "idle_in_transaction_session_timeout": "5000",
-                    "jit": "off",
-                    # An answer means that it is on disk, whatever this database's default is.
-                    "synchronous_commit": "on",
-                    "TimeZone": "UTC",
-                },
-            },
+        connector = Connector(dsn, connect_timeout=connect_timeout, command_timeout=command_timeout)
+        super().__init__(
+            connector, min_size=min(min_size, max_size), max_size=max_size, wait=pool_timeout, on_open=self._attend
         )
-        event.listen(self.engine.sync_engine, "checkout", _replace_dead)
+        self.reserved = Pool(connector, min_size=0, max_size=RESERVED, wait=pool_timeout, on_open=self._attend)
+        """For claims, heartbeats and notifications only."""
+        self._knock_every = knock_every
+        self._listening: set[Any] = set()
+        self._attending: asyncio.Task[None] | None = None
 
-    async def fetch(self, statement: Statement, **values: Any) -> Sequence[asyncpg.Record]:
-        """All rows of one autocommitted statement."""
-        async with self._connection() as connection:
-            return await connection.fetch(statement, **values)
-
-    async def fetch_one(self, statement: Statement, **values: Any) -> asyncpg.Record | None:
-        """The first row of one autocommitted statement, or None."""
-        rows = await self.fetch(statement, **values)
-        return rows[0] if rows else None
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[Connection]:
-        """Several statements, READ COMMITTED, all or none."""
-        async with self._connection() as connection, (await connection.driver()).transaction():
-            yield connection
+    @property
+    def login(self) -> Login | None:
+        """Whom PostgreSQL knows us as; None before the first connection."""
+        return self._connector.login
 
     @asynccontextmanager
-    async def connection(self) -> AsyncGenerator[Connection]:
-        """A connection for as long as the caller wants, e.g. to listen."""
-        async with self._connection() as connection:
-            yield connection
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncGenerator[Connection]:
+    async def listen(self, channels: Mapping[str, Callable[..., None]]) -> AsyncGenerator[Listening]:
+        """A connection of its own that hears these channels, outside the pools."""
+        driver = await self._connector.open()
+        listening = Listening(driver)
         try:
-            # The pool's own connection, not an AsyncConnection: the latter's three more trips through a greenlet cost
-            # a read by primary key a fifth of its throughput, for abilities that nothing here uses.
-            pooled = await self.engine.raw_connection()
+            self._listening.add(driver)
+            driver.add_termination_listener(listening.end)
             try:
-                yield Connection(pooled)
-            except (*_GONE, asyncio.CancelledError):
-                await _drop(pooled)  # a statement of unknown fate may still be running on it
-                raise
-            finally:
-                pooled.close()
-        except _GONE as error:
-            raise StoreUnavailable(f"PostgreSQL is not reachable: {_what(error)}") from error
+                for channel, heard in channels.items():
+                    await driver.add_listener(channel, heard)
+            except GONE as error:
+                raise explained(error) from error
+            yield listening
+        finally:
+            self._listening.discard(driver)
+            with suppress(*GONE, pg.PostgresError):
+                await asyncio.shield(driver.close(timeout=_GOODBYE_S))
+
+    def _attend(self) -> None:
+        if self._attending is None:
+            self._attending = asyncio.get_running_loop().create_task(self._watch(), name="database-watch")
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._knock_every)
+            try:
+                await self._connector.knock()
+            except SandledgerError as error:
+                if isinstance(error.__cause__, pg.CannotConnectNowError):
+                    _LOG.warning("%s; giving its connections back", error)
+                    await self.retire()
+
+    async def retire(self) -> None:
+        """Give back what is idle, so that a smart shutdown ends."""
+        await super().retire()
+        await self.reserved.retire()
+        for driver in list(self._listening):
+            with suppress(*GONE, pg.PostgresError):
+                await driver.close(timeout=_GOODBYE_S)
 
     async def close(self) -> None:
         """Close every connection."""
-        await self.engine.dispose()
+        if self._attending is not None:
+            self._attending.cancel()
+        await asyncio.gather(super().close(), self.reserved.close())
+
+    def terminate(self) -> None:
+        """Drop every connection without a word."""
+        if self._attending is not None:
+            self._attending.cancel()
+        super().terminate()
+        self.reserved.terminate()
+
+
+class Listening:
+    """A connection that hears a channel."""
+
+    def __init__(self, driver: Any) -> None:
+        """Wrap it."""
+        self._driver = driver
+        self.ended = asyncio.Event()
+        """Set when the connection has ended."""
+
+    def end(self, *_: object) -> None:
+        """The connection has ended."""
+        self.ended.set()
+
+    async def ping(self) -> None:
+        """Ask something: a connection that was cut off looks just like one on which nobody speaks."""
+        try:
+            await self._driver.fetchval("SELECT 1")
+        except GONE as error:
+            raise StoreUnavailable(f"PostgreSQL is not reachable: {_kind(error)}") from error

@@ -44,6 +44,7 @@ from app.store.embedded.cluster import PATIENCE, Cluster, ensure_database, find,
 __all__ = ["EmbeddedPostgres", "binaries"]
 
 DATABASE = "sandledger"
+SERVER = "sandledger_server"
 
 
 def _silent(_: str) -> None:
@@ -66,6 +67,8 @@ class EmbeddedPostgres:
         self.log_dir = cluster.log
         self.dsn = f"postgresql://postgres@/{DATABASE}?host={quote(str(cluster.sockets))}"
         """The owner's DSN, for asyncpg and libpq."""
+        self.server_dsn = self.dsn.replace("postgres@", f"{SERVER}@", 1)
+        """The DSN that servers work with: a login that owns nothing. Migrations make it."""
 
     @classmethod
     def start(cls, state_dir: Path, say: Callable[[str], None] = _silent) -> EmbeddedPostgres:

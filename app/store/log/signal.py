@@ -27,7 +27,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
-from sqlalchemy import Text, bindparam, func, literal, select
+from sqlalchemy import Text, bindparam, func, select
 
 from app.errors import StoreUnavailable
 from app.store.database.pool import Database
@@ -46,7 +46,6 @@ _NOTIFY_WORK = Statement(
         func.pg_notify(WORK_CHANNEL, bindparam("speaker", type_=Text)),
     )
 )
-_PING = Statement(select(literal(1)))
 _FAILURES = (StoreUnavailable, asyncpg.PostgresError)
 """A standby after a failover, or a full queue, refuses to notify: PostgreSQL's word, and no reason to stop either."""
 _LOG = logging.getLogger(__name__)
@@ -151,9 +150,9 @@ class Signal:
         payload = "*" if len(ids) > _MOST_IDS else ",".join(sandbox_id.hex for sandbox_id in ids)
         try:
             if work:
-                await self._database.fetch(_NOTIFY_WORK, payload=payload, speaker=self._speaker)
+                await self._database.reserved.fetch(_NOTIFY_WORK, payload=payload, speaker=self._speaker)
             else:
-                await self._database.fetch(_NOTIFY, payload=payload)
+                await self._database.reserved.fetch(_NOTIFY, payload=payload)
         except _FAILURES as error:
             _LOG.warning("notification lost, readers fall back to polling: %s", error)
         except asyncio.CancelledError:
@@ -170,22 +169,15 @@ class Signal:
             await asyncio.sleep(_RECONNECT_S)
 
     async def _listen(self) -> None:
-        ended = asyncio.Event()
-        async with self._database.connection() as connection:
-            driver = await connection.driver()
-            driver.add_termination_listener(lambda *_: ended.set())
-            try:
-                await driver.add_listener(CHANNEL, self._heard)
-                await driver.add_listener(WORK_CHANNEL, self._heard_work)
-                self._wake_all()  # whatever was said while nobody listened
-                while not ended.is_set():
-                    try:
-                        async with asyncio.timeout(self._check):
-                            await ended.wait()
-                    except TimeoutError:
-                        await connection.fetch(_PING)
-            finally:
-                await connection.invalidate()
+        channels = {CHANNEL: self._heard, WORK_CHANNEL: self._heard_work}
+        async with self._database.listen(channels) as listening:
+            self._wake_all()  # whatever was said while nobody listened
+            while not listening.ended.is_set():
+                try:
+                    async with asyncio.timeout(self._check):
+                        await listening.ended.wait()
+                except TimeoutError:
+                    await listening.ping()
 
     def _heard(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
         try:

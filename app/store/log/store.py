@@ -80,8 +80,10 @@ _COLUMNS = (
     events.c.meta,
     events.c.recorded_at,
 )
-_HORIZON = Statement(select(func.log_horizon().label("horizon")))
-_LAST = Statement(select(literal_column("last_value", BigInteger)).select_from(table("events_position")))
+_HORIZON = Statement(select(func.sandledger.log_horizon().label("horizon")))
+_LAST = Statement(
+    select(literal_column("last_value", BigInteger)).select_from(table("events_position", schema="sandledger"))
+)
 TAIL = Statement(
     select(*_COLUMNS)
     .where(
@@ -108,10 +110,10 @@ _IDENTITY = Statement(
         literal_column("system_identifier", BigInteger),
         literal_column("timeline_id", Integer),
         literal_column("last_position", BigInteger),
-    ).select_from(func.log_identity().table_valued("system_identifier", "timeline_id", "last_position"))
+    ).select_from(func.sandledger.log_identity().table_valued("system_identifier", "timeline_id", "last_position"))
 )
-_AHEAD = Statement(select(func.log_partitions_ahead()))
-_PARTITIONS = Statement(select(func.log_ensure_partitions()))
+_AHEAD = Statement(select(func.sandledger.log_partitions_ahead()))
+_PARTITIONS = Statement(select(func.sandledger.log_ensure_partitions()))
 
 
 class EventLog:

@@ -271,7 +271,7 @@ class Queue:
         """
         owner = uuid4()
         holds = held or {}
-        rows = await self._database.fetch(
+        rows = await self._database.reserved.fetch(
             CLAIM,
             engines=list(engines) if engines is not None else [self._engine, UNPLACED],
             kinds=list(KINDS),
@@ -288,11 +288,11 @@ class Queue:
 
     async def extend(self, claims: Iterable[Claim], lease: float) -> Mapping[UUID, Beat]:
         """Keep claims. Whoever is missing from the answer is not ours any more."""
-        return _beats(await self._database.fetch(_EXTEND, lease=lease, **_pairs(claims)))
+        return _beats(await self._database.reserved.fetch(_EXTEND, lease=lease, **_pairs(claims)))
 
     async def probe(self, claims: Iterable[Claim]) -> Mapping[UUID, Beat]:
         """As `extend`, without extending."""
-        return _beats(await self._database.fetch(_PROBE, **_pairs(claims)))
+        return _beats(await self._database.reserved.fetch(_PROBE, **_pairs(claims)))
 
     async def complete(self, claim: Claim, *, closed: bool = False) -> bool:
         """Done: nothing to do until something changes. False when news came meanwhile, and it is due again.

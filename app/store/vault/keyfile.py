@@ -37,8 +37,12 @@ def prepend_new_key(path: Path) -> None:
 
 
 def _make(path: Path) -> None:
-    """Write a new key unless there is one. A reader sees a whole file or none: written aside, then linked in place."""
+    """Write a new key unless there is one. A reader sees a whole file or none: written aside, then linked in place.
+
+    The folder is synced before anybody uses the key: else a power cut could keep what was sealed and lose the key.
+    """
     if path.exists():
+        _sync(path.parent)  # whoever linked it may not have come to that yet
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path, f"{generate_master_key()}\n")
@@ -49,6 +53,15 @@ def _make(path: Path) -> None:
         pass  # another server was quicker; its key is the key
     finally:
         aside.unlink()
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _aside(path: Path, text: str) -> Path:

@@ -9,10 +9,11 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from sqlalchemy import Text, Uuid, bindparam, cast, column, func, literal_column, select, table
+from sqlalchemy import Text, Uuid, bindparam, cast, func, literal_column, select, table
 
-from app.errors import SettingsError, StoreUnavailable
-from app.store.database.pool import Database, async_url
+from app.errors import SettingsError, StoreBusy, StoreUnavailable
+from app.store.database.dsn import address
+from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from tests.conftest import on_database
 from tests.support.sql import connected
@@ -37,7 +38,10 @@ async def kill(dsn: str, *pids: int) -> None:
 
 async def test_every_connection_is_the_applications(database: Database):
     rows = await asyncio.gather(*(database.fetch_one(ROLE) for _ in range(20)))
-    assert {tuple(row) for row in rows if row is not None} == {("sandledger_app", "5s", "UTC")}
+    login = database.login
+    assert login is not None
+    assert login.role.startswith("sandledger_app_")
+    assert {tuple(row) for row in rows if row is not None} == {(login.role, "5s", "UTC")}
     assert None not in rows
 
 
@@ -47,7 +51,7 @@ async def test_connections_that_died_while_idle_are_replaced_before_anybody_noti
     """Else every pooled connection would cost one request after a restart of PostgreSQL."""
     async with AsyncExitStack() as stack:
         pooled = [await stack.enter_async_context(database.connection()) for _ in range(10)]
-        drivers: list[Any] = [await connection.driver() for connection in pooled]
+        drivers: list[Any] = [connection._driver._con for connection in pooled]
     await kill(dsn, *(driver.get_server_pid() for driver in drivers))
 
     async def all_known_dead() -> bool:
@@ -101,21 +105,6 @@ async def test_a_mistake_of_ours_is_not_called_unavailability(database: Database
     assert await database.fetch_one(PID) is not None
 
 
-async def test_a_transaction_is_all_or_none(dsn: str, database: Database):
-    lock = Statement(select(func.pg_advisory_xact_lock(7)))
-    held = Statement(
-        select(literal_column("count(*)")).select_from(table("pg_locks")).where(column("locktype") == "advisory")
-    )
-    with pytest.raises(RuntimeError):  # noqa: PT012 - the whole block is the case
-        async with database.transaction() as transaction:
-            await transaction.fetch(lock)
-            assert (await transaction.fetch(held))[0][0] == 1
-            raise RuntimeError
-    row = await database.fetch_one(held)
-    assert row is not None
-    assert row[0] == 0
-
-
 async def test_nobody_there_is_unavailability():
     for dsn in ("postgresql://postgres@127.0.0.1:1/x", "postgresql://postgres@/x?host=/nonexistent"):
         database = Database(dsn)
@@ -148,16 +137,16 @@ async def test_a_database_that_may_not_write_is_unavailable_and_asked_anew(dsn: 
         await owner.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
         standby = Database(dsn)
         with pytest.raises(StoreUnavailable, match="ReadOnly"):
-            await standby.fetch(Statement(select(func.nextval("events_position"))))
+            await standby.fetch(Statement(select(func.nextval("sandledger.events_position"))))
         await owner.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
-        await standby.fetch(Statement(select(func.nextval("events_position"))))
+        await standby.fetch(Statement(select(func.nextval("sandledger.events_position"))))
         await standby.close()
 
 
 async def test_a_full_pool_is_unavailability_in_bounded_time(dsn: str):
     database = Database(dsn, max_size=1, pool_timeout=0.05)
     async with database.connection():
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreBusy, match="max_pool_size"):
             await database.fetch(PID)
     assert await database.fetch_one(PID) is not None
     await database.close()
@@ -170,10 +159,10 @@ async def test_values_stay_out_of_errors(database: Database):
         await database.fetch(broken, note=uuid4().hex)
     assert "invalid input syntax" in str(caught.value)
     with pytest.raises(SettingsError) as wrong:
-        async_url(f"postgresql//u:{secret}@h")
+        address(f"postgresql//u:{secret}@h")
     assert secret not in str(wrong.value)
     with pytest.raises(SettingsError) as wrong:
-        async_url(f"mysql://u:{secret}@h/d")
+        address(f"mysql://u:{secret}@h/d")
     assert secret not in str(wrong.value)
     unreachable = Database(f"postgresql://u:{secret}@127.0.0.1:1/x")
     with pytest.raises(StoreUnavailable) as away:
