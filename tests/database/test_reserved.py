@@ -32,7 +32,7 @@ async def test_slow_statements_of_everybody_leave_the_reserved_ones_alone(dsn: s
             await database.fetch(ONE)
         assert len(await database.reserved.fetch(ONE)) == 1
         heard = asyncio.Event()
-        async with database.listen(NEWS_CHANNEL, lambda *_: heard.set()):
+        async with database.listen({NEWS_CHANNEL: lambda *_: heard.set()}):
             await owner.execute(f"NOTIFY {NEWS_CHANNEL}")
             await heard.wait()
     for task in slow:

@@ -32,7 +32,7 @@ from uuid import UUID
 
 import asyncpg
 from msgspec import Struct
-from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal_column, select, table
+from sqlalchemy import BigInteger, Integer, Text, Uuid, bindparam, func, literal_column, select
 
 from app.store.database.statement import Connections, Statement
 from app.store.tables import events
@@ -91,9 +91,6 @@ _COLUMNS = (
     events.c.recorded_at,
 )
 _HORIZON = Statement(select(func.sandledger.log_horizon().label("horizon")))
-_LAST = Statement(
-    select(literal_column("last_value", BigInteger)).select_from(table("events_position", schema="sandledger"))
-)
 TAIL = Statement(
     select(*_COLUMNS)
     .where(
@@ -142,11 +139,6 @@ class EventLog:
         self._horizon = 0
         self._asked_at = float("-inf")
         self._asking = asyncio.Lock()
-
-    async def last_position(self) -> int:
-        """The highest position that was handed out. No event of this log lies beyond it."""
-        row = await self._database.fetch_one(_LAST)
-        return 0 if row is None else row["last_value"]
 
     async def horizon(self, *, fresh: bool = False) -> int:
         """A position up to which everything that will ever be there is there. One flight, remembered for a moment.
