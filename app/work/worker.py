@@ -102,7 +102,7 @@ class Worker:
             meta=meta,
         )
         self._deadlines = Deadlines(
-            DeadlineRows(database), service, limits or Limits(), timer_id=worker_id, app_version=__version__
+            DeadlineRows(database.reserved), service, limits or Limits(), timer_id=worker_id, app_version=__version__
         )
         self._timers: Timers | None = None
         self.leases = Leases(self.queue, policy, self.watchdog)
