@@ -158,8 +158,11 @@ class Call:
                 return await self.receive()
         except TimeoutError:
             self.stalled = True
+            total = self.limits.body_total_seconds
             raise Problem(
-                408, "GENERAL::REQUEST_TIMEOUT", f"The body stopped coming, or took too long. Waited {idle:g} s."
+                408,
+                "GENERAL::REQUEST_TIMEOUT",
+                f"The body did not arrive in time: {idle:g} s for each piece, {total:g} s in all.",
             ) from None
 
     async def arrived(self) -> bool:
