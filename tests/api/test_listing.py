@@ -395,10 +395,12 @@ async def test_a_page_too_far_names_the_cursor(http: httpx.AsyncClient, counted_
 # Plans
 
 BULK = """INSERT INTO {schema}.sandboxes (id, tenant, version, position, schema, phase, desired, observed, spec, metadata,
-  epoch, place, generation, run, key_id, key_name, fingerprint, created_at, changed_at, ended_at, since_position)
+  epoch, place, generation, run, key_id, key_name, fingerprint, created_at, changed_at, ended_at, end_cause, ended_by,
+  since_position)
 SELECT gen_random_uuid(), 'default', 2, 2, 1, CASE WHEN g % 100 = 0 THEN 'Running' ELSE 'Pending' END, 'running', 'none',
   '{{"image": "x", "entrypoint": ["y"]}}', jsonb_build_object('n', g::text, 'kind', 'bulk'), 0, '', 0, 0, 'bulk', 'k', 'f',
-  now() - g * interval '1 second', now(), CASE WHEN g % 2 = 0 THEN NULL ELSE now() END, 1
+  now() - g * interval '1 second', now(), CASE WHEN g % 2 = 1 THEN now() END,
+  CASE WHEN g % 2 = 1 THEN 'expired' END, CASE WHEN g % 2 = 1 THEN 'timer t' END, 1
 FROM generate_series(1, {rows}) g"""
 
 
