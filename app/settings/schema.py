@@ -186,8 +186,8 @@ class DockerSettings(Table, frozen=True):
     """Address of the engine; None = the engine's default socket. `DOCKER_HOST` wins."""
     network_mode: Text = "bridge"
     """`bridge`, `host` or the name of a network. The public server defaults to `host`, where sandboxes share ports."""
-    api_timeout: WholeSeconds = 180
-    """Seconds an engine call may take, pulls apart."""
+    api_timeout: WholeSeconds = 60
+    """Seconds that a create, start or remove call may take; other calls get a fixed share of it, pulls their own."""
     pull_timeout_seconds: Seconds = 600
     """Seconds an image pull may take."""
     capabilities: tuple[Text, ...] | None = None

@@ -130,7 +130,7 @@ async def test_session_mode_works_when_the_settings_are_the_logins_own(
     news = Signal(through)
     service = Service(through, news)
     hearing = asyncio.create_task(news.run())
-    made = await service.create(uuid4(), requested(), None, META)
+    made = await service.create(uuid4(), "default", requested(), None, META)
     with news.subscribe(made.sandbox.id) as heard:
 
         async def told_of() -> bool:

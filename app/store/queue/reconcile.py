@@ -80,8 +80,6 @@ class Claim(Struct, frozen=True):
     attempts: int = 0
     """Counted failures before this claim."""
     first_failed_at: datetime | None = None
-    failing_for: float = 0
-    """Seconds from the first of them to this claim."""
     last_reason: str | None = None
     missing_since: datetime | None = None
 
@@ -366,7 +364,6 @@ def _claim(row: Any, owner: UUID) -> Claim:
         cause=row["cause"],
         attempts=row["attempts"],
         first_failed_at=row["first_failed_at"],
-        failing_for=row["failing_for"],
         last_reason=row["last_reason"],
         missing_since=row["missing_since"],
     )

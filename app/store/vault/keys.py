@@ -86,6 +86,11 @@ async def open_keys(database: Database, master: MasterKeys, key_id: str) -> Inst
     return InstallationKeys(**clear)
 
 
+async def remaining_keys(database: Database, key_id: str) -> int:
+    """How many of the keys another master key still wraps."""
+    return sum(row["key_id"] != key_id for row in await database.fetch(_READ))
+
+
 async def rewrap_keys(database: Database, master: MasterKeys, key_id: str) -> int:
     """Wrap each key by this master key. Says how many were wrapped by another one."""
     done = 0

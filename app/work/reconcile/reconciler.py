@@ -209,10 +209,7 @@ class Reconciler:
         return self._went_on(held, sandbox, after), Answer(seen)
 
     async def _let_settle(self, held: Held, sandbox: Sandbox, seen: Observed | None, now: datetime) -> None:
-        """A restart from outside shows an exit for a moment, and an exit that is recorded is final.
-
-        Whoever ends it meanwhile makes it due at once; the hints that a restart makes do not.
-        """
+        """A restart from outside shows an exit for a moment, and an exit that is recorded is final: look once more."""
         ended = None if seen is None or seen.power is not Power.EXITED else seen.exit
         if ended is None or ended.at is None or sandbox.observed not in (RuntimeState.RUNNING, RuntimeState.PAUSED):
             return
