@@ -86,7 +86,7 @@ class Call:
         self.problem: Problem | None = None
         """What the answer refuses with, if it does."""
         self.sandbox_id: UUID | None = None
-        """The sandbox that a create is about; other commands name it in the path."""
+        """The sandbox that an earlier create with this Idempotency-Key made; other commands name theirs in the path."""
         self.stalled = False
         """Whether the body stopped coming."""
         headers = self.headers

@@ -184,6 +184,7 @@ class Service:
             raise KeyReused(
                 "SANDLEDGER::IDEMPOTENCY_KEY_REUSED",
                 "This Idempotency-Key was used before with a different body; use a new key for a new request.",
+                first.stream_id,
             )
         since = await self.view.since(first.stream_id, tenant)
         begun = await self.log.history(first.stream_id, tenant, since=since or 0, limit=2)
