@@ -4,7 +4,7 @@
 
 * `DIE_AT=create:3`: SIGKILL after the third engine call about containers since the first `POST .../containers/create`;
   `create:0` before that call is sent. `delete:N`: the same since the first call that ends or removes a container.
-* `DIE_AT=fetched:0`: SIGKILL before the first `POST .../containers/create` after a pull.
+* `DIE_AT=fetched:0`: SIGKILL before the first `POST .../containers/create` after one that did not find the image.
 
 Calls are counted at the HTTP client, so the product needs no hook for this.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import UUID
@@ -36,14 +37,13 @@ class Death:
         phase, _, number = wanted.partition(":")
         self._phase, self._left = phase, int(number)
         self._armed = False
-        self._pulled = False
+        self._missing = False
 
     def _relevant(self, method: str, path: str) -> bool:
-        self._pulled = self._pulled or path.endswith("/images/create")
         if "/containers/" not in path or path.endswith("/containers/json"):
             return False
         if self._phase in ("create", "fetched"):
-            ready = self._phase == "create" or self._pulled
+            ready = self._phase == "create" or self._missing
             self._armed = self._armed or (ready and path.endswith("/containers/create"))
         else:
             self._armed = self._armed or method == "DELETE" or "/kill" in path
@@ -55,6 +55,8 @@ class Death:
             self._left -= 1
             if self._left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
+        if params.url.path.endswith("/containers/create") and params.response.status == HTTPStatus.NOT_FOUND:
+            self._missing = True
 
     async def before(
         self, _session: object, _context: SimpleNamespace, params: aiohttp.TraceRequestStartParams
