@@ -207,7 +207,7 @@ def _enqueue(named: ColumnElement[Any]) -> Statement:
                 "due_at": case((waits, _Q.due_at), else_=func.least(_Q.due_at, new.due_at)),
                 "priority": func.least(_Q.priority, new.priority),
             },
-        ).returning(_Q.stream_id, (_Q.due_at <= now).label("due"))
+        ).returning(_Q.stream_id, cast("ColumnElement[bool]", _Q.due_at <= now).label("due"))
     )
 
 
