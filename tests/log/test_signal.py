@@ -41,7 +41,7 @@ async def ready(*signals: Signal) -> None:
             probe = uuid4()
             if sender is not receiver:
                 with receiver.subscribe(probe) as subscription:
-                    sender.poke(probe)
+                    sender.poke(probe, work=False)
                     assert await heard(subscription)
 
 

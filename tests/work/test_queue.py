@@ -289,6 +289,7 @@ async def test_one_tenants_thousands_of_rows_hide_nobody(stage: Stage, queue: Qu
     found = await queue.claim(16, lease=30, tenant_slots=12)
     tenants = Counter(claim.tenant for claim in found.claims)
     assert set(tenants) == {"greedy", *others}
+    await stage.sql("DELETE FROM reconcile_queue")
 
 
 @pytest.mark.usefixtures("rows_of_nobody")
@@ -298,6 +299,7 @@ async def test_a_window_over_what_is_due_hides_them(stage: Stage):
     await many(stage, "modest", 1, "interval '0 s'")
     window = await stage.sql("SELECT tenant FROM reconcile_queue WHERE due_at <= now() ORDER BY due_at LIMIT 400")
     assert {row["tenant"] for row in window} == {"greedy"}
+    await stage.sql("DELETE FROM reconcile_queue")
 
 
 async def many(stage: Stage, tenant: str, number: int, since: str) -> None:
@@ -432,5 +434,6 @@ async def test_a_round_reads_what_is_due_and_not_the_queue(stage: Stage):
             plan = "\n".join(row[0] for row in rows)
             assert "using reconcile_queue_due" in plan
             assert "Seq Scan on reconcile_queue" not in plan
+        await connection.execute("DELETE FROM reconcile_queue")
     finally:
         await connection.close()

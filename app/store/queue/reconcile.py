@@ -199,6 +199,7 @@ def _enqueue(named: ColumnElement[Any]) -> Statement:
     statement = insert(reconcile_queue).from_select(names, source)
     new = statement.excluded
     waits = (_Q.lease_until > new.due_at) | (_Q.attempts > 0)
+    due: ColumnElement[bool] = _Q.due_at <= now
     return Statement(
         statement.on_conflict_do_update(
             index_elements=["stream_id"],
@@ -207,7 +208,7 @@ def _enqueue(named: ColumnElement[Any]) -> Statement:
                 "due_at": case((waits, _Q.due_at), else_=func.least(_Q.due_at, new.due_at)),
                 "priority": func.least(_Q.priority, new.priority),
             },
-        ).returning(_Q.stream_id, cast("ColumnElement[bool]", _Q.due_at <= now).label("due"))
+        ).returning(_Q.stream_id, due.label("due"))
     )
 
 
