@@ -21,9 +21,7 @@ from tests.api.conftest import KEY, MakeContext, body, client, create
 
 EVENTS = Statement(select(func.count()).select_from(events).where(events.c.kind == "sandbox"))
 SECRETS = Statement(
-    select(
-        sealed_values.c.stream_id, sealed_values.c.key_id, sealed_values.c.wrapped_key, sealed_values.c.sealed
-    )
+    select(sealed_values.c.stream_id, sealed_values.c.key_id, sealed_values.c.wrapped_key, sealed_values.c.sealed)
 )
 
 

@@ -69,7 +69,11 @@ async def test_a_reused_key_is_recorded_with_its_sandbox(http: httpx.AsyncClient
     made = await create(http, {"Idempotency-Key": "k"})
     await http.post("/v1/sandboxes", json=body(timeout=700), headers={"Idempotency-Key": "k"})
     (row,) = await recorded(database)
-    assert (row["status"], row["code"], row["command"]) == (422, "SANDLEDGER::IDEMPOTENCY_KEY_REUSED", "POST /sandboxes")
+    assert (row["status"], row["code"], row["command"]) == (
+        422,
+        "SANDLEDGER::IDEMPOTENCY_KEY_REUSED",
+        "POST /sandboxes",
+    )
     assert (row["kind"], str(row["stream_id"])) == ("sandbox", made["id"])
 
 
