@@ -143,7 +143,14 @@ async def test_events_prints_the_history_of_one_that_is_gone(dsn: str, home: Pat
     await service.execute(sandbox, cmd.RecordRemoved(), META)
     shown = run("events", str(sandbox), OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn, SANDLEDGER_STATE_DIR=str(home))
     assert shown.returncode == 0, shown.stderr
-    for part in ("sandbox.requested", "sandbox.placed", "sandbox.terminated", "api_key default", "user_delete", "Terminated"):
+    for part in (
+        "sandbox.requested",
+        "sandbox.placed",
+        "sandbox.terminated",
+        "api_key default",
+        "user_delete",
+        "Terminated",
+    ):
         assert part in shown.stdout
     lines = run("events", "--json", str(sandbox), OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn).stdout.splitlines()
     assert [json.loads(line)["version"] for line in lines] == [1, 2, 3, 4, 5]

@@ -94,7 +94,9 @@ async def test_nothing_is_wrong(world: World, settings: Settings, capsys: pytest
 
 @asynccontextmanager
 async def dark(world: World) -> AsyncGenerator[None]:
-    await world.engines.execute(ENGINE, RecordSilence(datetime.now(UTC), "cannot connect [/run/x.sock] \x1b[31m"), STATION)
+    await world.engines.execute(
+        ENGINE, RecordSilence(datetime.now(UTC), "cannot connect [/run/x.sock] \x1b[31m"), STATION
+    )
     yield
 
 
@@ -157,7 +159,7 @@ async def failing(world: World) -> AsyncGenerator[None]:
 
 @asynccontextmanager
 async def last_partition(world: World) -> AsyncGenerator[None]:
-    await world.owner("DROP TABLE IF EXISTS sandledger.spare", *await _spare(world))
+    await world.owner(*await _spare(world))
     yield
 
 
@@ -177,9 +179,7 @@ async def hanging(world: World) -> AsyncGenerator[None]:
         slow = writer.transaction()
         await slow.start()
         await insert_event(writer)
-        await world.owner(
-            f"SELECT nextval('sandledger.events_position') FROM generate_series(1, {HELD_POSITIONS + 5})"
-        )
+        await world.owner(f"SELECT nextval('sandledger.events_position') FROM generate_series(1, {HELD_POSITIONS + 5})")
         yield
         await slow.rollback()
 
@@ -220,7 +220,12 @@ async def test_stuck_sandboxes_are_listed_with_why(
     async with failing(world):
         _, found, text = await told(settings, capsys)
     (line,) = found["stuck"]
-    assert (line["phase"], line["attempts"], line["reason"], line["tenant"]) == ("Pending", 3, "START_FAILED", "default")
+    assert (line["phase"], line["attempts"], line["reason"], line["tenant"]) == (
+        "Pending",
+        3,
+        "START_FAILED",
+        "default",
+    )
     assert f"{line['id']} Pending for " in text
     assert "3 attempts; START_FAILED: no such device [/dev/kvm] \\x1b[31m" in text
 
@@ -253,5 +258,3 @@ async def test_the_exit_code(world: World):
         failed, shown = await code()
     assert failed == 1
     assert "problem: no worker serves engine" in shown
-
-

@@ -63,7 +63,7 @@ def test_what_an_engine_says_is_no_markup_and_drives_no_terminal():
     assert "\x07" not in out.getvalue()
 
 
-async def test_reading_a_history_migrates_nothing_and_an_unknown_id_is_said(settings: Settings, service: Service):
+async def test_an_unknown_id_is_said(settings: Settings):
     with pytest.raises(NotFound, match="there never was a sandbox"):
         await timeline.print_history(settings, UUID(int=1), print, as_json=False)
 
