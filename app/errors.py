@@ -1,4 +1,4 @@
-"""The error tree. Raised in the core and at the seams. No HTTP status stands here: `app.api.errors` gives each its own.
+"""The error tree. Raised in the core and at the seams. `app.api.errors` gives each its HTTP status, not this module.
 
 ::
 

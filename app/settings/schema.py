@@ -263,7 +263,7 @@ class WorkerSettings(Table, frozen=True):
     """`[sandledger.worker]`: reconciling, expiry and clean-up."""
 
     concurrency: Annotated[int, Meta(ge=1, le=10_000)] = 16
-    """Sandboxes one process works on at once."""
+    """Sandboxes of one tenant that one process works on at once; four more are kept for other tenants."""
     lease_seconds: Seconds = 10
     """Seconds until work claimed by a silent worker is free again; renewed at a third of it."""
     sweep_seconds: Seconds = 300

@@ -50,7 +50,7 @@ async def test_sixteen_clients_renew_one_sandbox(live: Live, clients: list[httpx
     async def renew_all(n: int) -> list[httpx.Response]:
         return [await renew(n, turn) for turn in range(EACH)]
 
-    answers = [one for each in await asyncio.gather(*map(renew_all, range(CLIENTS))) for one in each]
+    answers = [one for part in await asyncio.gather(*[renew_all(n) for n in range(CLIENTS)]) for one in part]
     assert {answer.status_code for answer in answers} == {200}
     tags = [int(answer.headers["etag"].strip('"')) for answer in answers]
     assert sorted(tags) == list(range(4, 4 + CLIENTS * EACH)), "each renewal is an event of its own"
@@ -72,7 +72,7 @@ async def test_renewals_among_other_changes(clients: list[httpx.AsyncClient]):
             return [await clients[n].post(f"{path}/renew-expiration", json={"expiresAt": until}) for _ in range(EACH)]
         return [await clients[n].patch(f"{path}/metadata", json={f"k{n}": str(turn)}) for turn in range(EACH)]
 
-    answers = [one for each in await asyncio.gather(*map(change, range(CLIENTS))) for one in each]
+    answers = [one for part in await asyncio.gather(*[change(n) for n in range(CLIENTS)]) for one in part]
     assert {answer.status_code for answer in answers} == {200}
     shown = (await clients[0].get(path)).json()["metadata"]
     assert shown == {f"k{n}": str(EACH - 1) for n in range(0, CLIENTS, 2)}

@@ -15,6 +15,7 @@ import pytest
 
 from app.cli.local_image import ensure_busybox_image
 from tests.chaos.harness import Engine, ServerProcess, write_config
+from tests.conftest import ROOT, as_server
 
 IMAGE = "sandledger-test:1"
 
@@ -53,10 +54,10 @@ async def installation(dsn: str) -> UUID:
 
 @pytest.fixture
 async def engine(docker: aiodocker.Docker, installation: UUID) -> AsyncIterator[Engine]:
-    """The engine seen from outside; cleared at the end whatever the test left."""
+    """The engine seen from outside; cleared at the end, whatever the test left."""
     seen = Engine(docker)
     yield seen
-    await seen.clear(installation)
+    await seen.forget(installation)
 
 
 @pytest.fixture
@@ -69,10 +70,12 @@ def serve(home: Path, dsn: str, docker_host: str) -> Iterator[Callable[..., Awai
         name: str = "server",
         host: str | None = None,
         environ: dict[str, str] | None = None,
+        database: str = dsn,
+        tree: Path = ROOT,
         **tables: str,
     ) -> ServerProcess:
-        config = write_config(home, dsn, host or docker_host, name, **tables)
-        process = ServerProcess(config, role, **(environ or {}))
+        config = write_config(home, as_server(database), host or docker_host, name, database, **tables)
+        process = ServerProcess(config, role, tree, **(environ or {}))
         started.append(process)
         # In a thread: the engine's proxy may live in this very loop.
         return await asyncio.to_thread(process.start)

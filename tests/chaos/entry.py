@@ -2,9 +2,11 @@
 
 `python -m tests.chaos.entry CONFIG ROLE` with, in the environment:
 
-* `DIE_AT=create:3` kills the process with SIGKILL after the third engine call since the first `POST .../containers/create`,
-  `DIE_AT=delete:2` after the second call since the first look at an object that is to be removed. Counted at the HTTP
-  client, so that no hook is needed in the product.
+* `DIE_AT=create:3`: SIGKILL after the third engine call about containers since the first `POST .../containers/create`;
+  `create:0` before that call is sent. `delete:N`: the same since the first call that ends or removes a container.
+* `DIE_AT=fetched:0`: SIGKILL before the first `POST .../containers/create` after one that did not find the image.
+
+Calls are counted at the HTTP client, so the product needs no hook for this.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import UUID
@@ -34,12 +37,14 @@ class Death:
         phase, _, number = wanted.partition(":")
         self._phase, self._left = phase, int(number)
         self._armed = False
+        self._missing = False
 
     def _relevant(self, method: str, path: str) -> bool:
         if "/containers/" not in path or path.endswith("/containers/json"):
             return False
-        if self._phase == "create":
-            self._armed = self._armed or path.endswith("/containers/create")
+        if self._phase in ("create", "fetched"):
+            ready = self._phase == "create" or self._missing
+            self._armed = self._armed or (ready and path.endswith("/containers/create"))
         else:
             self._armed = self._armed or method == "DELETE" or "/kill" in path
         return self._armed
@@ -50,6 +55,8 @@ class Death:
             self._left -= 1
             if self._left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
+        if params.url.path.endswith("/containers/create") and params.response.status == HTTPStatus.NOT_FOUND:
+            self._missing = True
 
     async def before(
         self, _session: object, _context: SimpleNamespace, params: aiohttp.TraceRequestStartParams

@@ -11,23 +11,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import aiodocker
 import httpx
+import msgspec
+
+from tests.conftest import ROOT
 
 API_LINE = re.compile(r"API\s+(http://\S+)/v1")
-ID_LABEL = "opensandbox.io/id"
+ID_LABEL = "sandledger.io/object"
 LABEL = "sandledger.io/installation"
 KEY = "test-key-0123456789"
+Json: TypeAlias = dict[str, Any]
 
 
 class ServerProcess:
     """One `serve` in a process of its own."""
 
-    def __init__(self, config: Path, role: str = "all", **environ: str) -> None:
-        self._config, self._role, self._environ = config, role, environ
+    def __init__(self, config: Path, role: str = "all", tree: Path = ROOT, **environ: str) -> None:
+        """`tree` is the checkout that the server runs from."""
+        self.config, self._role, self._tree, self._environ = config, role, tree, environ
         self.log = config.with_suffix(f".{role}.log")
         self.base = ""
         self._process: subprocess.Popen[bytes] | None = None
@@ -42,12 +47,12 @@ class ServerProcess:
         offset = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.entry", str(self._config), self._role],
+                [sys.executable, "-m", "tests.chaos.entry", str(self.config), self._role],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # Without DOCKER_HOST: it would win over the configured engine, which may be a proxy that plays a part.
                 env={name: value for name, value in os.environ.items() if name != "DOCKER_HOST"} | self._environ,
-                cwd=Path(__file__).resolve().parents[2],
+                cwd=self._tree,
             )
         deadline = time.monotonic() + 60
         wanted = "database  " if self._role == "worker" else "engine    "
@@ -82,7 +87,14 @@ class ServerProcess:
         )
 
 
-def write_config(home: Path, dsn: str, docker_host: str | None, name: str = "server", **tables: str) -> Path:
+def write_config(
+    home: Path,
+    dsn: str,
+    docker_host: str | None,
+    name: str = "server",
+    owner_dsn: str | None = None,
+    **tables: str,
+) -> Path:
     """A TOML file; `tables` adds lines to a table, e.g. worker='lease_seconds = 2'."""
     lines = [
         "[server]",
@@ -91,6 +103,7 @@ def write_config(home: Path, dsn: str, docker_host: str | None, name: str = "ser
         tables.get("server", ""),
         "[store.postgresql]",
         f"dsn = {json.dumps(dsn)}",
+        f"migrate_dsn = {json.dumps(owner_dsn)}" if owner_dsn else "",
         "[docker]",
         f"host = {json.dumps(docker_host)}" if docker_host else "",
         tables.get("docker", ""),
@@ -99,6 +112,8 @@ def write_config(home: Path, dsn: str, docker_host: str | None, name: str = "ser
         tables.get("sandledger", ""),
         "[sandledger.worker]",
         tables.get("worker", "lease_seconds = 2\nmissing_grace_seconds = 1"),
+        "[sandledger.deadlines]",
+        tables.get("deadlines", ""),
     ]
     path = home / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n")
@@ -147,6 +162,21 @@ async def history(client: httpx.AsyncClient, sandbox: str) -> list[str]:
     return [item["type"] for item in answer.json()["items"]]
 
 
+async def events(client: httpx.AsyncClient, sandbox: str, kind: str) -> list[dict[str, Any]]:
+    """The events of one type, oldest first."""
+    answer = await client.get(f"/sandboxes/{sandbox}/events", params={"limit": 1000})
+    return [item for item in answer.json()["items"] if item["type"] == kind]
+
+
+async def command(server: ServerProcess, *words: str) -> tuple[int, Any]:
+    """What a `sandledger` command prints with --json, and its exit code."""
+    argv = [sys.executable, "-m", "app", *words, "--config", str(server.config)]
+    process = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    printed, complaint = await process.communicate()
+    assert process.returncode in (0, 1), complaint.decode()
+    return process.returncode, msgspec.json.decode(printed) if printed else complaint.decode()
+
+
 class Engine:
     """The engine seen with its own client."""
 
@@ -166,3 +196,10 @@ class Engine:
             except aiodocker.DockerError as error:
                 if error.status not in (404, 409):  # gone, or going
                     raise
+
+    async def forget(self, installation: UUID) -> None:
+        """Remove all that this installation has on the engine, its mark too."""
+        await self.clear(installation)
+        found = await self._docker.volumes.list(filters={"label": [f"{LABEL}={installation}"]})
+        for volume in found["Volumes"] or []:
+            await (await self._docker.volumes.get(volume["Name"])).delete()

@@ -91,12 +91,12 @@ async def test_no_secret_in_log_labels_answers_or_process_logs(
         "database after its end": after,
         "PostgreSQL log": b"".join(path.read_bytes() for path in Path(postgres.log_dir).rglob("*") if path.is_file()),
     }
-    assert b"sandbox_secrets" in before and b"\\x" in before, "the dump holds the sealed row"
+    assert b"sealed_values" in before and b"\\x" in before, "the dump holds the sealed row"
     for place, content in places.items():
         for value in (secret, password, KEY):
             for form in forms(value):
                 assert form not in content, f"{place} holds a secret"
-    sealed = after.split(b"COPY sandledger.sandbox_secrets", 1)[1].split(b"\\.", 1)[0]
+    sealed = after.split(b"COPY sandledger.sealed_values", 1)[1].split(b"\\.", 1)[0]
     assert sandbox.encode() not in sealed, "erased with the sandbox"
 
 

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from uuid import UUID
 
+import httpx
 import pytest
 
-from tests.chaos.harness import Engine, ServerProcess, body, history, reaches, until
+from tests.chaos.harness import ID_LABEL, Engine, ServerProcess, body, events, history, reaches, until
+from tests.drivers.registry import serve as serve_registry
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -77,10 +79,68 @@ async def test_a_worker_dies_among_many(serve: Serve, engine: Engine, image: str
         for sandbox in ids:
             await reaches(client, sandbox, "Running", 90)
         found = await engine.containers(installation=installation)
-        assert sorted(c["Labels"]["opensandbox.io/id"] for c in found) == sorted(ids)
+        assert sorted(c["Labels"][ID_LABEL] for c in found) == sorted(ids)
         await asyncio.gather(*[client.delete(f"/sandboxes/{sandbox}") for sandbox in ids])
 
         async def gone() -> bool:
             return await engine.containers(installation=installation) == []
 
         await until(gone, "all containers are removed", 90)
+
+
+async def test_create_survives_a_kill_inside_a_pull(
+    serve: Serve, engine: Engine, image: str, installation: UUID
+) -> None:
+    async with serve_registry() as registry:
+        registry.blob_gate = asyncio.Event()
+        doomed = await serve("all", "doomed")
+        async with doomed.client() as client:
+            sandbox = (await client.post("/sandboxes", json=body(registry.add()))).json()["id"]
+            await registry.blob_started.wait()
+        doomed.kill()
+        assert await engine.containers(sandbox=sandbox) == []
+        heir = await serve("all", "heir")
+        async with heir.client() as client:
+
+            async def pulls_again() -> bool:
+                return (await client.get(f"/sandboxes/{sandbox}")).json()["status"]["reason"] == "IMAGE_PULLING"
+
+            await until(pulls_again, "the next server waits for the image")
+            registry.blob_gate.set()
+            await _comes_up_once(client, engine, sandbox)
+    assert await engine.containers(installation=installation) == []
+
+
+async def test_create_survives_a_kill_between_pull_and_create(
+    serve: Serve, engine: Engine, image: str, installation: UUID
+) -> None:
+    """The image is there and recorded, the container is not made."""
+    async with serve_registry() as registry:
+        doomed = await serve("all", "doomed", environ={"DIE_AT": "fetched:0"})
+        async with doomed.client() as client:
+            sandbox = (await client.post("/sandboxes", json=body(registry.add()))).json()["id"]
+        assert await asyncio.to_thread(doomed.wait) == -9
+        assert await engine.containers(sandbox=sandbox) == []
+        pulls = registry.counts["blob"]
+        assert pulls, "the doomed server has pulled"
+        heir = await serve("all", "heir")
+        async with heir.client() as client:
+            assert await history(client, sandbox) == [
+                "sandbox.requested",
+                "sandbox.placed",
+                "sandbox.waiting",
+                "sandbox.fetched",
+            ]
+            await _comes_up_once(client, engine, sandbox)
+        assert registry.counts["blob"] == pulls, "the image was not pulled twice"
+    assert await engine.containers(installation=installation) == []
+
+
+async def _comes_up_once(client: httpx.AsyncClient, engine: Engine, sandbox: str) -> None:
+    await reaches(client, sandbox, "Running")
+    (container,) = await engine.containers(sandbox=sandbox)
+    assert container["State"] == "running"
+    for kind in ("fetched", "runtime_created", "started", "ready"):
+        assert len(await events(client, sandbox, f"sandbox.{kind}")) == 1, kind
+    assert (await client.delete(f"/sandboxes/{sandbox}")).status_code == 204
+    await reaches(client, sandbox, "Terminated")

@@ -1,87 +1,77 @@
-"""`sandledger keys rotate-master`: from one key file to the next, with what it says and what it records."""
+"""`sandledger keys rotate-master`, on a real database and a real key file."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from uuid import UUID
+from uuid import uuid4
 
 import msgspec
 import pytest
-from msgspec.structs import replace
 
-from app.cli import keys as cli
-from app.domain.stream import ActorKind, read_meta
+from app.cli.keys import rotate_master
+from app.domain.operations import REGISTRY, MasterKeyRotated
+from app.domain.stream import PLATFORM_TENANT, ActorKind
 from app.errors import SettingsError
-from app.server.assembly import opened
-from app.settings import Settings
+from app.service.sandboxes import Service
+from app.service.streams import decoded
+from app.settings import Settings, load
+from app.store.database.installation import claim_master_key, read_installation
+from app.store.database.pool import Database
+from app.store.log.store import EventLog
 from app.store.vault.keyfile import master_keys
-from app.store.vault.seal import Sealed, Secrets, Unsealable
+from app.store.vault.keys import open_keys
+from app.store.vault.seal import Sealed, Sealer, Secrets, generate_master_key
 from tests.support.sql import connected
-from tests.support.stream import META, requested
-
-VALUES = Secrets({"TOKEN": "hunter2"})
-SANDBOX = UUID("0198f000-0000-7000-8000-00000000beef")
+from tests.support.stream import META, TENANT, requested
 
 
-@pytest.fixture
-def ours(settings: Settings, tmp_path: Path) -> Settings:
-    """With a state folder of its own."""
-    return replace(settings, sandledger=replace(settings.sandledger, state_dir=tmp_path))
+def settings_of(dsn: str, folder: Path, state: Path, master_key: str = "") -> Settings:
+    path = folder / "empty.toml"
+    path.write_text("")
+    environ = {"HOME": str(folder), "SANDLEDGER_STATE_DIR": str(state), "DATABASE_URL": dsn}
+    return load(path, environ | ({"SANDLEDGER_MASTER_KEY": master_key} if master_key else {})).settings
 
 
-async def _sealed(dsn: str) -> Sealed:
-    async with connected(dsn) as connection:
-        (row,) = await connection.fetch("SELECT key_id, wrapped_key, sealed FROM sealed_values")
-        return Sealed(*row)
-
-
-async def test_the_first_run_seals_and_the_rotation_makes_the_old_key_useless(ours: Settings, dsn: str, tmp_path: Path):
+async def test_a_rotation_with_a_new_key_in_the_file(dsn: str, database: Database, service: Service, tmp_path: Path):
+    settings = settings_of(dsn, tmp_path, tmp_path / "state")
+    old, where = master_keys(None, None, None, tmp_path / "state")
+    await claim_master_key(database, old.ids)
+    keys = await open_keys(database, old, old.ids[0])
+    sandbox_id = uuid4()
+    values = Secrets({"TOKEN": "hunter2"})
+    await service.create(sandbox_id, TENANT, requested(), Sealer(old).seal(sandbox_id, values), META)
     said: list[str] = []
-    async with opened(ours, said.append) as parts:
-        await parts.service.create(SANDBOX, "default", requested(), parts.sealer.seal(SANDBOX, VALUES), META)
-        digest = parts.sealer.digest(b"x", "api-key")
-    path = tmp_path / "master.key"
-    old, _ = master_keys(None, None, None, tmp_path)
-    before = await _sealed(dsn)
-    said.clear()
-    await cli.rotate_master(ours, said.append, generate=False)
-    assert said[-1].startswith("nothing to do")
-    assert await _sealed(dsn) == before
 
-    said.clear()
-    await cli.rotate_master(ours, said.append, generate=True)
-    both, _ = master_keys(None, None, None, tmp_path)
+    await rotate_master(settings, said.append, generate=False, notice=0)
+    assert "nothing to do" in said[-1]
+    await rotate_master(settings, said.append, generate=True, notice=0)
+    assert "every older backup is then unreadable" in said[-1]
+    assert "hunter2" not in "".join(said)
+
+    both, _ = master_keys(None, None, None, tmp_path / "state")
+    new_id = both.ids[0]
     assert both.ids[1:] == old.ids
-    assert both.ids[0] not in old.ids
-    text = "\n".join(said)
-    assert f"{path}: a new key stands first now" in said
-    assert f"are wrapped by {both.ids[0]}; 0 by another key" in text
-    assert "destroy it" in text
-    assert not any(line in text for line in path.read_text().split()), "no key is said, only its digest"
-    after = await _sealed(dsn)
-    assert (after.key_id, after.sealed) == (both.ids[0], before.sealed)
-    path.write_text(path.read_text().splitlines()[0] + "\n")  # the old key is destroyed
-    async with opened(ours, said.append) as parts:
-        assert parts.sealer.unseal(SANDBOX, after) == VALUES
-        assert parts.sealer.digest(b"x", "api-key") == digest, "rotation changes no digest"
-        with pytest.raises(Unsealable):
-            parts.sealer.unseal(SANDBOX, before)
+    installation = await read_installation(database)
+    assert installation.master_key_id == new_id
+    path = Path(where)
+    path.write_text(path.read_text().split()[0] + "\n")  # the old key is destroyed
+    new, _ = master_keys(None, None, None, tmp_path / "state")
     async with connected(dsn) as connection:
-        (row,) = await connection.fetch("SELECT data, meta FROM events WHERE kind = 'operations'")
-    recorded = msgspec.json.decode(row["data"])
-    assert (recorded["old_key_id"], recorded["new_key_id"]) == (old.ids[0], both.ids[0])
-    assert recorded["rewrapped"] >= 1
-    assert read_meta(row["meta"]).actor.kind == ActorKind.OPERATOR
+        row = await connection.fetchrow("SELECT key_id, wrapped_key, sealed FROM sealed_values")
+    assert Sealer(new).unseal(sandbox_id, Sealed(*row)) == values
+    assert msgspec.structs.astuple(await open_keys(database, new, new_id)) == msgspec.structs.astuple(keys)
 
-    said.clear()
-    await cli.rotate_master(ours, said.append, generate=False)
-    assert said[-1].startswith("nothing to do")
+    (stored,) = await EventLog(database).history(installation.id, PLATFORM_TENANT)
+    recorded = decoded(REGISTRY, stored)
+    assert recorded.event == MasterKeyRotated(old.ids[0], new_id, 1 + 4)
+    assert (recorded.meta.actor.kind, recorded.meta.actor.id) == (ActorKind.OPERATOR, f"uid-{os.getuid()}")
+    await rotate_master(settings, said.append, generate=False, notice=0)
+    assert "nothing to do" in said[-1]
 
 
-async def test_generate_needs_a_file_that_is_there(ours: Settings, tmp_path: Path):
-    with pytest.raises(SettingsError, match="there is no master key to rotate yet"):
-        await cli.rotate_master(ours, print, generate=True)
-    assert not (tmp_path / "master.key").exists()
-    from_environment = replace(ours, sandledger=replace(ours.sandledger, master_key=bytes(32)))
+async def test_a_key_of_the_environment_is_not_generated_into_a_file(dsn: str, tmp_path: Path):
     with pytest.raises(SettingsError, match="SANDLEDGER_MASTER_KEY is set"):
-        await cli.rotate_master(from_environment, print, generate=True)
+        await rotate_master(settings_of(dsn, tmp_path, tmp_path, generate_master_key()), print, generate=True)
+    with pytest.raises(SettingsError, match="no master key to rotate yet"):
+        await rotate_master(settings_of(dsn, tmp_path, tmp_path / "none"), print, generate=True)

@@ -218,8 +218,9 @@ async def test_totals_are_derived_again_when_a_dump_took_the_databases_place(
         await created(others, 12)
         after = await EventLog(fresh).identity()
         assert after.follows(before, base.position), "by its identity it could be the same log"
-        while listing.totals.derived == 1:
-            await shown(listing)
+        async with asyncio.timeout(30):
+            while listing.totals.derived == 1:
+                await shown(listing)
         assert await shown(listing) == (15, 15)
     finally:
         await fresh.close()

@@ -356,6 +356,7 @@ async def test_what_waited_is_due_when_the_engine_is_back(field: Field, until):
     assert not await _due(field, elsewhere)
     assert not await _due(field, held), "somebody is at it"
     assert len(called) == 2
+    await field.sql("DELETE FROM reconcile_queue WHERE stream_id = ANY($1)", [unplaced, elsewhere])
 
 
 async def _due(field: Field, *streams: UUID) -> bool:

@@ -279,6 +279,13 @@ async def test_claims_are_made_for_work_only(stage: Stage, until):
             last = await stage.create()
             await until(stage.is_phase(Phase.RUNNING, last))
         assert claims.number - before <= 13
+        before = claims.number
+        for _ in range(10):
+            last = await stage.create()
+            await until(stage.is_phase(Phase.RUNNING, last))
+            await stage.ask(last, cmd.Terminate())
+            await until(stage.is_phase(Phase.TERMINATED, last))
+        assert claims.number - before <= 26, "what the engine says about our own removals costs none"
 
 
 async def test_claims_keep_their_distance(stage: Stage, until):

@@ -127,7 +127,7 @@ class Demo:
     async def leftovers(self, installation: str) -> list[str]:
         """What bears our label on the engine."""
         filters = json.dumps({"label": [f"{_LABEL}={installation}"]})
-        boxes = await self.docker.containers.list(all=True, filters=filters)
+        containers = await self.docker.containers.list(all=True, filters=filters)
         networks = await self.docker.networks.list(filters={"label": [f"{_LABEL}={installation}"]})
         answer = await self.docker.volumes.list(filters={"label": [f"{_LABEL}={installation}"]})
         volumes = [
@@ -135,7 +135,7 @@ class Demo:
             for volume in cast("list[dict[str, Any]]", answer["Volumes"] or [])
             if volume["Labels"].get("sandledger.io/role") != _MARK_ROLE
         ]
-        return [*(f"container {box.id}" for box in boxes), *map(str, networks), *volumes]
+        return [*(f"container {one.id}" for one in containers), *map(str, networks), *volumes]
 
 
 def _reason(data: dict[str, Any]) -> str:

@@ -86,9 +86,9 @@ async def open_keys(database: Database, master: MasterKeys, key_id: str) -> Inst
     return InstallationKeys(**clear)
 
 
-async def remaining_keys(database: Database, key_id: str) -> int:
-    """How many of the keys another master key still wraps."""
-    return sum(row["key_id"] != key_id for row in await database.fetch(_READ))
+async def other_master_keys(database: Database, key_id: str) -> list[str]:
+    """The master keys that wrap keys of the installation, one entry a key, without this one."""
+    return [row["key_id"] for row in await database.fetch(_READ) if row["key_id"] != key_id]
 
 
 async def rewrap_keys(database: Database, master: MasterKeys, key_id: str) -> int:

@@ -7,7 +7,8 @@ on sealing by the key that `installation.master_key_id` names. Then `rotate`:
    seals by it from then on.
 2. Rows that another key wrapped are wrapped again, in batches by stream id. A row is changed only while the old key
    still wraps it, so a row that was erased or wrapped meanwhile is passed over.
-3. After every server has had time to notice, the keys of the installation are wrapped again. A trigger accepts a
+3. After every server has had time to notice, the rotation is recorded (`record`), and then the keys of the installation
+   are wrapped again. A trigger accepts a
    sealed row only by a master key that is in use: the one of step 1, or one that still wraps a key of the installation.
    So from here on no server seals by the old key, whatever it has noticed; its request is answered 503.
 4. Each insert of a sealed row holds a shared advisory lock to its end. Taking it exclusively once waits for those that
@@ -24,10 +25,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 from uuid import UUID
 
 from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import Integer, LargeBinary, Text, Uuid, bindparam, column, func, literal, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 
@@ -36,7 +39,7 @@ from app.store.database.installation import read_installation, switch_master_key
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.tables import sealed_values
-from app.store.vault.keys import remaining_keys, rewrap_keys
+from app.store.vault.keys import other_master_keys, rewrap_keys
 from app.store.vault.seal import MasterKeys, Sealer
 
 NOTICE_SECONDS = 5.0
@@ -100,34 +103,53 @@ async def remaining(database: Database, key_id: str) -> int:
     return row[0]
 
 
+Record: TypeAlias = Callable[[Rotated], Awaitable[None]]
+
+
 async def rotate(
-    database: Database, master: MasterKeys, report: Callable[[int], None], *, notice: float = NOTICE_SECONDS
+    database: Database,
+    master: MasterKeys,
+    report: Callable[[int], None],
+    record: Record,
+    *,
+    notice: float = NOTICE_SECONDS,
 ) -> Rotated:
     """Make the first of these keys the one in use, and wrap everything by it. `report` gets the count so far.
 
+    `record` is called before the old key goes out of use, so that a kill can record a rotation twice, never not at all.
     Servers get twice `notice` seconds to seal by the new key.
 
     Raises:
         SettingsError: the key in use now is not among them, or another rotation makes another key the one in use.
     """
     new = master.ids[0]
-    old = (await read_installation(database)).master_key_id or new
-    if old not in master.ids:
+    in_use = (await read_installation(database)).master_key_id or new
+    if in_use not in master.ids:
         raise SettingsError(
-            f"the database is sealed by master key {old}, which is not here; set it as SANDLEDGER_PREVIOUS_MASTER_KEY"
+            f"the database is sealed by master key {in_use}, which is not here; set it as "
+            "SANDLEDGER_PREVIOUS_MASTER_KEY"
         )
-    await switch_master_key(database, old, new)
+    await switch_master_key(database, in_use, new)
     await _check_in_use(database, new)
     sealer = Sealer(master, key_id=new)
-    done = await _pass(database, sealer, report, 0)
+    done = Rotated(in_use, new, await _pass(database, sealer, report, 0))
     # Also when the switch was done before: nobody knows how long ago an interrupted rotation did it.
-    if await remaining_keys(database, new):
+    if others := await other_master_keys(database, new):
         await asyncio.sleep(2 * notice)
         await _check_in_use(database, new)
-        done += await rewrap_keys(database, master, new)
+        done = Rotated(others[0], new, done.rewrapped + len(others))
+        await record(done)
+        await rewrap_keys(database, master, new)
     await database.fetch(_DRAIN)
-    done = await _pass(database, sealer, report, done)
-    return Rotated(old, new, done)
+    return replace(done, rewrapped=await _pass(database, sealer, report, done.rewrapped))
+
+
+async def is_due(database: Database, key_id: str) -> bool:
+    """Whether anything is not wrapped by this master key, or another one is in use."""
+    in_use = (await read_installation(database)).master_key_id
+    if in_use not in (None, key_id):
+        return True
+    return bool(await other_master_keys(database, key_id)) or bool(await remaining(database, key_id))
 
 
 async def _check_in_use(database: Database, key_id: str) -> None:

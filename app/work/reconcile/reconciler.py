@@ -274,9 +274,11 @@ class Reconciler:
         if await self._station.confirm_identity():
             return
         _LOG.warning(
-            "sandbox %s is not on engine %s, but that engine is not what the log knows; nothing is recorded",
+            "nothing of sandbox %s is on engine %s, but nothing is recorded, because the engine could not be confirmed "
+            "as the one that the log knows: %s",
             sandbox.id,
             self._station.name,
+            self._station.trouble or "it was in doubt a moment ago",
         )
         await self._outcomes.give_back(held, self._policy.missing_grace)
         raise GivenBack
