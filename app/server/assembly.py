@@ -234,7 +234,6 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
             signal=parts.signal,
             database=parts.database,
             driver=parts.driver,
-            installation=parts.installation,
             api_key=settings.server.api_key,
             loopback_only=is_loopback(settings.server.host),
             max_sandbox_timeout_seconds=settings.server.max_sandbox_timeout_seconds,
