@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from uuid import UUID
 
 from msgspec import Struct, field
 
@@ -28,8 +27,7 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     signal: Signal
     database: Database
     driver: Driver
-    """Only asked for its name and what it can do; the worker does the rest."""
-    installation: UUID
+    """Asked by `/ready` only, and only where this process has a worker. Requests work on the database alone."""
     api_key: str | None = None
     """None or blank = every request is accepted that `app.api.auth` does not refuse."""
     authenticate: Authenticate | None = None

@@ -189,12 +189,6 @@ class SandboxList(Struct, frozen=True, rename="camel"):
     """Give it back as `cursor` for the next page; absent on the last."""
 
 
-class RenewedExpiration(Struct, frozen=True, rename="camel"):
-    """The end that now holds."""
-
-    expires_at: Instant
-
-
 def status_body(sandbox: Sandbox, attempt: Attempt | None) -> StatusBody:
     """As clients see it. The message may repeat what an engine said."""
     status = status_of(sandbox, attempt)

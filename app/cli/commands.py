@@ -18,6 +18,7 @@ from app.cli import doctor, logs, status, timeline
 from app.cli import engines as engine_commands
 from app.cli import keys as key_commands
 from app.cli.demonstration.play import play
+from app.cli.reporting import say
 from app.errors import SandledgerError
 from app.server.assembly import open_database
 from app.server.process import Role, run
@@ -29,11 +30,6 @@ _CONFIG = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     help="TOML file; else SANDBOX_CONFIG_PATH, else ~/.sandbox.toml, else defaults.",
 )
-
-
-def say(line: str) -> None:
-    """A line for the person at the terminal."""
-    click.echo(line, err=True)
 
 
 def settings_of(config: Path | None) -> Settings:

@@ -9,9 +9,10 @@ from uuid import UUID
 from msgspec import Struct
 from sqlalchemy import func, select
 
+from app.cli.reporting import Say
 from app.errors import SandledgerError
 from app.runtime.driver import EngineInfo
-from app.server.assembly import docker_driver, open_database
+from app.server.assembly import database_of, docker_driver, open_database
 from app.server.listener import listen
 from app.settings import Settings, check_exposure
 from app.store.database.installation import read_installation
@@ -21,7 +22,6 @@ from app.store.database.statement import Statement
 from app.store.log.store import EventLog
 from app.store.vault.keyfile import master_keys
 
-Say = Callable[[str], None]
 _SKEW_S = 2.0
 _CLOCK = Statement(select(func.extract("epoch", func.clock_timestamp()).label("epoch")))
 
@@ -69,7 +69,7 @@ async def _store(settings: Settings, say: Say) -> list[Finding]:
             text = f"at {done.before or 'nothing'}, this version wants {done.head}{newer}{advice}"
             found.append(Finding("migrations", ready, text))
             if ready:
-                database = Database(store.dsn, connect_timeout=settings.store.postgresql.connect_timeout_seconds)
+                database = database_of(settings, store)
                 try:
                     found.extend(await _inside(settings, database))
                 finally:
@@ -85,6 +85,8 @@ async def _inside(settings: Settings, database: Database) -> list[Finding]:
     found = [
         Finding("clock", skew < _SKEW_S, f"{skew:.3f} s between this machine and the database, whose clock counts")
     ]
+    if database.login is not None and database.login.warning is not None:
+        found.append(Finding("login", fine=True, text=database.login.warning, warning=True))
     installation = await read_installation(database)
     ours = settings.sandledger
     try:

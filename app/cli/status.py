@@ -6,62 +6,57 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.reporting import Say
-from app.server.assembly import open_database
+from app.cli import engines
+from app.cli.reporting import Say, console, plain, print_json, table
+from app.cli.session import database
+from app.server.assembly import deadline_limits
 from app.settings import Settings
-from app.store.database.pool import Database
-from app.views.overview import Overview, OverviewReader
+from app.views.overview import Overview, OverviewReader, StuckLine
 
 
 async def show(settings: Settings, say: Say, *, as_json: bool) -> bool:
     """Print it. True when nothing is wrong."""
-    async with open_database(settings, say, upgrade=False) as store:
-        database = Database(store.dsn)
-        try:
-            overview = await OverviewReader(database).read()
-        finally:
-            await database.close()
+    limits = deadline_limits(settings)
+    power_s = max(limits.pausing_s, limits.resuming_s)
+    async with database(settings, say) as opened:
+        overview = await OverviewReader(opened, stopping_s=limits.stopping_s, power_s=power_s).read()
     if as_json:
-        answer = msgspec.to_builtins(overview) | {"problems": overview.problems}
-        print(msgspec.json.encode(answer).decode())
+        print_json(msgspec.to_builtins(overview) | {"problems": overview.problems})
     else:
-        _draw(overview, Console())
+        _draw(overview, console())
     return not overview.problems
 
 
-def _draw(overview: Overview, console: Console) -> None:
-    engines = Table("engine", "kind", "state", "version", "sandboxes", "seen", "swept", title="Engines")
-    for line in overview.engines:
-        state = line.state if line.state == "up" else f"[red]{line.state}[/red]"
-        engines.add_row(
-            line.name, line.kind, state, line.version, str(line.sandboxes), _ago(line.seen_s), _ago(line.swept_s)
-        )
-    queue = Table("engine", "rows", "claimed", "due", "failing", "oldest due", title="Queue")
-    for line in overview.queue:
-        name = line.engine or "(not placed)"
-        counts = (line.rows, line.claimed, line.due, line.failing)
-        queue.add_row(name, *map(str, counts), f"{line.oldest_due_s:.1f} s")
-    deadlines = Table("deadline", "rows", "overdue", "oldest", title="Deadlines")
-    for line in overview.deadlines:
-        deadlines.add_row(line.name, str(line.rows), str(line.overdue), f"{line.oldest_overdue_s:.1f} s")
-    for table in (engines, queue, deadlines):
-        console.print(table)
+def _draw(overview: Overview, out: Console) -> None:
+    for drawn in (engines.drawn(overview.engines), _queue(overview), _deadlines(overview)):
+        out.print(drawn)
     phases = ", ".join(f"{phase} {count}" for phase, count in sorted(overview.phases.items())) or "none"
     log = overview.log
-    console.print(f"sandboxes: {phases}")
-    console.print(f"log: position {log.last_position}, {log.lag} not settled, {log.partitions_ahead} partitions ahead")
+    out.print(plain(f"sandboxes: {phases}"))
+    out.print(f"log: position {log.last_position}, {log.lag} not settled, {log.partitions_ahead} partitions ahead")
     for problem in overview.problems:
-        console.print("[red]problem:[/red]", problem, markup=True, highlight=False)
+        out.print(plain("problem: ", "red").append(plain(problem, "default")))
     for line in overview.stuck:
-        why = f"{line.reason or 'no reason yet'}: {line.message or ''}".rstrip(": ")
-        console.print(
-            f"  {line.id} {line.phase} for {line.since_s:.0f} s, {line.attempts} attempts; {why}",
-            markup=False,
-            highlight=False,
-        )
+        out.print(plain(f"  {_stuck(line)}"))
     if not overview.problems:
-        console.print("nothing is wrong")
+        out.print("nothing is wrong")
 
 
-def _ago(seconds: float | None) -> str:
-    return "never" if seconds is None else f"{seconds:.0f} s ago"
+def _queue(overview: Overview) -> Table:
+    made = table("engine", "rows", "claimed", "due", "failing", "oldest due", title="Queue")
+    for line in overview.queue:
+        counts = (line.rows, line.claimed, line.due, line.failing)
+        made.add_row(plain(line.engine or "(not placed)"), *map(str, counts), f"{line.oldest_due_s:.1f} s")
+    return made
+
+
+def _deadlines(overview: Overview) -> Table:
+    made = table("deadline", "rows", "overdue", "oldest", title="Deadlines")
+    for line in overview.deadlines:
+        made.add_row(plain(line.name), str(line.rows), str(line.overdue), f"{line.oldest_overdue_s:.1f} s")
+    return made
+
+
+def _stuck(line: StuckLine) -> str:
+    why = f"{line.reason or 'no reason yet'}: {line.message or ''}".rstrip(": ")
+    return f"{line.id} {line.phase} for {line.since_s:.0f} s, {line.attempts} attempts; {why}"

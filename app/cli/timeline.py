@@ -1,30 +1,27 @@
-"""The history of one sandbox as a readable timeline: position, time, event, actor, reason."""
+"""The history of one sandbox as a readable timeline: position, time, event, actor, and what the event says."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any, cast
+from datetime import datetime
 from uuid import UUID
 
-import click
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
-from app.cli.reporting import Say
+from app.cli.reporting import Say, console, plain, print_json, table
+from app.cli.session import database
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Address, Part
 from app.domain.sandbox.status import status_of
 from app.errors import NotFound
-from app.server.assembly import open_database
 from app.service.streams import decoded
 from app.settings import Settings
-from app.store.database.pool import Database
 from app.store.log.store import EventLog
 from app.views.current import CurrentView
 
 
 def describe(event: ev.Event) -> str:
-    """The part of an event that a reader wants beside its name."""
+    """The part of an event that a reader wants beside its name. Empty where the name says all."""
     match event:
         case ev.Requested(spec=spec, timeout_s=timeout):
             return f"{spec.image}, {'no expiry' if timeout is None else f'timeout {timeout} s'}"
@@ -32,12 +29,12 @@ def describe(event: ev.Event) -> str:
             return f"engine {engine}, {reason}"
         case ev.Renewed(expires_at=expires_at):
             return f"until {_instant(expires_at)}"
+        case ev.MetadataPatched(set=added, removed=removed):
+            return ", ".join([*(f"+{key}" for key in added), *(f"-{key}" for key in removed)])
         case ev.TerminationRequested(end_cause=cause) | ev.Expired(end_cause=cause):
             return cause
         case ev.Terminated(end_cause=cause, lived_ms=lived):
             return f"{cause} after {lived / 1000:.1f} s"
-        case ev.MetadataPatched(set=added, removed=removed):
-            return ", ".join([*(f"+{key}" for key in added), *(f"-{key}" for key in removed)])
         case _:
             return _describe_observation(event)
 
@@ -46,43 +43,70 @@ def _describe_observation(event: ev.Event) -> str:
     match event:
         case ev.Fetched(image_id=image_id, took_ms=took, cached=cached):
             return f"{image_id}, {'was there already' if cached else f'took {took / 1000:.1f} s'}"
-        case ev.RuntimeCreated(parts=parts) | ev.RuntimeAdopted(parts=parts) | ev.RuntimeRemoved(parts=parts):
-            return ", ".join(part.name for part in parts)
-        case ev.Restarted(run=run, by=by):
-            return f"run {run}, by {by}"
+        case ev.RuntimeCreated(parts=parts) | ev.RuntimeRemoved(parts=parts):
+            return _names(parts)
+        case ev.RuntimeAdopted(parts=parts, found_by=found_by):
+            return f"{_names(parts)}, found by {found_by}"
+        case ev.Started(run=run, address=address):
+            return f"run {run}{_at(address)}"
+        case ev.Restarted(run=run, by=by, address=address):
+            return f"run {run}, by {by}{_at(address)}"
+        case ev.Ready(after_ms=after, via=via):
+            return f"{after / 1000:.1f} s after the start, says the {via}"
+        case ev.Paused(kept=kept):
+            return f"{kept} kept"
         case ev.RuntimeExited(exit_code=code, oom=oom, reason=reason):
             how = "no exit code" if code is None else f"exit code {code}"
             return ", ".join([how, *(["out of memory"] if oom else []), *([reason] if reason else [])])
+        case _:
+            return _describe_trouble(event)
+
+
+def _describe_trouble(event: ev.Event) -> str:
+    match event:
         case ev.ReconcileFailed(step=step, reason=reason, message=message, attempt=attempt):
-            return f"{step}, attempt {attempt}: {reason}: {message}"
+            return _sentence(f"{step}, attempt {attempt}", reason, message)
         case (
             ev.Waited(step=step, reason=reason, message=message) | ev.Failed(step=step, reason=reason, message=message)
         ):
-            return f"{step}: {reason}: {message}".removesuffix(": ")
+            return _sentence(step, reason, message)
         case ev.PauseFailed(reason=reason, message=message) | ev.ResumeFailed(reason=reason, message=message):
-            return f"{reason}: {message}"
+            return _sentence(reason, message)
         case ev.Overdue(phase=phase, since=since, times=times):
             return f"{phase} since {_instant(since)}, report {times}"
-        case ev.RuntimeLost(reason=reason):
-            return reason
+        case ev.RuntimeLost(reason=reason, missing_since=missing_since):
+            return reason if missing_since is None else f"{reason} since {_instant(missing_since)}"
         case _:
             return ""
 
 
-def render(history: list[ev.Recorded], console: Console) -> None:
-    """Print a table, as wide as the terminal allows and never shortened."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("position", "time (UTC)", "event", "actor", "reason"):
-        table.add_column(heading, justify="right" if heading == "position" else "left", overflow="fold")
+def _sentence(*parts: str) -> str:
+    return ": ".join(filter(None, parts))
+
+
+def _names(parts: tuple[Part, ...]) -> str:
+    return ", ".join(part.name for part in parts) or "nothing known to the log"
+
+
+def _at(address: Address | None) -> str:
+    if address is None:
+        return ""
+    ports = ", ".join(f"{inside} at {outside}" for inside, outside in address.ports.items())
+    return f", {address.network} {address.ip}".rstrip() + (f", {ports}" if ports else "")
+
+
+def render(history: list[ev.Recorded], out: Console) -> None:
+    """Print a table."""
+    made = table("position", "time (UTC)", "event", "actor", "what")
     for one in history:
-        actor = f"{one.meta.actor.kind} {one.meta.actor.name}"
         name = ev.REGISTRY.name_of(one.event)
-        table.add_row(str(one.position), _instant(one.at), name, actor, describe(one.event))
-    console.print(table)
+        texts = (str(one.position), _instant(one.at), name, str(one.meta.actor), describe(one.event))
+        made.add_row(*map(plain, texts))
+    out.print(made)
 
 
-def _instant(at: Any) -> str:
-    return cast("str", at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] if at else "")
+def _instant(at: datetime) -> str:
+    return at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
 
 async def print_history(settings: Settings, sandbox_id: UUID, say: Say, *, as_json: bool) -> None:
@@ -91,24 +115,17 @@ async def print_history(settings: Settings, sandbox_id: UUID, say: Say, *, as_js
     Raises:
         NotFound: no such sandbox, of any tenant.
     """
-    async with open_database(settings, say) as store:
-        database = Database(store.dsn)
-        try:
-            loaded = await CurrentView(database).load(sandbox_id)
-            if loaded is None:
-                raise NotFound("DOCKER::SANDBOX_NOT_FOUND", f"there never was a sandbox {sandbox_id} in this database")
-            sandbox, _ = loaded
-            stored = EventLog(database).whole_history(sandbox_id, sandbox.tenant)
-            history = [decoded(ev.REGISTRY, one) async for one in stored]
-        finally:
-            await database.close()
+    async with database(settings, say) as opened:
+        loaded = await CurrentView(opened).load(sandbox_id)
+        if loaded is None:
+            raise NotFound("DOCKER::SANDBOX_NOT_FOUND", f"there never was a sandbox {sandbox_id} in this database")
+        sandbox, _ = loaded
+        stored = EventLog(opened).whole_history(sandbox_id, sandbox.tenant)
+        history = [decoded(ev.REGISTRY, one) async for one in stored]
     if as_json:
         for one in history:
-            click.echo(msgspec.json.encode({"type": ev.REGISTRY.name_of(one.event), **msgspec.to_builtins(one)}))
+            print_json({"type": ev.REGISTRY.name_of(one.event), **msgspec.to_builtins(one)})
         return
-    render(history, Console(width=None if _is_terminal() else 160))
-    click.echo(f"{sandbox_id} is {sandbox.phase}: {status_of(sandbox).message}")
-
-
-def _is_terminal() -> bool:
-    return sys.stdout.isatty()
+    out = console()
+    render(history, out)
+    out.print(plain(f"{sandbox_id} is {sandbox.phase}: {status_of(sandbox).message}"))

@@ -153,13 +153,17 @@ async def open_database(
         yield msgspec.structs.replace(store, schema=done)
 
 
-def _check_schema(store: Store) -> None:
-    """Told to leave the schema alone, a server starts only on one that it can use."""
+def check_schema(store: Store) -> None:
+    """Whoever leaves the schema alone works only on one that this version can use.
+
+    Raises:
+        SettingsError: it is older.
+    """
     found = store.schema
     if found is not None and found.known and found.after != found.head:
         raise SettingsError(
             f"the database schema is at {found.after or 'nothing'}, this version needs {found.head}: run `sandledger "
-            "migrate`, or start without --no-migrate"
+            "migrate`, or start a server without --no-migrate"
         )
 
 
@@ -197,7 +201,7 @@ async def opened(
     """Everything below the two shells."""
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_database(settings, say, upgrade=upgrade, patient=True))
-        _check_schema(store)
+        check_schema(store)
         database = database_of(settings, store)
         stack.push_async_callback(database.close)
         ours = settings.sandledger
@@ -230,7 +234,6 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
             signal=parts.signal,
             database=parts.database,
             driver=parts.driver,
-            installation=parts.installation,
             api_key=settings.server.api_key,
             loopback_only=is_loopback(settings.server.host),
             max_sandbox_timeout_seconds=settings.server.max_sandbox_timeout_seconds,

@@ -49,6 +49,8 @@ class EngineLine(Struct, frozen=True):
     """Seconds since a worker last reached it."""
     swept_s: float | None
     """Seconds since a worker last compared all of it."""
+    engine_id: str
+    mark: str
 
 
 class QueueLine(Struct, frozen=True):
@@ -168,6 +170,8 @@ def _engines_statement() -> Statement:
             open_.label("sandboxes"),
             _seconds(_E.last_seen_at).label("seen_s"),
             _seconds(_E.swept_at).label("swept_s"),
+            _E.engine_id,
+            _E.mark,
         ).order_by(_E.name)
     )
 
@@ -242,12 +246,16 @@ class OverviewReader:
         self._log = EventLog(database, remember=0)
         self._limits = {"stopping_s": stopping_s, "power_s": power_s}
 
+    async def engines(self) -> tuple[EngineLine, ...]:
+        """Every engine that the log knows, by name."""
+        return tuple(EngineLine(*row) for row in await self._database.fetch(_ENGINES))
+
     async def read(self) -> Overview:
         """As things are now."""
         fetch = self._database.fetch
         identity = await self._log.identity()
         return Overview(
-            tuple(EngineLine(*row) for row in await fetch(_ENGINES)),
+            await self.engines(),
             tuple(QueueLine(*row) for row in await fetch(_QUEUE)),
             tuple(DeadlineLine(*row) for row in await fetch(_DEADLINES)),
             tuple(StuckLine(UUID(int=row[0].int), *row[1:]) for row in await fetch(_STUCK, **self._limits)),

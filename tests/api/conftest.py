@@ -43,7 +43,6 @@ def make_context(service: Service, database: Database, signal: Signal, sealer: S
             "signal": signal,
             "database": database,
             "driver": FakeDriver(FakeEngine(), INSTALLATION),
-            "installation": INSTALLATION,
             "api_key": KEY,
         }
         return ApiContext(**(parts | changes))

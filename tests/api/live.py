@@ -63,7 +63,6 @@ def serving(dsn: str, **changes: Any) -> Iterator[Live]:
             "signal": signal,
             "database": database,
             "driver": FakeDriver(FakeEngine(), INSTALLATION),
-            "installation": INSTALLATION,
         }
         context = ApiContext(**(parts | changes))
         listener = socket.socket()

@@ -13,12 +13,13 @@ from msgspec.structs import replace
 
 from app.api.app import create_app
 from app.domain.engine.decide import RecordSighting
+from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Capabilities, Pausing, Power
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.log.signal import Signal
-from tests.api.conftest import KEY, MakeContext, client, create, observe
+from tests.api.conftest import KEY, WORKER, MakeContext, client, create, observe
 from tests.conftest import INSTALLATION, SIGHTING, STATION
 
 
@@ -199,6 +200,27 @@ async def test_pause_that_ends_in_failure_is_still_accepted(http: httpx.AsyncCli
     await observe(service, path.rpartition("/")[2], Power.EXITED)
     assert (await asked).status_code == 202
     assert await state(http, path) == "Failed"
+
+
+@pytest.mark.parametrize(
+    ("verb", "before", "under_way", "after"),
+    [("pause", Power.RUNNING, "Pausing", "Running"), ("resume", Power.PAUSED, "Resuming", "Paused")],
+)
+async def test_what_the_engine_refuses_costs_nothing(
+    http: httpx.AsyncClient, service: Service, verb: str, before: Power, under_way: str, after: str
+):
+    path = await at(http, service, before)
+    asked = asyncio.create_task(http.post(f"{path}/{verb}"))
+    async with asyncio.timeout(10):
+        while await state(http, path) != under_way:
+            await asyncio.sleep(0.01)
+    refused = cmd.RecordPowerRefused("POWER_REFUSED", "cannot freeze: cgroup is busy")
+    await service.execute(UUID(path.rpartition("/")[2]), refused, WORKER)
+    assert (await asked).status_code == 202
+    assert await state(http, path) == after
+    last = (await http.get(f"{path}/events")).json()["items"][-1]
+    assert last["type"] == f"sandbox.{verb}_failed"
+    assert last["data"] == {"reason": "POWER_REFUSED", "message": "cannot freeze: cgroup is busy"}
 
 
 @pytest.mark.parametrize(

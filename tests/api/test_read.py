@@ -67,7 +67,10 @@ async def test_after_the_end(http: httpx.AsyncClient, service: Service):
     await http.delete(path)
     gone = await http.get(path)
     assert gone.status_code == 404
-    assert "deleted by api_key default at 20" in gone.json()["message"]
+    told = gone.json()["message"]
+    assert "deleted by api_key default at 20" in told
+    assert told.endswith("Its events can still be read.")
+    assert "/" not in told, "the core knows no paths"
     shown = (await http.get(path, params={"includeTerminal": "true"})).json()
     assert (shown["status"]["state"], shown["status"]["reason"]) == ("Stopping", "USER_DELETE")
     await remove(service, made["id"])

@@ -19,10 +19,11 @@ from app import __version__
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.spec import SandboxSpec
+from app.domain.stream import Actor, ActorKind, Meta
 from app.service.sandboxes import Service
 
 ROOT = Path(__file__).resolve().parents[2]
-META = ev.Meta(ev.Actor(ev.ActorKind.API_KEY, "k", "default"), "test", request_id="r1")
+META = Meta(Actor(ActorKind.API_KEY, "k", "default"), "test", request_id="r1")
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def config(home: Path, text: str) -> str:
 def test_version_and_help() -> None:
     assert run("--version").stdout.strip().endswith(__version__)
     shown = run("--help").stdout
-    for command in ("serve", "migrate", "doctor", "demo", "events"):
+    for command in ("serve", "migrate", "doctor", "demo", "events", "status", "engines", "keys"):
         assert command in shown
 
 
@@ -136,16 +137,23 @@ def test_doctor_finds_everything_in_order_and_says_what_is_not(home: Path, dsn: 
 
 async def test_events_prints_the_history_of_one_that_is_gone(dsn: str, home: Path, service: Service) -> None:
     sandbox = uuid4()
-    spec = SandboxSpec("busybox", ("sleep", "1"), timeout_s=600)
-    await service.create(sandbox, ev.Requested("default", "fake", spec, "f"), None, META)
+    spec = SandboxSpec("busybox", ("sleep", "1"))
+    await service.create(sandbox, "default", ev.Requested(spec, "f", timeout_s=600), None, META)
     await service.execute(sandbox, cmd.Terminate(), META)
     await service.execute(sandbox, cmd.RecordRemoved(), META)
     shown = run("events", str(sandbox), OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn, SANDLEDGER_STATE_DIR=str(home))
     assert shown.returncode == 0, shown.stderr
-    for part in ("sandbox.requested", "sandbox.terminated", "api_key default", "user_delete", "Terminated"):
+    for part in (
+        "sandbox.requested",
+        "sandbox.placed",
+        "sandbox.terminated",
+        "api_key default",
+        "user_delete",
+        "Terminated",
+    ):
         assert part in shown.stdout
     lines = run("events", "--json", str(sandbox), OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn).stdout.splitlines()
-    assert [json.loads(line)["version"] for line in lines] == [1, 2, 3, 4]
+    assert [json.loads(line)["version"] for line in lines] == [1, 2, 3, 4, 5]
     missing = run("events", str(uuid4()), OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn)
     assert missing.returncode == 1
     assert "never was" in missing.stderr

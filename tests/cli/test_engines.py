@@ -27,13 +27,6 @@ async def engines(database: Database, signal: Signal) -> Engines:
     return made
 
 
-@pytest.fixture
-def settings(dsn: str) -> Settings:
-    found = Settings()
-    postgresql = msgspec.structs.replace(found.store.postgresql, dsn=dsn)
-    return msgspec.structs.replace(found, store=msgspec.structs.replace(found.store, postgresql=postgresql))
-
-
 async def test_ls_shows_every_engine(engines: Engines, settings: Settings, capsys: pytest.CaptureFixture[str]):
     await cli.show(settings, print, as_json=False)
     shown = capsys.readouterr().out
@@ -41,7 +34,8 @@ async def test_ls_shows_every_engine(engines: Engines, settings: Settings, capsy
     assert "never" in shown
     await cli.show(settings, print, as_json=True)
     (row,) = msgspec.json.decode(capsys.readouterr().out)
-    assert (row["name"], row["state"], row["mark"], row["last_seen_at"]) == ("default", "up", SIGHTING.mark, None)
+    assert (row["name"], row["state"], row["mark"], row["seen_s"]) == ("default", "up", SIGHTING.mark, None)
+    assert (row["engine_id"], row["version"], row["sandboxes"]) == (SIGHTING.engine_id, SIGHTING.version, 0)
 
 
 async def test_trust_ends_the_mismatch_and_leaves_the_positions_behind(engines: Engines, settings: Settings):

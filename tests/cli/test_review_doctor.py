@@ -49,6 +49,23 @@ def test_a_schema_that_is_behind_is_said_and_left_as_it_is(home: Path, empty: st
     assert asyncio.run(migrate(empty, apply=False)).before is None
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("status",), ("events", str(uuid4())), ("engines", "ls"), ("engines", "trust", "x"), ("keys", "rotate-master")],
+)
+def test_no_other_command_touches_the_schema(home: Path, empty: str, words: tuple[str, ...]):
+    done = run(*words, OPENSANDBOX_STORE_POSTGRESQL_DSN=empty, SANDLEDGER_STATE_DIR=str(home))
+    assert done.returncode == 1
+    assert "schema is at nothing" in done.stderr
+    assert "sandledger migrate" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert asyncio.run(migrate(empty, apply=False)).before is None
+
+
+def test_a_login_that_could_rewrite_the_log_is_warned_of(home: Path, dsn: str):
+    assert any(line.startswith("WARN  login") and "superuser" in line for line in examine(home, dsn))
+
+
 def test_a_database_that_is_away_hides_nothing_else(home: Path):
     found = examine(home, "postgresql://u:hidden-word@127.0.0.1:1/x")
     assert any(line.startswith("FAIL  database") and "store.postgresql.dsn" in line for line in found)

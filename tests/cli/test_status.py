@@ -1,0 +1,260 @@
+"""`sandledger status` says what is wrong, each kind in its words, and exits 1; and nothing when nothing is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+import pytest
+import uuid_utils.compat
+from msgspec.structs import replace
+
+from app.cli import status
+from app.domain.engine.decide import RecordLogWentBack, RecordSighting, RecordSilence
+from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.spec import SandboxSpec
+from app.domain.stream import Actor, ActorKind, Meta
+from app.service.engines import Engines
+from app.service.sandboxes import Service
+from app.settings import Settings
+from app.store.database.pool import Database
+from app.store.log.signal import Signal
+from app.store.queue.reconcile import Failed, Queue
+from app.views.overview import HELD_POSITIONS
+from tests.cli.test_commands import run
+from tests.conftest import INSTALLATION, SIGHTING, STATION
+from tests.support.sql import connected, insert_event
+
+META = Meta(Actor(ActorKind.API_KEY, "k", "default"), "test")
+ENGINE = SIGHTING.name
+
+
+class World:
+    """An installation on which nothing is wrong, and what a trouble may turn."""
+
+    def __init__(self, dsn: str, database: Database, service: Service, engines: Engines) -> None:
+        self.dsn = dsn
+        self.database = database
+        self.service = service
+        self.engines = engines
+
+    async def create(self, timeout_s: int | None = None) -> UUID:
+        sandbox_id = uuid_utils.compat.uuid7()
+        event = ev.Requested(SandboxSpec("x", ("sleep", "1")), "f", timeout_s=timeout_s)
+        await self.service.create(sandbox_id, "default", event, None, META)
+        return sandbox_id
+
+    async def owner(self, *statements: str) -> None:
+        async with connected(self.dsn, owner=True) as connection:
+            for statement in statements:
+                await connection.execute(statement)
+
+
+Trouble = Callable[[World], AbstractAsyncContextManager[None]]
+
+
+@pytest.fixture
+async def world(dsn: str, database: Database, service: Service, signal: Signal) -> World:
+    engines = Engines(database, signal, INSTALLATION, service.engines)
+    await service.engines.saw(ENGINE, throttle=0)
+    return World(dsn, database, service, engines)
+
+
+async def told(settings: Settings, capsys: pytest.CaptureFixture[str]) -> tuple[bool, dict[str, Any], str]:
+    """Whether all is well, as JSON, and as text. Both must say the same."""
+    well = await status.show(settings, print, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert await status.show(settings, print, as_json=False) is well is (not found["problems"])
+    text = capsys.readouterr().out
+    assert text.count("problem: ") == len(found["problems"])
+    assert ("nothing is wrong" in text) is well
+    return well, found, text
+
+
+async def test_nothing_is_wrong(world: World, settings: Settings, capsys: pytest.CaptureFixture[str]):
+    await world.create()
+    well, found, text = await told(settings, capsys)
+    assert well, found["problems"]
+    (engine,) = found["engines"]
+    assert (engine["name"], engine["state"], engine["sandboxes"]) == (ENGINE, "up", 1)
+    assert found["phases"] == {"Pending": 1}
+    (queue,) = found["queue"]
+    assert (queue["engine"], queue["rows"], queue["due"], queue["claimed"]) == (ENGINE, 1, 1, 0)
+    assert [(each["name"], each["rows"], each["overdue"]) for each in found["deadlines"]] == [("transition", 1, 0)]
+    assert found["log"]["partitions_ahead"] >= 1
+    for part in ("Engines", "Queue", "Deadlines", ENGINE, "sandboxes: Pending 1", "partitions ahead"):
+        assert part in text
+
+
+@asynccontextmanager
+async def dark(world: World) -> AsyncGenerator[None]:
+    await world.engines.execute(
+        ENGINE, RecordSilence(datetime.now(UTC), "cannot connect [/run/x.sock] \x1b[31m"), STATION
+    )
+    yield
+
+
+@asynccontextmanager
+async def another(world: World) -> AsyncGenerator[None]:
+    await world.engines.execute(ENGINE, RecordSighting(replace(SIGHTING, mark="other-mark")), STATION)
+    yield
+
+
+@asynccontextmanager
+async def went_back(world: World) -> AsyncGenerator[None]:
+    await world.engines.execute(ENGINE, RecordLogWentBack(10, 5000), STATION)
+    yield
+
+
+@asynccontextmanager
+async def nobody(world: World) -> AsyncGenerator[None]:
+    await world.owner("UPDATE engines SET last_seen_at = clock_timestamp() - interval '20 seconds'")
+    yield
+
+
+@asynccontextmanager
+async def never(world: World) -> AsyncGenerator[None]:
+    await world.owner("UPDATE engines SET last_seen_at = NULL")
+    yield
+
+
+@asynccontextmanager
+async def late(world: World) -> AsyncGenerator[None]:
+    await world.create()
+    await world.owner("UPDATE reconcile_queue SET due_at = clock_timestamp() - interval '40 seconds'")
+    yield
+
+
+@asynccontextmanager
+async def overdue(world: World) -> AsyncGenerator[None]:
+    """For as long as it is looked at; a deadline that differs from its state is drift."""
+    await world.create(600)
+    move = "UPDATE deadlines SET fires_at = fires_at {} interval '1000 seconds' WHERE name = 'expiry'"
+    await world.owner(move.format("-"))
+    yield
+    await world.owner(move.format("+"))
+
+
+@asynccontextmanager
+async def stopping(world: World) -> AsyncGenerator[None]:
+    sandbox_id = await world.create()
+    await world.service.execute(sandbox_id, cmd.Terminate(), META)
+    yield
+
+
+@asynccontextmanager
+async def failing(world: World) -> AsyncGenerator[None]:
+    await world.create()
+    queue = Queue(world.database, ENGINE)
+    (claim,) = (await queue.claim(1, lease=60, tenant_slots=1)).claims
+    await queue.defer(claim, 60, failed=Failed(3, "START_FAILED", "no such device [/dev/kvm] \x1b[31m"))
+    yield
+
+
+@asynccontextmanager
+async def last_partition(world: World) -> AsyncGenerator[None]:
+    await world.owner(*await _spare(world))
+    yield
+
+
+async def _spare(world: World) -> list[str]:
+    """Take away every partition above the one in use."""
+    async with connected(world.dsn, owner=True) as owner:
+        used = await owner.fetchval("SELECT tableoid::regclass::text FROM events ORDER BY position DESC LIMIT 1")
+        rows = await owner.fetch(
+            "SELECT inhrelid::regclass::text AS name FROM pg_inherits WHERE inhparent = 'sandledger.events'::regclass"
+        )
+    return [f"DROP TABLE {row['name']}" for row in rows if row["name"] > used]
+
+
+@asynccontextmanager
+async def hanging(world: World) -> AsyncGenerator[None]:
+    async with connected(world.dsn) as writer:
+        slow = writer.transaction()
+        await slow.start()
+        await insert_event(writer)
+        await world.owner(f"SELECT nextval('sandledger.events_position') FROM generate_series(1, {HELD_POSITIONS + 5})")
+        yield
+        await slow.rollback()
+
+
+TROUBLES: list[tuple[Trouble, str]] = [
+    (dark, f"engine {ENGINE} is dark: cannot connect [/run/x.sock] "),
+    (another, f"engine {ENGINE} is mismatch: MARK_OTHER"),
+    (went_back, f"engine {ENGINE} is mismatch: LOG_WENT_BACK"),
+    (nobody, f"no worker serves engine {ENGINE}: last seen 2"),
+    (never, f"no worker serves engine {ENGINE}: last seen never"),
+    (late, f"queue of engine {ENGINE}: 1 due, the oldest for 4"),
+    (overdue, "1 deadlines expiry have not fired, the oldest for "),
+    (stopping, "1 sandboxes are stuck or failing"),
+    (failing, "1 sandboxes are stuck or failing"),
+    (last_partition, "no spare partition of the log is left"),
+    (hanging, "the log's horizon is 1"),
+]
+
+
+@pytest.mark.parametrize(("trouble", "problem"), TROUBLES, ids=lambda value: getattr(value, "__name__", ""))
+async def test_each_kind_of_problem_is_named(
+    world: World, settings: Settings, capsys: pytest.CaptureFixture[str], trouble: Trouble, problem: str
+):
+    limits = replace(settings.sandledger.deadlines, stopping_seconds=0)
+    impatient = replace(settings, sandledger=replace(settings.sandledger, deadlines=limits))
+    async with trouble(world):
+        well, found, text = await told(impatient, capsys)
+    assert not well
+    (said,) = found["problems"]
+    assert said.startswith(problem)
+    assert f"problem: {problem}" in text
+    assert "\x1b" not in text, "an engine's text drives no terminal"
+
+
+async def test_stuck_sandboxes_are_listed_with_why(
+    world: World, settings: Settings, capsys: pytest.CaptureFixture[str]
+):
+    async with failing(world):
+        _, found, text = await told(settings, capsys)
+    (line,) = found["stuck"]
+    assert (line["phase"], line["attempts"], line["reason"], line["tenant"]) == (
+        "Pending",
+        3,
+        "START_FAILED",
+        "default",
+    )
+    assert f"{line['id']} Pending for " in text
+    assert "3 attempts; START_FAILED: no such device [/dev/kvm] \\x1b[31m" in text
+
+
+async def test_a_stopping_sandbox_has_the_operators_time(
+    world: World, settings: Settings, capsys: pytest.CaptureFixture[str]
+):
+    async with stopping(world):
+        well, found, _ = await told(settings, capsys)
+    assert (well, found["stuck"]) == (True, [])
+
+
+async def test_no_engine_is_a_problem(dsn: str, settings: Settings, capsys: pytest.CaptureFixture[str]):
+    well, found, _ = await told(settings, capsys)
+    assert not well
+    assert found["problems"] == ["no engine is registered: start a worker that can reach one"]
+
+
+async def test_the_exit_code(world: World):
+    async def code(*words: str) -> tuple[int, str]:
+        done = await asyncio.to_thread(run, "status", *words, OPENSANDBOX_STORE_POSTGRESQL_DSN=world.dsn)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout
+
+    await world.service.engines.saw(ENGINE, throttle=0)
+    fine, shown = await code("--json")
+    assert (fine, json.loads(shown)["problems"]) == (0, [])
+    async with nobody(world):
+        assert (await code("--json"))[0] == 1
+        failed, shown = await code()
+    assert failed == 1
+    assert "problem: no worker serves engine" in shown
