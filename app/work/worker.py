@@ -113,14 +113,15 @@ class Worker:
             actors=actors,
             watchdog=self.watchdog,
         )
+        self.outcomes = Outcomes(
+            service=service, station=station, queue=self.queue, signal=signal, policy=policy, actors=actors
+        )
         self.reconciler = Reconciler(
             service=service,
             station=station,
             workloads=Workloads(database, sealer),
             fetches=self.fetches,
-            outcomes=Outcomes(
-                service=service, station=station, queue=self.queue, signal=signal, policy=policy, actors=actors
-            ),
+            outcomes=self.outcomes,
             policy=policy,
             actors=actors,
         )
@@ -220,6 +221,7 @@ class Worker:
             background=self._for_background(free),
             held=self._tenants,
             engines=engines,
+            left_alone=self.outcomes.left_alone(),
         )
         for claim in found.claims:
             self._start(claim, claimed_at, news)
