@@ -1,27 +1,29 @@
-"""The error tree. Raised in the core and at the seams, mapped to HTTP once in `app.api.errors`.
+"""The error tree. Raised in the core and at the seams. `app.api.errors` gives each its HTTP status, not this module.
 
 ::
 
     SandledgerError
     ├── Rejected                 a command was refused; carries a wire code; becomes a refusal record
-    │   ├── Invalid              400  the request breaks a rule
-    │   ├── NotFound             404  no such sandbox for this tenant, or it has ended
-    │   ├── Conflict             409  the sandbox is not in a state that allows it
-    │   ├── PreconditionFailed   412  If-Match names another version
-    │   ├── KeyReused            422  Idempotency-Key seen with another body
-    │   └── Unsupported          501  part of the contract that is not served yet, or not by this runtime
+    │   ├── Invalid              the request breaks a rule
+    │   ├── NotFound             no such sandbox for this tenant, or it has ended
+    │   ├── Conflict             the sandbox is not in a state that allows it
+    │   ├── PreconditionFailed   If-Match names another version
+    │   ├── KeyReused            Idempotency-Key seen with another body
+    │   └── Unsupported          part of the contract that is not served yet, or not by this engine
     ├── RuntimeFault             the engine side
     │   ├── RuntimeUnavailable   cannot be reached or answers 5xx: retried, never counted, never a verdict
     │   └── RuntimeRejected      the engine's final word on this workload: the sandbox fails with this reason
-    ├── StoreUnavailable         503  PostgreSQL cannot be reached, or may not write
-    │   ├── StoreBusy            503  every connection of this process is in use
-    │   └── StoreRefused         503  PostgreSQL answers and refuses: waiting does not help
+    ├── StoreUnavailable         PostgreSQL cannot be reached, or may not write
+    │   ├── StoreBusy            every connection of this process is in use
+    │   └── StoreRefused         PostgreSQL answers and refuses: waiting does not help
     ├── IllegalTransition        an event that the declared table does not allow; a bug, never appended
-    ├── UnknownEvent             503  a stored event this version cannot read; reading stops loudly
+    ├── UnknownEvent             a stored event this version cannot read; reading stops loudly
     └── SettingsError            configuration; the message names file, key, value and what is allowed
 """
 
 from __future__ import annotations
+
+from uuid import UUID
 
 
 class SandledgerError(Exception):
@@ -30,8 +32,6 @@ class SandledgerError(Exception):
 
 class Rejected(SandledgerError):
     """A command was refused. `code` is the wire code, `message` is for people and never repeats secret input."""
-
-    status = 400
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -42,37 +42,29 @@ class Rejected(SandledgerError):
 class Invalid(Rejected):
     """The request breaks a rule of the contract."""
 
-    status = 400
-
 
 class NotFound(Rejected):
     """No such sandbox for this tenant, or it has ended; the message then says when and why."""
-
-    status = 404
 
 
 class Conflict(Rejected):
     """The sandbox is not in a state that allows the command."""
 
-    status = 409
-
 
 class PreconditionFailed(Rejected):
     """`If-Match` names another version (RFC 9110, section 13.1.1)."""
 
-    status = 412
-
 
 class KeyReused(Rejected):
-    """The `Idempotency-Key` was used before with a different body."""
+    """The `Idempotency-Key` was used before with a different body. `stream_id` is what the first request made."""
 
-    status = 422
+    def __init__(self, code: str, message: str, stream_id: UUID) -> None:
+        super().__init__(code, message)
+        self.stream_id = stream_id
 
 
 class Unsupported(Rejected):
-    """Known to the contract but not served, or not by this runtime."""
-
-    status = 501
+    """Known to the contract but not served, or not by this engine."""
 
 
 class RuntimeFault(SandledgerError):

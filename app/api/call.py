@@ -86,7 +86,7 @@ class Call:
         self.problem: Problem | None = None
         """What the answer refuses with, if it does."""
         self.sandbox_id: UUID | None = None
-        """The sandbox that a create is about; other commands name it in the path."""
+        """The sandbox that an earlier create with this Idempotency-Key made; other commands name theirs in the path."""
         self.stalled = False
         """Whether the body stopped coming."""
         headers = self.headers
@@ -158,8 +158,11 @@ class Call:
                 return await self.receive()
         except TimeoutError:
             self.stalled = True
+            total = self.limits.body_total_seconds
             raise Problem(
-                408, "GENERAL::REQUEST_TIMEOUT", f"The body stopped coming, or took too long. Waited {idle:g} s."
+                408,
+                "GENERAL::REQUEST_TIMEOUT",
+                f"The body did not arrive in time: {idle:g} s for each piece, {total:g} s in all.",
             ) from None
 
     async def arrived(self) -> bool:

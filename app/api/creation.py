@@ -30,7 +30,7 @@ from app.domain.sandbox.spec import (
     check_platform,
     parse_limits,
 )
-from app.errors import Invalid, Unsupported
+from app.errors import Invalid, KeyReused, Unsupported
 from app.service.sandboxes import Outcome
 from app.store.vault.seal import Secrets
 
@@ -237,4 +237,8 @@ async def begin(context: ApiContext, call: Call, request: CreateSandbox, idempot
     event, secrets = accept(request, sandbox_id, context)
     sealed = None if secrets is None else context.sealer.seal(sandbox_id, secrets)
     meta = call.meta(idempotency_key)
-    return await context.service.create(sandbox_id, call.who.tenant, event, sealed, meta, key=meta.idempotency_key)
+    try:
+        return await context.service.create(sandbox_id, call.who.tenant, event, sealed, meta, key=meta.idempotency_key)
+    except KeyReused as error:
+        call.sandbox_id = error.stream_id
+        raise

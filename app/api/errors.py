@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 from litestar.enums import ParamType
@@ -19,7 +19,18 @@ from litestar.typing import FieldDefinition
 from msgspec import UNSET, Struct, UnsetType
 
 from app.domain.text import printable
-from app.errors import Rejected, StoreBusy, StoreUnavailable, UnknownEvent
+from app.errors import (
+    Conflict,
+    Invalid,
+    KeyReused,
+    NotFound,
+    PreconditionFailed,
+    Rejected,
+    StoreBusy,
+    StoreUnavailable,
+    UnknownEvent,
+    Unsupported,
+)
 
 _LOG = logging.getLogger(__name__)
 _PLACE = re.compile(r"^(?P<rule>.*?)(?: - at `(?:key` in `)?\$(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -30,6 +41,15 @@ _SHOWN = 3
 VALIDATION = "GENERAL::VALIDATION_ERROR"
 INVALID_HEADER = "GENERAL::INVALID_HEADER"
 INVALID_PARAMETER = "SANDBOX::INVALID_PARAMETER"
+STATUSES: Final[Mapping[type[Rejected], int]] = {
+    Invalid: 400,
+    NotFound: 404,
+    Conflict: 409,
+    PreconditionFailed: 412,
+    KeyReused: 422,
+    Unsupported: 501,
+}
+"""Every kind of refusal of the core, and its status."""
 
 
 class Issue(Struct, frozen=True):
@@ -143,7 +163,7 @@ def problem_of(error: BaseException, request_id: str, fields: Mapping[str, Field
         case Problem():
             return error
         case Rejected():
-            return Problem(error.status, error.code, printable(error.message))
+            return Problem(STATUSES[type(error)], error.code, printable(error.message))
         case StoreUnavailable():
             _LOG.warning("request %s: %s", request_id, error)
             return Problem(

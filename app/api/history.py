@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import get
+from litestar.di import NamedDependency
 from litestar.params import QueryParameter
 from msgspec import UNSET, Struct, UnsetType
 
@@ -83,7 +84,7 @@ class History(ApiController):
     )
     async def events(
         self,
-        principal: Principal,
+        principal: NamedDependency[Principal],
         sandbox_id: SandboxId,
         after: Annotated[
             int, QueryParameter(ge=0, le=_MAX_VERSION, description="Only events with a higher version.")

@@ -20,10 +20,10 @@ from app.settings import Settings
 from app.store.database.installation import read_installation
 from app.store.database.pool import Database
 from app.store.vault.keyfile import master_keys, prepend_new_key
-from app.store.vault.rotation import remaining, rotate
+from app.store.vault.rotation import NOTICE_SECONDS, Rotated, is_due, remaining, rotate
 
 
-async def rotate_master(settings: Settings, say: Say, *, generate: bool) -> None:
+async def rotate_master(settings: Settings, say: Say, *, generate: bool, notice: float = NOTICE_SECONDS) -> None:
     """Wrap every data key by the first of this machine's master keys, and record it."""
     ours = settings.sandledger
     if generate:
@@ -37,15 +37,20 @@ async def rotate_master(settings: Settings, say: Say, *, generate: bool) -> None
             installation = await read_installation(database)
             in_use = installation.master_key_id
             say(f"master key in use: {in_use or 'none yet'}; first key in {source}: {keys.ids[0]}")
-            before = await remaining(database, keys.ids[0])
-            if in_use in (None, keys.ids[0]) and not before:
+            if not await is_due(database, keys.ids[0]):
                 say("nothing to do: put a new key first (or use --generate), keep the old one after it")
                 return
+            log = OperationsLog(database, installation.id)
+
+            async def record(done: Rotated) -> None:
+                await log.record(MasterKeyRotated(done.old_key_id, done.new_key_id, done.rewrapped), _meta())
+
+            say(f"servers get {2 * notice:.0f} s to seal by the new key, after the first pass")
             with Progress() as bar:
-                task = bar.add_task("wrapping data keys", total=before or None)
-                done = await rotate(database, keys, lambda count: bar.update(task, completed=count))
-            event = MasterKeyRotated(done.old_key_id, done.new_key_id, done.rewrapped)
-            await OperationsLog(database, installation.id).record(event, _meta())
+                task = bar.add_task("wrapping data keys", total=await remaining(database, keys.ids[0]) or None)
+                done = await rotate(
+                    database, keys, lambda count: bar.update(task, completed=count), record, notice=notice
+                )
             left = await remaining(database, done.new_key_id)
             say(f"{done.rewrapped} keys are wrapped by {done.new_key_id}; {left} by another key")
             if not left:

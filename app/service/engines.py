@@ -22,7 +22,6 @@ from app.views import engines
 from app.views.engines import EnginesView
 
 KIND = ev.REGISTRY.kind
-_MAX_ATTEMPTS = 10
 _MAX_POSITION = 2**47
 """The keys of the announced horizon have room for 48 bits."""
 _SKIP = Statement(select(func.sandledger.log_skip_to(bindparam("position", type_=BigInteger)).label("position")))
@@ -76,9 +75,12 @@ class Engines:
         return [decoded(ev.REGISTRY, one) for one in stored]
 
     async def execute(self, name: str, command: Command, meta: Meta) -> Engine:
-        """Decide and append; the state afterwards."""
+        """Decide and append; the state afterwards.
+
+        A conflict is another server's event, so every round brings somebody forward, and nobody is refused.
+        """
         engine_id = stream_of(self._installation, name)
-        for _ in range(_MAX_ATTEMPTS):
+        while True:
             loaded = await self.view.load(engine_id)
             if loaded is None:
                 msg = f"engine {name} is not registered"
@@ -104,8 +106,6 @@ class Engines:
             if written is not None:
                 self._changed(engine_id)
                 return advance(evolve, before, draft.recorded(written))
-        msg = f"engine {name} is being changed by too many servers at once"
-        raise TimeoutError(msg)
 
     async def trust(self, name: str, meta: Meta) -> Engine:
         """An operator says that the log, although it went back, is to be followed from here on.

@@ -15,7 +15,6 @@ from app.store.database.statement import Statement
 from app.store.log.append import append, append_statement, create_statement, head_columns, insert_head, update_head
 from app.store.tables import operations as table
 
-_MAX_ATTEMPTS = 10
 _HEAD = (table.c.version, table.c.schema)
 _CREATE = create_statement(REGISTRY.kind, insert_head(table, lambda _parts: head_columns(_HEAD)))
 _MOVE = append_statement(REGISTRY.kind, table, update_head(table, lambda _parts: head_columns(_HEAD)))
@@ -31,8 +30,8 @@ class OperationsLog:
         self._id = installation
 
     async def record(self, event: Event, meta: Meta) -> Operations:
-        """Append, after whatever others append meanwhile."""
-        for _ in range(_MAX_ATTEMPTS):
+        """Append, after whatever others append meanwhile: a conflict is another one's event, so the rounds end."""
+        while True:
             before = await self._load()
             if before is not None:
                 refuse_newer(REGISTRY.kind, self._id, before.schema, REGISTRY)
@@ -55,8 +54,6 @@ class OperationsLog:
                 continue
             if written is not None:
                 return advance(evolve, before, draft.recorded(written))
-        msg = "the operations stream is being appended to by too many at once"
-        raise TimeoutError(msg)
 
     async def _load(self) -> Operations | None:
         row = await self._database.fetch_one(_LOAD, id=self._id)

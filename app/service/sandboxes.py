@@ -8,18 +8,26 @@ appends behind the version guard. A conflict means that somebody else's event ca
 head row is locked in a transaction, decided on again and appended to, so no caller is refused because others are many.
 Two callers want no second chance: a client with `If-Match`, and a reconciler whose observation is about the state that
 it looked at (`record`); both get the conflict.
+
+Commands about one sandbox take turns within a process, in the order of their arrival. Else each would wait for the row
+lock on a connection of its own, and a client that renews one sandbox many times at once would take the whole pool from
+everybody. While the row is locked nothing else asks the pool for a connection, for the same reason.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cache
 from uuid import UUID
+from weakref import WeakValueDictionary
 
+import asyncpg
 from msgspec import Struct
 
 from app.domain.engine.decide import NoEngine, place
+from app.domain.engine.state import Engine
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import deadlines as due
 from app.domain.sandbox import events as ev
@@ -30,7 +38,7 @@ from app.domain.sandbox.observed import Capabilities, Pausing
 from app.domain.sandbox.spec import check_timeout
 from app.domain.sandbox.state import Sandbox, evolve
 from app.domain.stream import Meta
-from app.errors import KeyReused, PreconditionFailed, Unsupported
+from app.errors import KeyReused, PreconditionFailed, StoreUnavailable, Unsupported
 from app.service.streams import UNSET, Draft, StaleVersion, advance, decoded, refuse_newer
 from app.store.database.pool import Database
 from app.store.database.statement import Executor, Statement
@@ -73,13 +81,23 @@ class Outcome(Struct, frozen=True):
     """True when an Idempotency-Key met its earlier request; `sandbox` is then the state that was answered first."""
 
 
-@lru_cache
+class _Attempt(Struct, frozen=True):
+    """A command, with all that deciding it needs beside the sandbox."""
+
+    command: cmd.Command
+    meta: Meta
+    if_match: int | None
+    engines: Sequence[Engine]
+    """Read for pause and resume only."""
+
+
+@cache
 def _create(*, keyed: bool, sets: bool) -> Statement:
     effects = [queue.touch, vault.seal, *([deadlines.set_deadlines] if sets else [])]
     return create_statement(KIND, current.begin, effects, keyed=keyed)
 
 
-@lru_cache
+@cache
 def _move(changed: frozenset[str], *, touch: bool, sets: bool, clears: bool, erase: bool) -> Statement:
     effects = [
         *([queue.touch] if touch else []),
@@ -99,6 +117,7 @@ class Service:
         self._signal = signal
         self._limits = limits or Limits()
         self._keys = IdempotencyKeys(database)
+        self._turns: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
         self.log = EventLog(database)
         self.view = CurrentView(database)
         self.engines = EnginesView(database)
@@ -119,6 +138,7 @@ class Service:
 
         Raises:
             KeyReused: the key came with another body before.
+            StoreUnavailable: the values were sealed by a master key that is not in use any more.
             Invalid: the expiry would lie beyond the calendar.
         """
         check_timeout(event.timeout_s)
@@ -126,21 +146,25 @@ class Service:
         after = advance(evolve, None, draft.recorded())
         changes = due.changes(None, after, draft.events, UNSET, self._limits)
         timeout = None if event.timeout_s is None else float(event.timeout_s)
-        written = await append(
-            self._database,
-            _create(keyed=key is not None, sets=bool(changes)),
-            sandbox_id,
-            [ev.REGISTRY.encode(one) for one in draft.events],
-            after=0,
-            meta=meta,
-            digest=key,
-            engine_queue=after.engine or "",
-            key_id_sealing=sealed and sealed.key_id,
-            wrapped_key=sealed and sealed.wrapped_key,
-            sealed=sealed and sealed.sealed,
-            **deadlines.parameters(changes),
-            **current.begin_values(after, timeout),
-        )
+        try:
+            written = await append(
+                self._database,
+                _create(keyed=key is not None, sets=bool(changes)),
+                sandbox_id,
+                [ev.REGISTRY.encode(one) for one in draft.events],
+                after=0,
+                meta=meta,
+                digest=key,
+                engine_queue=after.engine or "",
+                key_id_sealing=sealed and sealed.key_id,
+                wrapped_key=sealed and sealed.wrapped_key,
+                sealed=sealed and sealed.sealed,
+                **deadlines.parameters(changes),
+                **current.begin_values(after, timeout),
+            )
+        except asyncpg.ObjectNotInPrerequisiteStateError as error:
+            # The trigger on sealed_values: a rotation of the master key ended and this server has not noticed it.
+            raise StoreUnavailable(f"{error}; repeat the request, or call another server") from None
         if written is None:
             assert key is not None, "only a key can be there before its stream"
             return await self._replay(tenant, key, event)
@@ -160,6 +184,7 @@ class Service:
             raise KeyReused(
                 "SANDLEDGER::IDEMPOTENCY_KEY_REUSED",
                 "This Idempotency-Key was used before with a different body; use a new key for a new request.",
+                first.stream_id,
             )
         since = await self.view.since(first.stream_id, tenant)
         begun = await self.log.history(first.stream_id, tenant, since=since or 0, limit=2)
@@ -183,26 +208,30 @@ class Service:
             Rejected: the core or the engine's abilities refuse, or `if_match` names another version.
             UnknownEvent: a newer version wrote to the stream.
         """
-        loaded = await self.view.load(sandbox_id, tenant)
-        if loaded is None:
-            raise unknown(sandbox_id)
-        outcome = await self._decided(self._database, loaded, command, meta, if_match)
-        if outcome is not None:
-            return outcome
-        async with self._database.transaction() as connection:
-            locked = await current.load_locked(connection.fetch, sandbox_id, tenant)
-            assert locked is not None, "a head row is never deleted"
-            outcome = await self._decided(connection, locked, command, meta, if_match)
-            assert outcome is not None, "nobody else can append while the head row is locked"
+        engines = await self.engines.known() if isinstance(command, cmd.Pause | cmd.Resume) else ()
+        attempt = _Attempt(command, meta, if_match, engines)
+        turn = self._turns.get(sandbox_id)
+        if turn is None:
+            turn = self._turns[sandbox_id] = asyncio.Lock()
+        async with turn:
+            loaded = await self.view.load(sandbox_id, tenant)
+            if loaded is None:
+                raise unknown(sandbox_id)
+            outcome = await self._try(self._database, loaded, attempt)
+            if outcome is None:
+                async with self._database.transaction() as connection:
+                    locked = await current.load_locked(connection.fetch, sandbox_id, tenant)
+                    assert locked is not None, "a head row is never deleted"
+                    outcome = await self._try(connection, locked, attempt)
+                    assert outcome is not None, "nobody else can append while the head row is locked"
         if outcome.position is not None:
             self._signal.poke(sandbox_id, work=isinstance(command, _ASKS_FOR_WORK))
         return outcome
 
-    async def _decided(
-        self, on: Executor, loaded: tuple[Sandbox, datetime], command: cmd.Command, meta: Meta, if_match: int | None
-    ) -> Outcome | None:
+    async def _try(self, on: Executor, loaded: tuple[Sandbox, datetime], attempt: _Attempt) -> Outcome | None:
         """The outcome; None = somebody else's event came first."""
         sandbox, now = loaded
+        command, if_match = attempt.command, attempt.if_match
         if if_match is not None and sandbox.version != if_match:
             visible(sandbox, sandbox.id)  # that it has ended, and why, says more than that it has changed
             raise PreconditionFailed(
@@ -212,17 +241,9 @@ class Service:
         events = decide(sandbox, command, now)
         if not events:
             return Outcome(sandbox)
-        await self._check_abilities(sandbox, command)
+        _check_abilities(sandbox, attempt)
         touch = isinstance(command, _ASKS_FOR_WORK)
-        return await self._append(on, sandbox, events, meta, now, touch=touch)
-
-    async def _check_abilities(self, sandbox: Sandbox, command: cmd.Command) -> None:
-        if not isinstance(command, cmd.Pause | cmd.Resume):
-            return
-        engine = await self.engines.by_name(sandbox.engine)
-        can = Capabilities() if engine is None else engine.capabilities
-        if can.pause == Pausing.NONE:
-            raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "The engine of this sandbox cannot pause sandboxes.")
+        return await self._append(on, sandbox, events, attempt.meta, now, touch=touch)
 
     async def record(self, sandbox: Sandbox, observation: cmd.Observation, meta: Meta) -> Outcome:
         """Append what was observed about exactly this state. No load: the guard is the comparison.
@@ -237,6 +258,7 @@ class Service:
         outcome = await self._append(self._database, sandbox, events, meta, UNSET, touch=touch)
         if outcome is None:
             raise StaleVersion(f"sandbox {sandbox.id} is not at version {sandbox.version} any more")
+        self._signal.poke(sandbox.id, work=touch)
         return outcome
 
     async def _append(
@@ -266,8 +288,6 @@ class Service:
         )
         if written is None:
             return None
-        if on is self._database:
-            self._signal.poke(before.id, work=touch)
         return Outcome(advance(evolve, before, draft.recorded(written)), events, written.position)
 
     async def history(self, sandbox_id: UUID, tenant: str) -> list[ev.Recorded]:
@@ -277,3 +297,12 @@ class Service:
             return []
         stored = self.log.whole_history(sandbox_id, tenant, since=since)
         return [decoded(ev.REGISTRY, one) async for one in stored]
+
+
+def _check_abilities(sandbox: Sandbox, attempt: _Attempt) -> None:
+    if not isinstance(attempt.command, cmd.Pause | cmd.Resume):
+        return
+    engine = next((engine for engine in attempt.engines if engine.name == sandbox.engine), None)
+    can = Capabilities() if engine is None else engine.capabilities
+    if can.pause == Pausing.NONE:
+        raise Unsupported("SANDBOX::API_NOT_SUPPORTED", "The engine of this sandbox cannot pause sandboxes.")

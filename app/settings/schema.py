@@ -186,8 +186,8 @@ class DockerSettings(Table, frozen=True):
     """Address of the engine; None = the engine's default socket. `DOCKER_HOST` wins."""
     network_mode: Text = "bridge"
     """`bridge`, `host` or the name of a network. The public server defaults to `host`, where sandboxes share ports."""
-    api_timeout: WholeSeconds = 180
-    """Seconds an engine call may take, pulls apart."""
+    api_timeout: WholeSeconds = 60
+    """Seconds that a create, start or remove call may take; other calls get a fixed share of it, pulls their own."""
     pull_timeout_seconds: Seconds = 600
     """Seconds an image pull may take."""
     capabilities: tuple[Text, ...] | None = None
@@ -263,7 +263,7 @@ class WorkerSettings(Table, frozen=True):
     """`[sandledger.worker]`: reconciling, expiry and clean-up."""
 
     concurrency: Annotated[int, Meta(ge=1, le=10_000)] = 16
-    """Sandboxes one process works on at once."""
+    """Sandboxes of one tenant that one process works on at once; four more are kept for other tenants."""
     lease_seconds: Seconds = 10
     """Seconds until work claimed by a silent worker is free again; renewed at a third of it."""
     sweep_seconds: Seconds = 300

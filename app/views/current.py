@@ -1,8 +1,9 @@
 """The `sandboxes` row as head of the stream: how a state becomes the row, and the row a state.
 
-A JSON column is written only by an append that changed it, so a server that does not know a newer field of it cannot
-erase that field. A row whose `schema` is above this version's revision is read, if its words are known, and never
-appended to.
+A JSON column is written only by an append that changed it, so a server that does not know a newer field of it does not
+erase that field in passing. A change of the column itself writes it whole; a new folded field therefore comes with a
+higher revision of the registry. A row whose `schema` is above this version's revision is read, if its words are known,
+and never appended to.
 """
 
 from __future__ import annotations

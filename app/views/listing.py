@@ -17,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -104,8 +104,8 @@ class TooFar(ValueError):
     """A page number that lies too far from the first page."""
 
 
-class _Shape(Struct, frozen=True):
-    """What decides a statement's text."""
+class Shape(Struct, frozen=True):
+    """What decides the text of a statement."""
 
     phases: str
     """`any`, `one` or `some`."""
@@ -117,7 +117,7 @@ class _Shape(Struct, frozen=True):
     offset: bool = False
 
 
-def _conditions(shape: _Shape) -> list[Any]:
+def _conditions(shape: Shape) -> list[Any]:
     rows = sandboxes.c
     found: list[Any] = [rows.tenant == bindparam("tenant", type_=Text)]
     if not shape.include_terminal:
@@ -132,7 +132,7 @@ def _conditions(shape: _Shape) -> list[Any]:
 
 
 @lru_cache
-def page_statement(shape: _Shape) -> Statement:
+def page_statement(shape: Shape) -> Statement:
     """Total and rows. Parameters: tenant, size, offset, and those of the shape."""
     conditions = _conditions(shape)
     page = select(*COLUMNS).where(*conditions)
@@ -160,6 +160,10 @@ def page_statement(shape: _Shape) -> Statement:
     return Statement(select(*numbers, *page.c).select_from(total.outerjoin(page, literal_column("true"))))
 
 
+_Found: TypeAlias = tuple[Sequence[asyncpg.Record], int, bool]
+"""Rows, total, and whether the total was counted up to the bound."""
+
+
 class Listing:
     """Reads of many; `app.views.current` reads one."""
 
@@ -178,9 +182,9 @@ class Listing:
             return Page((), 0)
         offset = 0 if after is not None else offset
         near = min(offset, MAX_OFFSET)
-        shape, values = _shape(wanted, near, after), _values(wanted, size, near, after)
-        rows, total = await (self._summed(shape, values) if shape.summed else self._counted(shape, values))
-        is_lower_bound = not shape.summed and total > MAX_COUNTED
+        shape, values = shape_of(wanted, near, after), _values(wanted, size, near, after)
+        rows, total, is_counted = await (self._summed(shape, values) if shape.summed else self._counted(shape, values))
+        is_lower_bound = is_counted and total > MAX_COUNTED
         if offset > MAX_OFFSET:
             if is_lower_bound or total > offset:
                 raise TooFar(f"reaches at most {MAX_OFFSET} rows; go on with nextCursor")
@@ -196,7 +200,7 @@ class Listing:
         cursor = None if last is None else Cursor(last.created_at, last.id, page)
         return Page(shown, min(total, MAX_COUNTED) if is_lower_bound else total, cursor, is_lower_bound)
 
-    async def _summed(self, shape: _Shape, values: dict[str, Any]) -> tuple[Sequence[asyncpg.Record], int]:
+    async def _summed(self, shape: Shape, values: dict[str, Any]) -> _Found:
         for read_base in (self.totals.base, self.totals.advance):
             base = await read_base()
             rows = await self._database.fetch(page_statement(shape), base=base.position, **values)
@@ -206,22 +210,20 @@ class Listing:
                     self.totals.advance_later()
                 known = base.of(values["tenant"])
                 if shape.include_terminal:
-                    return rows, known.ever + int(first["d_ever"])
-                return rows, known.visible + int(first["d_visible"])
-        return await self._counted_whole(shape, values)
-
-    async def _counted(self, shape: _Shape, values: dict[str, Any]) -> tuple[Sequence[asyncpg.Record], int]:
-        rows = await self._database.fetch(page_statement(shape), **values)
-        return rows, rows[0]["d_total"]
-
-    async def _counted_whole(self, shape: _Shape, values: dict[str, Any]) -> tuple[Sequence[asyncpg.Record], int]:
-        """No base is near enough: count up to the bound, as filtered lists do."""
+                    return rows, known.ever + int(first["d_ever"]), False
+                return rows, known.visible + int(first["d_visible"]), False
+        # No base is near enough: count up to the bound, as filtered lists do.
         return await self._counted(msgspec.structs.replace(shape, summed=False), values)
 
+    async def _counted(self, shape: Shape, values: dict[str, Any]) -> _Found:
+        rows = await self._database.fetch(page_statement(shape), **values)
+        return rows, rows[0]["d_total"], True
 
-def _shape(wanted: Wanted, offset: int, after: Cursor | None) -> _Shape:
+
+def shape_of(wanted: Wanted, offset: int, after: Cursor | None) -> Shape:
+    """Which statement reads such a page."""
     count = None if wanted.phases is None else len(wanted.phases)
-    return _Shape(
+    return Shape(
         "any" if count is None else "one" if count == 1 else "some",
         metadata=bool(wanted.metadata),
         include_terminal=wanted.include_terminal,

@@ -15,9 +15,10 @@ is one base a process, for all tenants, and one flight of each statement that ma
 meanwhile wait for it.
 
 **How it fails.** A database that went back (a restore, a failover to a standby that was behind) keeps no promise about
-positions. Its identity then differs: the cluster's identifier and its timeline, or a log that ends before the base. It
-is compared at most once in `IDENTITY_SECONDS`, and a base of another log is derived again. The horizon is not compared:
-it may fall when a writer announces, and nobody may conclude a restore from it.
+positions. Its identity then differs: the cluster's identifier and its timeline, or a log that ends before the base. A
+dump that was restored into the same cluster and written to since has the same identity; then the last event up to the
+base is another one. Both are compared at most once in `IDENTITY_SECONDS`, and a base of another log is derived again.
+The horizon is not compared: it may fall when a writer announces, and nobody may conclude a restore from it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sqlalchemy.sql.selectable import Subquery
 from app.domain.sandbox import events as ev
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
-from app.store.log.store import EventLog, LogIdentity
+from app.store.log.store import EventLog, LogIdentity, Witness
 from app.store.tables import events, sandboxes
 
 MAX_EVENTS = 2000
@@ -59,6 +60,7 @@ class Base(Struct, frozen=True):
 
     position: int
     identity: LogIdentity
+    witness: Witness | None
     counts: Mapping[str, Count]
 
     def of(self, tenant: str) -> Count:
@@ -151,7 +153,8 @@ class Totals:
                 return await self._derive_base()
             if self._is_check_due():
                 identity = await self._log.identity()
-                if not identity.follows(base.identity, base.position):
+                follows = identity.follows(base.identity, base.position)
+                if not follows or await self._log.witness(base.position) != base.witness:
                     return await self._derive_base()
                 self._checked_at = asyncio.get_running_loop().time()
             return base
@@ -172,8 +175,10 @@ class Totals:
             self._moving.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _advance(self) -> Base:
-        base = await self.base()
+        await self.base()
         async with self._flight:
+            base = self._base
+            assert base is not None, "it was there before, and is never taken away"
             horizon = await self._log.horizon()
             if not base.position <= horizon <= base.position + MAX_MOVE_POSITIONS:
                 return base if horizon <= base.position else await self._derive_base()
@@ -181,7 +186,7 @@ class Totals:
             for row in await self._database.fetch(_MOVE, base=base.position, to=horizon):
                 known = base.of(row["tenant"])
                 counts[row["tenant"]] = Count(known.visible + int(row["visible"]), known.ever + int(row["ever"]))
-            self._base = Base(horizon, base.identity, counts)
+            self._base = Base(horizon, base.identity, await self._log.witness(horizon), counts)
             return self._base
 
     async def _derive_base(self) -> Base:
@@ -189,7 +194,7 @@ class Totals:
         horizon = await self._log.horizon()
         rows = await self._database.fetch(_DERIVE, base=horizon)
         counts = {row["tenant"]: Count(int(row["visible"]), int(row["ever"])) for row in rows}
-        self._base = Base(horizon, identity, counts)
+        self._base = Base(horizon, identity, await self._log.witness(horizon), counts)
         self._checked_at = asyncio.get_running_loop().time()
         self.derived += 1
         return self._base

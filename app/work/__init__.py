@@ -1,1 +1,1 @@
-"""The imperative workers: reconcile queue, reconciler, resync, expiry."""
+"""The workers: what is due is claimed, brought to its goal, compared with its engine, and ended in time."""

@@ -46,7 +46,7 @@ class Beyond(Struct, frozen=True):
 async def beyond(connections: Connections, found: Iterable[Found]) -> Beyond | None:
     """Compare the positions of objects with the end of the log. None = they fit."""
     positions = [(one.position, one.object_id) for one in found if one.position is not None]
-    last = await EventLog(connections).last_position()
+    last = (await EventLog(connections).identity()).last_position
     ahead = [(position, object_id) for position, object_id in positions if position > last]
     if not ahead:
         return None

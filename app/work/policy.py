@@ -63,6 +63,8 @@ class WorkPolicy(Struct, frozen=True):
     """How often the progress of a pull is written, and its sandboxes are kept waiting."""
     stall_after: float = 60
     """A loop that has not gone round for this long stands still, and the worker is not alive."""
+    stuck_after: float = 600
+    """Nor is it when one claim has been worked on for this long: each call of an engine has a limit of its own."""
     stranded_after: float = 30
     """Age at which a sandbox that wants work and has no queue row is called a bug."""
     orphan_grace: float = 120

@@ -24,7 +24,7 @@ one is misled do not contradict each other in the log for ever.
 **Invariants.** Absence is concluded only after `confirm_identity` was true: it asks the engine after the call began,
 and is false for `missing_grace` seconds after a wrong engine was found, so that two observations of a wrong engine
 cannot be confirmed by the right one. Before an engine is used again, its objects' positions are compared with the end
-of the log.
+of the log; also when the database turns out to be another one than at the last contact, restored or failed over.
 
 **How it fails.** A check that is not answered within `engine_check` seconds counts as no answer. Without a database
 nothing can be compared: the state stays what it was, and `confirm_identity` raises.
@@ -50,6 +50,7 @@ from app.errors import RuntimeFault, StoreUnavailable
 from app.runtime.driver import Driver, EngineInfo, Observed
 from app.service.engines import Engines
 from app.store.database.statement import Connections
+from app.store.log.store import EventLog, LogIdentity
 from app.store.queue.wake import make_engine_due
 from app.views.engines import Standing
 from app.work.beyond import beyond
@@ -90,6 +91,8 @@ class Station:
         self._connections = connections
         self._policy = policy
         self._meta = meta
+        self._log = EventLog(connections)
+        self._log_identity: LogIdentity | None = None
         self._engine: Engine | None = None
         self._last_contact: Any = None
         self._doubted = False
@@ -258,11 +261,19 @@ class Station:
         self._engine = engine
         if engine.state is EngineState.MISMATCH:
             return self._wrong(engine.trouble, info)
+        await self._compare_log()
         if self.open and not await self._is_covered(info):
             return None
         before, self._last_contact = self._last_contact, standing.now
         await self._use(standing, before)
         return None
+
+    async def _compare_log(self) -> None:
+        """Another log than at the last contact may be an older copy: look at the objects before going on."""
+        before, self._log_identity = self._log_identity, await self._log.identity()
+        if before is not None and not self._log_identity.follows(before, before.last_position):
+            _LOG.warning("engine %s: the database was restored or failed over; its objects are compared", self.name)
+            self.state = State.UNKNOWN
 
     async def _use(self, standing: Standing, last_contact: Any) -> None:
         """The right engine answers."""

@@ -16,8 +16,9 @@ them is due at once, for others. Cancelling `run` is a stop without grace. Nothi
 marked failed. A create that an engine does not answer within `create_grace` seconds is left as a crash would leave it:
 its claim is not handed back, since the engine may still be making the object.
 
-**How it fails.** No error of one sandbox or of one round ends a loop. If a loop ends all the same, `run` raises; if one
-stands still, it does not stamp any more. In both cases `alive` is false, so that whoever supervises the process knows.
+**How it fails.** No error of one sandbox or of one round ends a loop. `run` raises when a loop ends all the same. A
+loop that stands still does not stamp any more, and a run that never ends grows old. In each case `alive` is false, so
+that whoever supervises the process knows.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import asyncio
 import logging
 import random
 import socket
+import time
 from collections import Counter
 
 from app import __version__
@@ -86,12 +88,12 @@ class Worker:
         self._background = 0
         self.watchdog = Watchdog(policy.stall_after)
         worker = Actor(ActorKind.RECONCILER, worker_id, name or socket.gethostname())
-        actors = Actors(__version__, worker, Actor(ActorKind.RUNTIME, driver.name, driver.name))
-        meta = actors.meta(worker, None)
+        self._actors = Actors(__version__, worker, Actor(ActorKind.RUNTIME, driver.name, driver.name))
+        meta = self._actors.meta(worker, None)
         self.queue = Queue(database, driver.name)
-        self.station = station = Station(driver=driver, engines=engines, connections=database, policy=policy, meta=meta)
+        self.station = Station(driver=driver, engines=engines, connections=database, policy=policy, meta=meta)
         self.sweeper = Sweeper(
-            station=station,
+            station=self.station,
             engines=engines,
             connections=database,
             queue=self.queue,
@@ -100,32 +102,15 @@ class Worker:
             meta=meta,
         )
         self._deadlines = Deadlines(
-            DeadlineRows(database), service, limits or Limits(), timer_id=worker_id, app_version=__version__
+            DeadlineRows(database.reserved), service, limits or Limits(), timer_id=worker_id, app_version=__version__
         )
         self._timers: Timers | None = None
         self.leases = Leases(self.queue, policy, self.watchdog)
-        self.fetches = Fetches(
-            station=station,
-            service=service,
-            rows=WaitingRows(database),
-            signal=signal,
-            policy=policy,
-            actors=actors,
-            watchdog=self.watchdog,
-        )
-        self.outcomes = Outcomes(
-            service=service, station=station, queue=self.queue, signal=signal, policy=policy, actors=actors
-        )
-        self.reconciler = Reconciler(
-            service=service,
-            station=station,
-            workloads=Workloads(database, sealer),
-            fetches=self.fetches,
-            outcomes=self.outcomes,
-            policy=policy,
-            actors=actors,
-        )
-        self._runs: set[asyncio.Task[None]] = set()
+        self.fetches = self._make_fetches(WaitingRows(database))
+        self.outcomes = self._make_outcomes()
+        self.reconciler = self._make_reconciler(Workloads(database, sealer))
+        self._runs: dict[asyncio.Task[None], float] = {}
+        """Since when they have been running, by the monotonic clock."""
         self._tenants: Counter[str] = Counter()
         """Slots that each tenant holds."""
         self._hungry = False
@@ -135,13 +120,50 @@ class Worker:
         self._grace = 0.0
         self._running = False
 
+    def _make_fetches(self, rows: WaitingRows) -> Fetches:
+        return Fetches(
+            station=self.station,
+            service=self._service,
+            rows=rows,
+            signal=self._signal,
+            policy=self._policy,
+            actors=self._actors,
+            watchdog=self.watchdog,
+        )
+
+    def _make_outcomes(self) -> Outcomes:
+        return Outcomes(
+            service=self._service,
+            station=self.station,
+            queue=self.queue,
+            signal=self._signal,
+            policy=self._policy,
+            actors=self._actors,
+        )
+
+    def _make_reconciler(self, workloads: Workloads) -> Reconciler:
+        return Reconciler(
+            service=self._service,
+            station=self.station,
+            workloads=workloads,
+            fetches=self.fetches,
+            outcomes=self.outcomes,
+            policy=self._policy,
+            actors=self._actors,
+        )
+
     @property
     def alive(self) -> bool:
         """Every loop goes round, and nobody has asked it to stop."""
         timers = self._timers
         if not self._running or self._stopping.is_set() or timers is None:
             return False
-        return timers.alive and self.station.alive and not self.watchdog.standing
+        return timers.alive and self.station.alive and not self.watchdog.standing and not self._is_stuck
+
+    @property
+    def _is_stuck(self) -> bool:
+        began = min(self._runs.values(), default=float("inf"))
+        return time.monotonic() - began >= self._policy.stuck_after
 
     async def run(self) -> None:
         """Work until `stop` or a cancellation."""
@@ -251,11 +273,11 @@ class Worker:
         held = self.leases.hold(claim, claimed_at)
         run = asyncio.create_task(self.reconciler.run(held), name=f"sandbox-{claim.stream_id}")
         held.run = run
-        self._runs.add(run)
+        self._runs[run] = time.monotonic()
         self._tenants[claim.tenant] += 1
 
         def ended(task: asyncio.Task[None]) -> None:
-            self._runs.discard(task)
+            self._runs.pop(task, None)
             self._tenants[claim.tenant] -= 1
             if not self._tenants[claim.tenant]:
                 del self._tenants[claim.tenant]

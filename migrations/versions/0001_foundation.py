@@ -197,8 +197,9 @@ BEGIN
 END $$;
 CREATE FUNCTION log_partitions_ahead() RETURNS integer LANGUAGE sql STABLE
 SET search_path = pg_catalog, sandledger, pg_temp AS $$
-    SELECT count(*)::integer - 1 - (SELECT last_value / 25000000 FROM sandledger.events_position)::integer
-      FROM pg_inherits WHERE inhparent = 'sandledger.events'::regclass
+    SELECT count(*)::integer FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+     WHERE i.inhparent = 'sandledger.events'::regclass
+       AND substr(c.relname, 9)::bigint > (SELECT last_value / 25000000 FROM sandledger.events_position)
 $$;
 REVOKE ALL ON FUNCTION log_ensure_partitions FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION log_ensure_partitions TO :app_role;
@@ -422,6 +423,21 @@ CREATE TABLE installation_keys (
     wrapped bytea NOT NULL
 );
 COMMENT ON TABLE installation_keys IS 'Random keys of this installation, wrapped by the master key.';
+
+-- A rotation ends with this lock, taken exclusively: whoever sealed before it is seen by the last pass, whoever seals
+-- after it is held against the keys that are in use then (app/store/vault/rotation.py). 21324 = 0x534C, 'SL'.
+CREATE FUNCTION check_master_key() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, sandledger, pg_temp AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock_shared(21324, 1);
+    IF NOT EXISTS (SELECT FROM sandledger.installation WHERE coalesce(master_key_id, NEW.key_id) = NEW.key_id)
+       AND NOT EXISTS (SELECT FROM sandledger.installation_keys WHERE key_id = NEW.key_id) THEN
+        RAISE EXCEPTION 'master key % is not in use any more', NEW.key_id
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER check_master_key BEFORE INSERT ON sealed_values FOR EACH ROW EXECUTE FUNCTION check_master_key();
 GRANT SELECT, INSERT, DELETE, UPDATE (key_id, wrapped_key) ON sealed_values TO :app_role;
 GRANT SELECT, INSERT, UPDATE ON installation_keys TO :app_role;
 """

@@ -14,8 +14,8 @@ from litestar import Litestar
 from app.api.app import create_app
 from app.api.context import ApiContext
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.events import Actor, ActorKind, Meta
-from app.domain.sandbox.observed import Exit, Observed, Power
+from app.domain.sandbox.observed import Exit, Observed, Part, Power
+from app.domain.stream import Actor, ActorKind, Meta
 from app.runtime.fake import FakeDriver, FakeEngine
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
@@ -94,23 +94,24 @@ async def create(http: httpx.AsyncClient, headers: dict[str, str] | None = None,
     return answer.json()
 
 
-def look(sandbox_id: UUID | str, power: Power = Power.RUNNING, end: Exit | None = None) -> Observed:
+def seen(sandbox_id: UUID | str, power: Power = Power.RUNNING, end: Exit | None = None) -> Observed:
     """What an engine would say."""
     return Observed(
         UUID(str(sandbox_id)),
-        f"rt-{sandbox_id}",
-        f"sandbox-{sandbox_id}",
+        (Part("main", f"rt-{sandbox_id}", f"sandbox-{sandbox_id}"),),
         power,
         started_at=datetime.now(UTC),
         exit=end,
     )
 
 
-async def observe(service: Service, sandbox_id: UUID | str, power: Power = Power.RUNNING, end: Exit | None = None):
-    """Record a look, as the reconciler does."""
-    await service.execute(UUID(str(sandbox_id)), cmd.RecordSeen(look(sandbox_id, power, end)), WORKER)
+async def observe(
+    service: Service, sandbox_id: UUID | str, power: Power = Power.RUNNING, end: Exit | None = None
+) -> None:
+    """Record an observation, as the reconciler does."""
+    await service.execute(UUID(str(sandbox_id)), cmd.RecordSeen(seen(sandbox_id, power, end)), WORKER)
 
 
-async def remove(service: Service, sandbox_id: UUID | str):
+async def remove(service: Service, sandbox_id: UUID | str) -> None:
     """Record that nothing of it is left."""
     await service.execute(UUID(str(sandbox_id)), cmd.RecordRemoved(), WORKER)

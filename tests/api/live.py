@@ -9,7 +9,6 @@ import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import uvicorn
 
@@ -17,6 +16,7 @@ from app.api.app import create_app
 from app.api.context import ApiContext
 from app.runtime.fake import FakeDriver, FakeEngine
 from app.server.listener import uvicorn_server
+from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import Settings
 from app.store.database.pool import Database
@@ -24,6 +24,7 @@ from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer
 from app.views.listing import Listing
+from tests.conftest import INSTALLATION, SIGHTING, STATION
 
 T = TypeVar("T")
 
@@ -52,15 +53,17 @@ def serving(dsn: str, **changes: Any) -> Iterator[Live]:
     async def main() -> None:
         database = Database(dsn)
         signal = Signal(database)
+        service = Service(database, signal)
+        await Engines(database, signal, INSTALLATION, service.engines).register(SIGHTING, STATION)
         parts: dict[str, Any] = {
-            "service": Service(database, signal),
+            "service": service,
             "listing": Listing(database),
             "refusals": Refusals(database),
             "sealer": Sealer(os.urandom(32)),
             "signal": signal,
             "database": database,
-            "driver": FakeDriver(FakeEngine(), uuid4()),
-            "installation": uuid4(),
+            "driver": FakeDriver(FakeEngine(), INSTALLATION),
+            "installation": INSTALLATION,
         }
         context = ApiContext(**(parts | changes))
         listener = socket.socket()

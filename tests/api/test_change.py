@@ -9,11 +9,17 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from app.api.app import create_app
-from app.domain.sandbox.observed import Capabilities, Power
+from app.domain.engine.decide import RecordSighting
+from app.domain.sandbox.observed import Capabilities, Pausing, Power
+from app.service.engines import Engines
 from app.service.sandboxes import Service
+from app.store.database.pool import Database
+from app.store.log.signal import Signal
 from tests.api.conftest import KEY, MakeContext, client, create, observe
+from tests.conftest import INSTALLATION, SIGHTING, STATION
 
 
 async def at(http: httpx.AsyncClient, service: Service, power: Power | None = None) -> str:
@@ -47,9 +53,9 @@ async def test_metadata_is_merged(http: httpx.AsyncClient):
     assert answer.status_code == 200
     assert answer.json()["metadata"] == {"keep": "1", "change": "4", "new": "5"}
     assert answer.json()["image"] == {"uri": "busybox:1"}
-    assert answer.headers["etag"] == '"2"'
+    assert answer.headers["etag"] == '"3"'
     same = await http.patch(path, json={}, headers={"Content-Type": "application/merge-patch+json"})
-    assert (same.status_code, same.headers["etag"]) == (200, '"2"')
+    assert (same.status_code, same.headers["etag"]) == (200, '"3"')
     empty = await http.patch(path, json=dict.fromkeys(("keep", "change", "new")))
     assert "metadata" not in empty.json()
 
@@ -103,7 +109,7 @@ async def test_a_renewal_in_any_spelling(http: httpx.AsyncClient, sent: Any, mea
     path = f"/v1/sandboxes/{made['id']}"
     answer = await http.post(f"{path}/renew-expiration", json={"expiresAt": sent})
     assert (answer.status_code, answer.json()) == (200, {"expiresAt": meant})
-    assert answer.headers["etag"] == '"2"'
+    assert answer.headers["etag"] == '"3"'
     assert (await http.get(path)).json()["expiresAt"] == meant
     sooner = (datetime.now(UTC) + timedelta(minutes=1)).isoformat()
     shortened = await http.post(f"{path}/renew-expiration", json={"expires_at": sooner})
@@ -135,7 +141,7 @@ async def test_renewal_rules(http: httpx.AsyncClient, sent: Any, status: int, co
     made = await create(http)
     answer = await http.post(f"/v1/sandboxes/{made['id']}/renew-expiration", json={"expiresAt": sent})
     assert (answer.status_code, answer.json()["code"]) == (status, code)
-    assert (await http.get(f"/v1/sandboxes/{made['id']}")).headers["etag"] == '"1"'
+    assert (await http.get(f"/v1/sandboxes/{made['id']}")).headers["etag"] == '"2"'
 
 
 async def test_what_never_expires_is_not_renewed(http: httpx.AsyncClient):
@@ -180,7 +186,7 @@ async def test_pause_does_not_wait_when_told_so(http: httpx.AsyncClient, service
         answer = await http.post(f"{path}/pause", headers={"Prefer": prefer})
         assert answer.status_code == 202
         assert answer.headers["preference-applied"] == applied
-        assert answer.headers["etag"] == '"4"'
+        assert answer.headers["etag"] == '"6"'
         assert await state(http, path) == "Pausing"
 
 
@@ -212,12 +218,17 @@ async def test_pause_and_resume_in_a_wrong_state(
     assert (answer.status_code, answer.json()["code"]) == (409, code)
 
 
-async def test_a_runtime_that_cannot_pause(make_context: MakeContext, database: Any, signal: Any):
-    app = create_app(make_context(service=Service(database, signal, Capabilities(pause=False))))
-    async with client(app, **{"open-sandbox-api-key": KEY}) as http:
-        made = await create(http)
-        answer = await http.post(f"/v1/sandboxes/{made['id']}/pause")
-        assert (answer.status_code, answer.json()["code"]) == (501, "SANDBOX::API_NOT_SUPPORTED")
+async def test_an_engine_that_cannot_pause(
+    http: httpx.AsyncClient, service: Service, database: Database, signal: Signal
+):
+    path = await at(http, service, Power.RUNNING)
+    engines = Engines(database, signal, INSTALLATION, service.engines)
+    unable = replace(SIGHTING, capabilities=Capabilities(pause=Pausing.NONE))
+    await engines.execute(SIGHTING.name, RecordSighting(unable), STATION)
+    answer = await http.post(f"{path}/pause")
+    assert (answer.status_code, answer.json()["code"]) == (501, "SANDBOX::API_NOT_SUPPORTED")
+    assert await state(http, path) == "Running"
+    assert (await http.get(path)).headers["etag"] == '"5"', "nothing was appended"
 
 
 # All of them
@@ -276,7 +287,7 @@ async def test_of_two_with_one_version_one_wins(http: httpx.AsyncClient):
     made = await create(http)
     path = f"/v1/sandboxes/{made['id']}/metadata"
     answers = await asyncio.gather(
-        *[http.patch(path, json={"winner": str(n)}, headers={"If-Match": '"1"'}) for n in range(8)]
+        *[http.patch(path, json={"winner": str(n)}, headers={"If-Match": '"2"'}) for n in range(8)]
     )
     assert sorted(answer.status_code for answer in answers) == [200, *[412] * 7]
 
@@ -284,5 +295,5 @@ async def test_of_two_with_one_version_one_wins(http: httpx.AsyncClient):
 async def test_a_change_says_who(http: httpx.AsyncClient, service: Service):
     made = await create(http)
     await http.patch(f"/v1/sandboxes/{made['id']}/metadata", json={"a": "b"}, headers={"X-Request-ID": "r9"})
-    fact = (await service.history(UUID(made["id"]), "default"))[-1]
-    assert (fact.meta.request_id, fact.meta.client, fact.meta.actor.name) == ("r9", "192.0.2.7", "default")
+    event = (await service.history(UUID(made["id"]), "default"))[-1]
+    assert (event.meta.request_id, event.meta.client, event.meta.actor.name) == ("r9", "192.0.2.7", "default")

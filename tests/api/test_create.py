@@ -15,15 +15,13 @@ from app.api.app import create_app
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
-from app.store.tables import events, sandbox_secrets
+from app.store.tables import events, sealed_values
 from app.store.vault.seal import Sealed, Sealer
 from tests.api.conftest import KEY, MakeContext, body, client, create
 
-EVENTS = Statement(select(func.count()).select_from(events))
+EVENTS = Statement(select(func.count()).select_from(events).where(events.c.kind == "sandbox"))
 SECRETS = Statement(
-    select(
-        sandbox_secrets.c.sandbox_id, sandbox_secrets.c.key_id, sandbox_secrets.c.wrapped_key, sandbox_secrets.c.sealed
-    )
+    select(sealed_values.c.stream_id, sealed_values.c.key_id, sealed_values.c.wrapped_key, sealed_values.c.sealed)
 )
 
 
@@ -60,7 +58,7 @@ async def test_the_shape_of_the_answer(http: httpx.AsyncClient):
     assert expires - created == timedelta(seconds=600)
     assert UUID(made["id"]).version == 7
     assert answer.headers["location"] == f"/v1/sandboxes/{made['id']}"
-    assert answer.headers["etag"] == '"1"'
+    assert answer.headers["etag"] == '"2"'
     assert "preference-applied" not in answer.headers
 
 
@@ -112,22 +110,22 @@ async def test_no_secrets_no_row(http: httpx.AsyncClient, database: Database):
 
 async def test_the_event_says_who(http: httpx.AsyncClient, service: Service, sealer: Sealer):
     made = await create(http, {"X-Request-ID": "req-1", "Idempotency-Key": "k"})
-    (fact,) = await service.history(UUID(made["id"]), "default")
-    assert fact.meta.actor.kind == "api_key"
-    assert fact.meta.actor.id == sealer.digest(KEY.encode(), "api-key")
-    assert fact.meta.actor.name == "default"
-    assert fact.meta.request_id == "req-1"
-    assert fact.meta.client == "192.0.2.7"
-    assert fact.meta.idempotency_key is not None
-    assert len(fact.meta.idempotency_key) == 64
+    event, _ = await service.history(UUID(made["id"]), "default")
+    assert event.meta.actor.kind == "api_key"
+    assert event.meta.actor.id == sealer.digest(KEY.encode(), "api-key")
+    assert event.meta.actor.name == "default"
+    assert event.meta.request_id == "req-1"
+    assert event.meta.client == "192.0.2.7"
+    assert event.meta.idempotency_key is not None
+    assert len(event.meta.idempotency_key) == 64
 
 
 async def test_without_a_key_the_actor_is_anonymous(make_context: MakeContext, service: Service):
     for blank in (None, "  "):
         async with client(create_app(make_context(api_key=blank)), base_url="http://localhost") as open_http:
             made = await create(open_http)
-        (fact,) = await service.history(UUID(made["id"]), "default")
-        assert (fact.meta.actor.id, fact.meta.actor.name) == ("anonymous", "anonymous")
+        event, _ = await service.history(UUID(made["id"]), "default")
+        assert (event.meta.actor.id, event.meta.actor.name) == ("anonymous", "anonymous")
 
 
 SHAPE: list[tuple[dict[str, Any], str]] = [
@@ -266,7 +264,7 @@ async def test_many_requests_with_one_key_make_one_sandbox(http: httpx.AsyncClie
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.content for answer in answers}) == 1
     assert sorted(answer.headers.get("idempotency-replayed", "") for answer in answers) == ["", *["true"] * 19]
-    assert await written(database) == before + 1
+    assert await written(database) == before + 2
 
 
 async def test_a_replay_answers_as_the_first_time_whatever_happened_since(http: httpx.AsyncClient):
@@ -282,7 +280,7 @@ async def test_a_key_with_another_body_is_refused(http: httpx.AsyncClient, datab
     await create(http, keyed, env={"A": "1"})
     answer = await http.post("/v1/sandboxes", json=body(env={"A": "2"}), headers=keyed)
     assert (answer.status_code, answer.json()["code"]) == (422, "SANDLEDGER::IDEMPOTENCY_KEY_REUSED")
-    assert await written(database) == 1
+    assert await written(database) == 2
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "é"])

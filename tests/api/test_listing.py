@@ -14,19 +14,23 @@ from uuid import UUID, uuid4
 import asyncpg
 import httpx
 import pytest
+import uuid_utils.compat
+from msgspec.structs import replace
 from sqlalchemy import func, select
 
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.events import Actor, ActorKind, Meta, Requested
+from app.domain.sandbox.events import Requested
 from app.domain.sandbox.observed import Exit, Power
 from app.domain.sandbox.spec import SandboxSpec
+from app.domain.stream import Actor, ActorKind, Meta
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.tables import events, sandboxes
 from app.views import totals
-from app.views.listing import Cursor, Listing, Wanted, _shape, page_statement
+from app.views.listing import MAX_COUNTED, Cursor, Listing, Wanted, _shape, page_statement
 from tests.api.conftest import create, observe
+from tests.support.sql import connected
 
 BEYOND = base64.urlsafe_b64encode(b"\x7f" * 28).decode().rstrip("=")
 """A cursor of the right length whose time no calendar has."""
@@ -171,10 +175,20 @@ async def test_a_cursor_keeps_filters(http: httpx.AsyncClient):
 
 
 async def begin(service: Service) -> UUID:
-    spec = SandboxSpec("x", ("sleep", "1"))
-    sandbox_id = uuid4()
-    await service.create(sandbox_id, Requested("default", "fake", spec, "f"), None, META)
+    sandbox_id = uuid_utils.compat.uuid7()
+    await service.create(sandbox_id, "default", Requested(SandboxSpec("x", ("sleep", "1")), "f"), None, META)
     return sandbox_id
+
+
+async def many(service: Service, count: int) -> None:
+    """So many more, ten at a time."""
+    left = iter(range(count))
+
+    async def some() -> None:
+        for _ in left:
+            await begin(service)
+
+    await asyncio.gather(*[some() for _ in range(10)])
 
 
 async def counted(database: Database, *, ended: bool) -> int:
@@ -183,13 +197,11 @@ async def counted(database: Database, *, ended: bool) -> int:
     return rows[0][0]
 
 
-async def test_totals_are_exact_after_every_step(service: Service, database: Database, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(totals, "ENOUGH", 7)
-    monkeypatch.setattr("app.views.listing.ENOUGH", 7)
+async def test_totals_are_exact_after_every_step(service: Service, database: Database):
     chance = random.Random(1)
     listings = [Listing(database), Listing(database)]
     alive: list[UUID] = []
-    for _ in range(120):
+    for _ in range(400):
         if alive and chance.random() < 0.45:
             await service.execute(alive.pop(chance.randrange(len(alive))), cmd.Terminate(), META)
         else:
@@ -199,34 +211,38 @@ async def test_totals_are_exact_after_every_step(service: Service, database: Dat
         assert shown.total == len(alive) == await counted(database, ended=False)
         every = await listing.page(Wanted("default", include_terminal=True), size=5)
         assert every.total == await counted(database, ended=True)
-    assert all(listing.totals._bases["default"].position > 50 for listing in listings), "the bases have moved on"
+        assert not shown.is_lower_bound
+    written = (await database.fetch(_highest()))[0][0]
+    assert written > totals.MOVE_AFTER_EVENTS + 50
+    for listing in listings:
+        assert (await listing.totals.base()).position > totals.MOVE_AFTER_EVENTS - 50, "the bases have moved on"
+        assert listing.totals.derived == 1, "and rows were counted once only"
     assert (await listings[0].page(Wanted("stranger"), size=5)).total == 0
 
 
-async def test_totals_are_exact_among_concurrent_changes(
-    service: Service, database: Database, monkeypatch: pytest.MonkeyPatch
-):
+async def test_totals_are_exact_among_concurrent_changes(service: Service, database: Database):
     """Every total was true at the moment of its page: each page's total equals the count in a snapshot that sees the
     same newest row, which a list of everything on one page shows by itself."""
-    monkeypatch.setattr("app.views.listing.ENOUGH", 5)
     listing = Listing(database)
     done = asyncio.Event()
     chance = random.Random(2)
 
     async def change() -> None:
         mine: list[UUID] = []
-        for _ in range(25):
+        for _ in range(60):
             mine.append(await begin(service))
-            if chance.random() < 0.6:
+            if chance.random() < 0.7:
                 await service.execute(mine.pop(), cmd.Terminate(), META)
 
     async def watch() -> int:
-        looks = 0
+        seen = 0
         while not done.is_set():
             page = await listing.page(Wanted("default"), size=200)
-            assert page.total == len(page.boxes), "total and rows are of one snapshot"
-            looks += 1
-        return looks
+            assert page.total == len(page.sandboxes), "total and rows are of one snapshot"
+            seen += 1
+            if seen % 5 == 0:  # many more moves of the base than its own bound would bring
+                await listing.totals.advance()
+        return seen
 
     watchers = [asyncio.create_task(watch()) for _ in range(3)]
     await asyncio.gather(*[change() for _ in range(5)])
@@ -236,73 +252,156 @@ async def test_totals_are_exact_among_concurrent_changes(
     assert page.total == await counted(database, ended=False)
 
 
+COPY = """
+WITH copied AS (
+    INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta, recorded_at)
+    SELECT $1::uuid, kind, tenant, version, type, schema,
+           CASE type WHEN 'sandbox.placed' THEN data || jsonb_build_object('object_id', $1::uuid::text) ELSE data END,
+           meta, now()
+    FROM (SELECT * FROM events WHERE stream_id = $2::uuid ORDER BY version) AS original
+    RETURNING position
+), due AS (
+    INSERT INTO deadlines
+    SELECT (jsonb_populate_record(d, jsonb_build_object('stream_id', $1::uuid, 'fires_at', now() + interval '1 hour'))).*
+    FROM deadlines d WHERE stream_id = $2::uuid
+)
+INSERT INTO sandboxes
+SELECT (jsonb_populate_record(s, jsonb_build_object(
+    'id', $1::uuid, 'object_id', $1::uuid, 'created_at', now(), 'changed_at', now(),
+    'position', (SELECT max(position) FROM copied), 'since_position', 0))).*
+FROM sandboxes s WHERE id = $2::uuid
+"""
+"""What a create writes, in the caller's transaction."""
+
+
 async def test_an_unsettled_position_is_no_base(service: Service, database: Database, dsn: str):
     """A writer that has drawn its position and commits later: a base beyond it would lose its event for ever."""
     listing = Listing(database)
-    await begin(service)
+    first = await begin(service)
     assert (await listing.page(Wanted("default"), size=1)).total == 1
-    writer = await asyncpg.connect(dsn)
-    slow = writer.transaction()
-    await slow.start()
-    sandbox_id = uuid4()
-    await writer.execute(
-        "INSERT INTO sandboxes SELECT $1, tenant, version, phase, driver, desired, observed, spec, metadata, runtime,"
-        " failure_reason, failure_message, fingerprint, now(), now(), NULL, NULL, NULL, NULL, NULL, since_position"
-        " FROM sandboxes LIMIT 1",
-        sandbox_id,
-    )
-    await writer.execute(
-        "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta, recorded_at)"
-        " SELECT $1, tenant, version, type, schema, data, meta, now() FROM events LIMIT 1",
-        sandbox_id,
-    )
-    for _ in range(3):
-        await begin(service)
-    highest = (await database.fetch(_highest()))[0][0]
-    base = await listing.totals.advance("default")
-    assert base.position < highest, "the horizon stands before the open writer, not at the last position"
-    assert (await listing.page(Wanted("default"), size=1)).total == 4
-    await slow.commit()
+    async with connected(dsn) as writer:
+        slow = writer.transaction()
+        await slow.start()
+        await writer.execute(COPY, uuid4(), first)
+        for _ in range(3):
+            await begin(service)
+        highest = (await database.fetch(_highest()))[0][0]
+        base = await listing.totals.advance()
+        assert base.position < highest, "the horizon stands before the open writer, not at the last position"
+        assert (await listing.page(Wanted("default"), size=1)).total == 4
+        naive = Listing(database)
+        naive.totals._base = totals.Base(highest, base.identity, {"default": totals.Count(4, 4)})
+        assert (await naive.page(Wanted("default"), size=1)).total == 4
+        await slow.commit()
     assert (await listing.page(Wanted("default"), size=1)).total == 5
-    await listing.totals.advance("default")
+    await listing.totals.advance()
     assert (await listing.page(Wanted("default"), size=1)).total == 5
-
-    naive = totals.Base(highest, 4, 4)  # a base taken at the last position while the writer was open
-    listing.totals._bases["default"] = naive
-    assert (await listing.page(Wanted("default"), size=1)).total == 4, "which is wrong, and stays wrong"
-    await writer.close()
+    wrong = (await naive.page(Wanted("default"), size=1)).total
+    assert wrong == 4, "a base at the last position, taken while the writer was open, is wrong and stays wrong"
 
 
 def _highest() -> Any:
     return Statement(select(func.max(events.c.position)))
 
 
-async def test_when_the_base_cannot_follow_rows_are_counted(
-    service: Service, database: Database, monkeypatch: pytest.MonkeyPatch
-):
+async def test_when_the_base_cannot_follow_rows_are_counted(service: Service, database: Database, dsn: str):
+    """A writer that hangs holds the horizon back, and with it every base."""
     listing = Listing(database)
+    first = await begin(service)
     await listing.page(Wanted("default"), size=1)
-    stuck = listing.totals._bases["default"]
-
-    async def no_horizon() -> int:
-        return stuck.position
-
-    monkeypatch.setattr(listing.totals, "_horizon", no_horizon)
-    monkeypatch.setattr("app.views.listing.MOST", 3)
-    for _ in range(6):
-        await begin(service)
-    assert (await listing.page(Wanted("default"), size=1)).total == 6
+    before = (await listing.totals.base()).position
+    async with connected(dsn) as writer:
+        slow = writer.transaction()
+        await slow.start()
+        await writer.execute(COPY, uuid4(), first)
+        await many(service, totals.MAX_EVENTS // 2 + 50)
+        page = await listing.page(Wanted("default"), size=1)
+        assert page.total == await counted(database, ended=False) == totals.MAX_EVENTS // 2 + 51
+        assert (await listing.totals.base()).position <= before + 2, "no base is near enough to sum from"
+        every = await listing.page(Wanted("default", include_terminal=True), size=1)
+        assert every.total == await counted(database, ended=True)
+        await slow.rollback()
 
 
 async def test_a_database_that_went_back_is_counted_anew(service: Service, database: Database):
-    listing = Listing(database)
+    """A restore or a failover: the log ends before the base, or it is another timeline or cluster."""
     await begin(service)
-    listing.totals._bases["default"] = totals.Base(10**9, 77, 77)
-    await listing.totals.advance("default")
-    assert (await listing.page(Wanted("default"), size=1)).total == 1
+    for changes in ({"last_position": 10**9}, {"timeline": 10**6}, {"system": 1}):
+        listing = Listing(database)
+        real = await listing.totals.base()
+        position = changes.get("last_position", real.position)
+        identity = replace(real.identity, **changes)
+        listing.totals._base = totals.Base(position, identity, {"default": totals.Count(77, 77)})
+        listing.totals._checked_at = float("-inf")
+        assert (await listing.page(Wanted("default"), size=1)).total == 1, changes
+        assert listing.totals.derived == 2
+
+
+async def test_many_who_ask_first_make_one_base(service: Service, database: Database):
+    """A10: rows are counted once for all callers that come meanwhile, of any tenant."""
+    await begin(service)
+    listing = Listing(database)
+    tenants = ["default", "default", "other"] * 7
+    pages = await asyncio.gather(*[listing.page(Wanted(tenant), size=1) for tenant in tenants])
+    assert [page.total for page in pages] == [1, 1, 0] * 7
+    assert listing.totals.derived == 1
+
+
+# Counts of filtered lists
+
+
+@pytest.fixture
+async def counted_far(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """As many rows as are counted, half of them ended. They go before the check for drift: they have no events."""
+    async with connected(dsn, owner=True) as owner:
+        await owner.execute(BULK.format(schema="sandledger", rows=MAX_COUNTED))
+        try:
+            yield owner
+        finally:
+            await owner.execute("DELETE FROM sandboxes WHERE key_id = 'bulk'")
+
+
+async def test_filtered_lists_are_counted_up_to_ten_thousand(http: httpx.AsyncClient, counted_far: asyncpg.Connection):
+    asked = "/v1/sandboxes?includeTerminal=true&metadata=kind%3Dbulk&pageSize=200"
+    exact = (await http.get(asked)).json()["pagination"]
+    assert exact == {"page": 1, "pageSize": 200, "totalItems": 10_000, "totalPages": 50, "hasNextPage": True}
+    await counted_far.execute(BULK.format(schema="sandledger", rows=1))
+    page = await http.get(asked)
+    assert page.json()["pagination"] == exact | {"totalIsLowerBound": True}
+    visible = (await http.get(asked.replace("includeTerminal=true&", ""))).json()["pagination"]
+    assert (visible["totalItems"], "totalIsLowerBound" in visible) == (5000, False)
+    phases = (await http.get("/v1/sandboxes?includeTerminal=true&state=pending&state=running")).json()["pagination"]
+    assert (phases["totalItems"], phases["totalIsLowerBound"]) == (10_000, True)
+
+
+async def test_a_page_too_far_names_the_cursor(http: httpx.AsyncClient, counted_far: asyncpg.Connection):
+    await counted_far.execute(BULK.format(schema="sandledger", rows=1))
+    asked = "/v1/sandboxes?includeTerminal=true&metadata=kind%3Dbulk&pageSize=200"
+    near = (await http.get(f"{asked}&page=51")).json()
+    assert (len(near["items"]), near["pagination"]["hasNextPage"]) == (1, False), "there is more than was counted"
+    assert (await http.get(f"{asked}&page=501")).json()["items"] == [], "100,000 rows before it are allowed"
+    far = await http.get(f"{asked}&page=502")
+    assert (far.status_code, far.json()["code"]) == (422, "GENERAL::VALIDATION_ERROR")
+    assert far.json()["detail"][0]["loc"] == ["query", "page"]
+    assert "cursor" in far.json()["message"].lower()
+    beyond = await http.get("/v1/sandboxes?pageSize=200&page=502&metadata=kind%3Dnone")
+    assert (beyond.status_code, beyond.json()["items"]) == (200, []), "the list is known to end before"
+    after = (await http.get(asked)).json()
+    for _ in range(3):
+        after = (await http.get(asked.replace("pageSize", "limit"), params={"cursor": after["nextCursor"]})).json()
+    assert after["pagination"]["page"] == 4
 
 
 # Plans
+
+BULK = """INSERT INTO {schema}.sandboxes (id, tenant, version, position, schema, phase, desired, observed, spec, metadata,
+  epoch, place, generation, run, key_id, key_name, fingerprint, created_at, changed_at, ended_at, end_cause, ended_by,
+  since_position)
+SELECT gen_random_uuid(), 'default', 2, 2, 1, CASE WHEN g % 100 = 0 THEN 'Running' ELSE 'Pending' END, 'running', 'none',
+  '{{"image": "x", "entrypoint": ["y"]}}', jsonb_build_object('n', g::text, 'kind', 'bulk'), 0, '', 0, 0, 'bulk', 'k', 'f',
+  now() - g * interval '1 second', now(), CASE WHEN g % 2 = 1 THEN now() END,
+  CASE WHEN g % 2 = 1 THEN 'expired' END, CASE WHEN g % 2 = 1 THEN 'timer t' END, 1
+FROM generate_series(1, {rows}) g"""
 
 
 @pytest.fixture
@@ -311,11 +410,7 @@ async def ten_thousand(dsn: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(dsn, server_settings={"search_path": "bulk, sandledger, public"})
     await connection.execute(
         "CREATE SCHEMA bulk; CREATE TABLE bulk.sandboxes (LIKE sandledger.sandboxes INCLUDING ALL);"
-        """INSERT INTO bulk.sandboxes SELECT gen_random_uuid(), 'default', 2,
-           CASE WHEN g % 100 = 0 THEN 'Running' ELSE 'Pending' END, 'fake', 'running', 'none',
-           '{"image": "x", "entrypoint": ["y"]}', jsonb_build_object('n', g::text), NULL, NULL, NULL, 'f',
-           now() - g * interval '1 second', now(), NULL, CASE WHEN g % 2 = 0 THEN NULL ELSE now() END,
-           NULL, NULL, NULL, 1 FROM generate_series(1, 10000) g; ANALYZE bulk.sandboxes"""
+        f"{BULK.format(schema='bulk', rows=10_000)}; ANALYZE bulk.sandboxes"
     )
     yield connection
     await connection.execute("DROP SCHEMA bulk CASCADE")
@@ -330,7 +425,7 @@ async def ten_thousand(dsn: str) -> AsyncIterator[asyncpg.Connection]:
         (Wanted("default"), 0, LATE, BY_TIME, ("generic", "custom")),
         (Wanted("default"), 40, None, BY_TIME, ("custom",)),
         (Wanted("default", ("Running",)), 0, None, "sandboxes_tenant_phase_created_at_id_idx", ("custom",)),
-        (Wanted("default", None, {"n": "8"}), 0, None, "sandboxes_metadata_idx", ("custom",)),
+        (Wanted("default", None, {"n": "8"}), 0, None, "sandboxes_tenant_metadata_idx", ("custom",)),
     ],
 )
 async def test_a_page_is_an_index_scan(
@@ -354,5 +449,5 @@ async def test_a_page_is_an_index_scan(
         plan = "\n".join(line[0] for line in lines)
         assert index in plan, plan
         assert "Seq Scan on sandboxes" not in plan, plan
-        if index != "sandboxes_metadata_idx":
+        if index != "sandboxes_tenant_metadata_idx":
             assert "created_at DESC" not in plan, f"sorted:\n{plan}"

@@ -12,6 +12,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Exit, Power
 from app.service.sandboxes import Service
 from tests.api.conftest import WORKER, create, observe, remove
+from tests.support.sql import connected, insert_patch
 
 
 async def test_one_sandbox(http: httpx.AsyncClient, service: Service):
@@ -25,14 +26,14 @@ async def test_one_sandbox(http: httpx.AsyncClient, service: Service):
     assert {name: seen[name] for name in ("id", "createdAt", "expiresAt", "metadata", "entrypoint")} == {
         name: made[name] for name in ("id", "createdAt", "expiresAt", "metadata", "entrypoint")
     }
-    assert answer.headers["etag"] == '"3"'
+    assert answer.headers["etag"] == '"5"'
     assert answer.headers["content-type"] == "application/json"
     assert (await http.get(f"/sandboxes/{made['id'].upper()}")).content == answer.content
 
 
 async def test_what_an_engine_says_cannot_drive_a_terminal(http: httpx.AsyncClient, service: Service):
     made = await create(http)
-    failure = cmd.RecordFailure("START_REJECTED", "no such device \x1b]0;owned\x07\x9b31m\u202e")
+    failure = cmd.RecordFailure("ensure", "START_REJECTED", "no such device \x1b]0;owned\x07\x9b31m\u202e")
     await service.execute(UUID(made["id"]), failure, WORKER)
     path = f"/v1/sandboxes/{made['id']}"
     told = [
@@ -84,7 +85,7 @@ async def test_as_it_was(http: httpx.AsyncClient, service: Service):
     await http.delete(path)
     at_creation = await http.get(path, params={"asOf": made["createdAt"]})
     assert at_creation.json()["status"]["state"] == "Pending"
-    assert at_creation.headers["etag"] == '"1"'
+    assert at_creation.headers["etag"] == '"2"'
     assert (await http.get(path, params={"asOf": running_since})).json()["status"]["state"] == "Running"
     with_offset = datetime.fromisoformat(running_since).astimezone().isoformat()
     assert (await http.get(path, params={"asOf": with_offset})).json()["status"]["state"] == "Running"
@@ -95,6 +96,30 @@ async def test_as_it_was(http: httpx.AsyncClient, service: Service):
     assert "deleted by" in after.json()["message"]
     later = await http.get(path, params={"asOf": "9000-01-01T00:00:00Z", "includeTerminal": "true"})
     assert later.json()["status"]["state"] == "Stopping"
+
+
+async def test_the_past_ends_at_the_first_later_event(http: httpx.AsyncClient, service: Service, dsn: str):
+    """The clock of the database stepped back: version 3 bears a later time than version 4, which came after it."""
+    made = await create(http)
+    sandbox_id, path = UUID(made["id"]), f"/v1/sandboxes/{made['id']}"
+    ahead = datetime.fromisoformat(made["createdAt"]) + timedelta(hours=1)
+    async with connected(dsn) as connection:
+        position = await insert_patch(connection, sandbox_id, 3, '{"set": {"first": "1"}}', ahead)
+        await connection.execute(
+            """UPDATE sandboxes SET version = 3, position = $2, metadata = '{"first": "1"}' WHERE id = $1""",
+            sandbox_id,
+            position,
+        )
+    await http.patch(f"{path}/metadata", json={"second": "2"})
+    between = ahead - timedelta(minutes=30)
+    history = await service.history(sandbox_id, "default")
+    assert [event.version for event in history if event.at <= between] == [1, 2, 4], "a filter by time leaves a hole"
+    then = await http.get(path, params={"asOf": between.isoformat()})
+    assert (then.status_code, then.headers["etag"]) == (200, '"2"')
+    assert "metadata" not in then.json()
+    later = await http.get(path, params={"asOf": ahead.isoformat()})
+    assert later.headers["etag"] == '"4"'
+    assert later.json()["metadata"] == {"first": "1", "second": "2"}
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "2030-01-01", "2030-13-01T00:00:00Z", "0001-01-01T00:00:00+10:00"])
@@ -108,12 +133,12 @@ async def test_a_malformed_instant_is_422(http: httpx.AsyncClient, text: str):
 async def test_not_modified(http: httpx.AsyncClient, service: Service):
     made = await create(http)
     path = f"/v1/sandboxes/{made['id']}"
-    for tag in ('"1"', 'W/"1"', '"9", "1"', "*"):
+    for tag in ('"2"', 'W/"2"', '"9", "2"', "*"):
         answer = await http.get(path, headers={"If-None-Match": tag})
-        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"1"')
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"2"')
     await observe(service, made["id"])
-    assert (await http.get(path, headers={"If-None-Match": '"1"'})).status_code == 200
-    assert (await http.get(path, headers={"If-None-Match": "1"})).status_code == 400
+    assert (await http.get(path, headers={"If-None-Match": '"2"'})).status_code == 200
+    assert (await http.get(path, headers={"If-None-Match": "2"})).status_code == 400
 
 
 # History
@@ -131,20 +156,24 @@ async def test_the_history_in_pages(http: httpx.AsyncClient, service: Service):
     items = whole["items"]
     assert [item["type"] for item in items] == [
         "sandbox.requested",
+        "sandbox.placed",
         "sandbox.runtime_created",
         "sandbox.started",
+        "sandbox.ready",
         "sandbox.metadata_patched",
         "sandbox.termination_requested",
     ]
-    assert [item["version"] for item in items] == [1, 2, 3, 4, 5]
+    assert [item["version"] for item in items] == [1, 2, 3, 4, 5, 6, 7]
     assert sorted(item["position"] for item in items) == [item["position"] for item in items]
     assert items[0]["actor"]["kind"] == "api_key"
     assert items[0]["requestId"] == "req-1"
-    assert items[2]["actor"] == {"kind": "reconciler", "id": "w1", "name": "test-worker"}
-    assert items[2]["occurredAt"] <= items[2]["recordedAt"]
+    assert items[1]["actor"] == items[0]["actor"], "it was placed by the same request"
+    assert items[1]["requestId"] == "req-1"
+    assert items[3]["actor"] == {"kind": "reconciler", "id": "w1", "name": "test-worker"}
+    assert items[3]["occurredAt"] <= items[3]["recordedAt"]
     assert "occurredAt" not in items[0]
-    assert items[3]["data"] == {"set": {"a": "b"}}
-    assert "requestId" not in items[1]
+    assert items[5]["data"] == {"set": {"a": "b"}}
+    assert "requestId" not in items[2]
 
     paged, after = [], 0
     while True:
@@ -154,7 +183,7 @@ async def test_the_history_in_pages(http: httpx.AsyncClient, service: Service):
             break
         after = page["next"]
     assert paged == items
-    assert (await http.get(f"{path}/events?after=5")).json() == {"items": []}
+    assert (await http.get(f"{path}/events?after=7")).json() == {"items": []}
 
 
 @pytest.mark.parametrize(

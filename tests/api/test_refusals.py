@@ -12,9 +12,11 @@ import pytest
 from litestar import Litestar
 from sqlalchemy import select
 
+from app.api.errors import STATUSES
+from app.errors import Rejected
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
-from app.store.log.refusals import refusals
+from app.store.tables import refusals
 from tests.api.conftest import body, client, create
 
 RECORDED = Statement(select(*refusals.c).order_by(refusals.c.id))
@@ -47,7 +49,8 @@ async def test_refused_commands_are_recorded(http: httpx.AsyncClient, database: 
     assert [(row["status"], row["code"], row["command"]) for row in rows] == [
         (status, code, command) for *_, status, code, command in tried
     ]
-    assert [row["sandbox_id"] and UUID(str(row["sandbox_id"])) for row in rows] == [None] * 3 + [UUID(made["id"])] * 7
+    assert [row["stream_id"] and UUID(str(row["stream_id"])) for row in rows] == [None] * 3 + [UUID(made["id"])] * 7
+    assert [row["kind"] for row in rows] == [None] * 3 + ["sandbox"] * 7
     assert {row["tenant"] for row in rows} == {"default"}
 
 
@@ -56,7 +59,7 @@ async def test_a_record_has_message_and_meta(http: httpx.AsyncClient, database: 
     answer = await http.delete(f"/v1/sandboxes/{gone}", headers={"X-Request-ID": "r1"})
     (row,) = await recorded(database)
     assert row["message"] == answer.json()["message"]
-    assert UUID(str(row["sandbox_id"])) == gone
+    assert UUID(str(row["stream_id"])) == gone
     meta = json.loads(row["meta"])
     assert meta["actor"]["kind"] == "api_key"
     assert (meta["request_id"], meta["client"]) == ("r1", "192.0.2.7")
@@ -66,7 +69,17 @@ async def test_a_reused_key_is_recorded_with_its_sandbox(http: httpx.AsyncClient
     made = await create(http, {"Idempotency-Key": "k"})
     await http.post("/v1/sandboxes", json=body(timeout=700), headers={"Idempotency-Key": "k"})
     (row,) = await recorded(database)
-    assert (row["status"], str(row["sandbox_id"])) == (422, made["id"])
+    assert (row["status"], row["code"], row["command"]) == (
+        422,
+        "SANDLEDGER::IDEMPOTENCY_KEY_REUSED",
+        "POST /sandboxes",
+    )
+    assert (row["kind"], str(row["stream_id"])) == ("sandbox", made["id"])
+
+
+def test_every_refusal_of_the_core_has_a_status():
+    assert set(STATUSES) == set(Rejected.__subclasses__())
+    assert not any(each.__subclasses__() for each in STATUSES), "a status is looked up by the exact class"
 
 
 async def test_what_is_not_recorded(http: httpx.AsyncClient, app: Litestar, database: Database):

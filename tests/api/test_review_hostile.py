@@ -260,3 +260,27 @@ async def test_a_body_that_stops_coming(make_context: MakeContext, database: Dat
     assert (b"connection", b"close") in said[0]["headers"]
     assert msgspec.json.decode(said[1]["body"])["code"] == "GENERAL::REQUEST_TIMEOUT"
     assert await _rows(database) == 0
+
+
+async def test_a_body_that_comes_drop_by_drop_has_an_end(make_context: MakeContext, database: Database):
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.01)  # a slow client
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    headers = [(b"open-sandbox-api-key", KEY.encode()), (b"content-type", b"application/json")]
+    scope: Any = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/v1/sandboxes", "raw_path": b"/v1/sandboxes", "query_string": b"", "root_path": "",
+        "headers": headers, "client": ("192.0.2.7", 4711), "server": ("api.test", 80), "state": {},
+    }  # fmt: skip
+    async with asyncio.timeout(20):
+        await create_app(make_context(body_total_seconds=0.3))(scope, receive, send)
+    assert said[0]["status"] == 408
+    assert (b"connection", b"close") in said[0]["headers"]
+    assert msgspec.json.decode(said[1]["body"])["code"] == "GENERAL::REQUEST_TIMEOUT"
+    assert await _rows(database) == 0

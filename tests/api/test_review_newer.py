@@ -14,8 +14,8 @@ from tests.support.sql import META, connected
 async def written_by_a_newer_version(dsn: str, sandbox_id: UUID) -> None:
     async with connected(dsn, owner=True) as owner:
         await owner.execute(
-            "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta) "
-            f"VALUES ($1, 'default', 2, 'sandbox.newfangled', 1, '{{}}', '{META}')",
+            "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
+            f"VALUES ($1, 'sandbox', 'default', 3, 'sandbox.newfangled', 1, '{{}}', '{META}')",
             sandbox_id,
         )
 
@@ -40,9 +40,9 @@ async def test_only_what_needs_the_history_is_refused(dsn: str, database: Databa
         assert "upgrade" in as_of.json()["message"]
         assert (await http.get(path)).status_code == 200
         shown = (await http.get(f"{path}/events")).json()["items"]
-        assert [event["type"] for event in shown] == ["sandbox.requested", "sandbox.newfangled"]
+        assert [event["type"] for event in shown] == ["sandbox.requested", "sandbox.placed", "sandbox.newfangled"]
         listed = (await http.get("/v1/sandboxes")).json()["items"]
-        assert {box["id"] for box in listed} == {made["id"], other["id"]}
+        assert {each["id"] for each in listed} == {made["id"], other["id"]}
     finally:
         await unwrite(dsn)
 
@@ -51,10 +51,10 @@ async def test_a_state_in_words_of_a_newer_version_is_said_to_be_that(dsn: str, 
     made = await create(http)
     path = f"/v1/sandboxes/{made['id']}"
     async with connected(dsn, owner=True) as owner:
-        await owner.execute("UPDATE sandboxes SET observed = 'hibernating', version = 2")
+        await owner.execute("UPDATE sandboxes SET observed = 'hibernating', version = 3")
         for asked in (path, "/v1/sandboxes"):
             answer = await http.get(asked)
             assert (answer.status_code, answer.json()["code"]) == (503, "SANDLEDGER::NEWER_HISTORY")
         assert (await http.get(f"{path}/events")).status_code == 200
         await owner.execute("ALTER TABLE sandboxes DISABLE TRIGGER check_phase")
-        await owner.execute("UPDATE sandboxes SET observed = 'none', version = 1")
+        await owner.execute("UPDATE sandboxes SET observed = 'none', version = 2")

@@ -40,7 +40,7 @@ def tool(name: str, *argv: str) -> None:
 
 async def lived(service: Service) -> UUID:
     """A sandbox with some history."""
-    made = await service.create(uuid4(), requested(), None, META)
+    made = await service.create(uuid4(), "default", requested(), None, META)
     await service.execute(made.sandbox.id, cmd.Terminate(), META)
     return made.sandbox.id
 
@@ -51,7 +51,7 @@ async def works_on(dsn: str) -> None:
     database = Database(as_server(dsn))
     service = Service(database, Signal(database))
     last = await service.log.horizon()
-    made = await service.create(uuid4(), requested(), None, META)
+    made = await service.create(uuid4(), "default", requested(), None, META)
     assert made.position > last
     assert await service.log.horizon() >= made.position
     await database.close()

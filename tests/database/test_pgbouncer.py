@@ -23,7 +23,7 @@ from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.embedded.account import account_for
 from app.store.embedded.server import EmbeddedPostgres
-from app.store.log.signal import Signal
+from app.store.log.signal import NEWS_CHANNEL, Signal
 from tests.support.cluster import free_port
 from tests.support.sql import connected
 from tests.support.stream import META, requested
@@ -130,11 +130,11 @@ async def test_session_mode_works_when_the_settings_are_the_logins_own(
     news = Signal(through)
     service = Service(through, news)
     hearing = asyncio.create_task(news.run())
-    made = await service.create(uuid4(), requested(), None, META)
+    made = await service.create(uuid4(), "default", requested(), None, META)
     with news.subscribe(made.sandbox.id) as heard:
 
         async def told_of() -> bool:
-            await owner.execute(f"NOTIFY sandledger_log, '{made.sandbox.id.hex}'")
+            await owner.execute(f"NOTIFY {NEWS_CHANNEL}, 'somebody {made.sandbox.id.hex}'")
             return await heard.wait(0.1)
 
         await until(told_of)

@@ -10,7 +10,7 @@ from sqlalchemy import func, literal, select
 from app.errors import StoreBusy
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
-from app.store.log.signal import CHANNEL
+from app.store.log.signal import NEWS_CHANNEL
 from tests.conftest import as_server
 from tests.support.sql import connected
 
@@ -32,8 +32,8 @@ async def test_slow_statements_of_everybody_leave_the_reserved_ones_alone(dsn: s
             await database.fetch(ONE)
         assert len(await database.reserved.fetch(ONE)) == 1
         heard = asyncio.Event()
-        async with database.listen(CHANNEL, lambda *_: heard.set()):
-            await owner.execute(f"NOTIFY {CHANNEL}")
+        async with database.listen({NEWS_CHANNEL: lambda *_: heard.set()}):
+            await owner.execute(f"NOTIFY {NEWS_CHANNEL}")
             await heard.wait()
     for task in slow:
         task.cancel()

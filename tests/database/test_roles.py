@@ -100,7 +100,7 @@ GRANT ALL ON phase_transitions, events, events_position TO PUBLIC;
 
 async def test_temporary_tables_shadow_nothing_even_where_they_can_be_made(dsn: str, service: Service):
     """In a database that others use too, temporary tables stay allowed. Unqualified names would find them first."""
-    made = await service.create(uuid4(), requested(), None, META)
+    made = await service.create(uuid4(), "default", requested(), None, META)
     async with connected(dsn, owner=True, search_path="pg_temp, sandledger") as owner:
         role = await app_role(owner)
         await owner.execute(SHADOWS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -12,26 +12,29 @@ import msgspec
 import pytest
 
 from app.domain.sandbox import commands as cmd
+from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Power
-from app.domain.sandbox.state import Phase
+from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.sandbox.transitions import PHASE_MOVES
-from app.errors import Conflict, Invalid, KeyReused, NotFound, PreconditionFailed, Rejected
-from app.service.sandboxes import Service, StaleVersion
+from app.errors import Conflict, Invalid, NotFound, PreconditionFailed, Rejected
+from app.service.sandboxes import Outcome, Service, StaleVersion
 from app.store.database.pool import Database
-from app.store.log.append import append_statement
-from app.store.vault.seal import Sealer, Secrets
-from app.views.current import head_update, update_values
+from app.store.log.append import Written, append, append_statement
+from app.store.log.signal import Signal
+from app.store.tables import sandboxes
+from app.views.current import changed_json, move, move_values
 from tests.support.hold import held
 from tests.support.sql import app_role, connected
 from tests.support.stream import META as ACTOR
-from tests.support.stream import requested, seen
+from tests.support.stream import TENANT, about, requested, seen
 
 Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 TRACES = """
 SELECT (SELECT json_agg(s ORDER BY id)::text FROM sandboxes s), (SELECT count(*) FROM events),
-       (SELECT json_agg(q ORDER BY sandbox_id)::text FROM reconcile_queue q),
-       (SELECT json_agg(e ORDER BY sandbox_id)::text FROM expiry_jobs e),
-       (SELECT count(*) FROM sandbox_secrets), (SELECT count(*) FROM refusals)
+       (SELECT json_agg(q ORDER BY stream_id)::text FROM reconcile_queue q),
+       (SELECT json_agg(d ORDER BY stream_id, name)::text FROM deadlines d),
+       (SELECT json_agg(k ORDER BY tenant, digest)::text FROM idempotency_keys k),
+       (SELECT count(*) FROM sealed_values), (SELECT count(*) FROM refusals)
 """
 
 
@@ -42,12 +45,12 @@ async def traces(dsn: str) -> tuple[Any, ...]:
 
 
 async def created(service: Service) -> UUID:
-    return (await service.create(uuid4(), requested(), None, ACTOR)).sandbox.id
+    return (await service.create(uuid4(), TENANT, requested(), None, ACTOR)).sandbox.id
 
 
 async def running(service: Service) -> UUID:
     sandbox_id = await created(service)
-    await service.execute(sandbox_id, cmd.RecordSeen(seen(Power.RUNNING)), ACTOR)
+    await service.execute(sandbox_id, about(sandbox_id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
     return sandbox_id
 
 
@@ -57,60 +60,32 @@ async def running(service: Service) -> UUID:
 async def test_an_append_that_is_not_the_next_one_writes_nothing(dsn: str, service: Service, database: Database):
     loaded = await service.view.load(await created(service))
     assert loaded is not None
-    box = loaded[0]
-    after = msgspec.structs.replace(box, version=2)
-    statement = append_statement(head_update, [])
-    facts = msgspec.json.encode([{"v": 2, "t": "sandbox.metadata_patched", "s": 1, "d": {}}]).decode()
-    meta = msgspec.json.encode(ACTOR).decode()
+    before = loaded[0]
+    after = msgspec.structs.replace(before, version=3, metadata={"a": "b"})
+    statement = append_statement("sandbox", sandboxes, move(changed_json(before, after)))
+    event = ev.REGISTRY.encode(ev.MetadataPatched({"a": "b"}))
 
-    async def append(**changed: Any) -> Any:
-        return await database.fetch_one(statement, facts=facts, meta=meta, **(update_values(box, after) | changed))
+    async def attempt(after_version: int = 2, stream_id: UUID = before.id, **changed: Any) -> Written | None:
+        values = move_values(before, after) | changed
+        return await append(database, statement, stream_id, [event], after=after_version, meta=ACTOR, **values)
 
-    before = await traces(dsn)
-    assert await append(expected=0, version=1) is None, "stale"
-    assert await append(expected=2, version=3) is None, "ahead"
-    assert await append(id=uuid4()) is None, "no such stream"
-    assert await traces(dsn) == before
-    row = await append()
-    assert row is not None
-    assert await append() is None, "the same again"
-    assert (await service.log.history(box.id, "default"))[-1].position == row["position"]
-
-
-# Create
-
-
-async def test_a_second_create_of_one_key_is_answered_as_the_first(dsn: str, service: Service):
-    key = uuid4()
-    first = await service.create(key, requested(), None, ACTOR)
-    await service.execute(key, cmd.Terminate(), ACTOR)
-    before = await traces(dsn)
-    again = await service.create(key, requested(), None, ACTOR)
-    assert (again.sandbox, again.replayed, again.position) == (first.sandbox, True, None)
-    for other in ({"fingerprint": "0" * 64}, {"tenant": "other"}):
-        with pytest.raises(KeyReused):
-            await service.create(key, msgspec.structs.replace(requested(), **other), None, ACTOR)
-    assert await traces(dsn) == before
-
-
-async def test_two_hundred_creates_of_one_key_are_one_sandbox(dsn: str, service: Service, sealer: Sealer):
-    key = uuid4()
-    sealed = sealer.seal(key, Secrets(env={"A": "b"}))
-    outcomes = await asyncio.gather(*(service.create(key, requested(), sealed, ACTOR) for _ in range(200)))
-    assert sum(not outcome.replayed for outcome in outcomes) == 1
-    assert {(outcome.sandbox.id, outcome.sandbox.version) for outcome in outcomes} == {(key, 1)}
-    assert len({outcome.sandbox.created_at for outcome in outcomes}) == 1
-    async with connected(dsn) as connection:
-        for table in ("sandboxes", "events", "reconcile_queue", "expiry_jobs", "sandbox_secrets"):
-            assert await connection.fetchval(f"SELECT count(*) FROM {table}") == 1, table
-        assert await connection.fetchval("SELECT generation FROM reconcile_queue") == 1
+    untouched = await traces(dsn)
+    assert await attempt(0, expected=0, version=1) is None, "stale"
+    assert await attempt(1, expected=1, version=2) is None, "stale"
+    assert await attempt(3, expected=3, version=4) is None, "ahead"
+    assert await attempt(stream_id=uuid4()) is None, "no such stream"
+    assert await traces(dsn) == untouched
+    written = await attempt()
+    assert written is not None
+    assert await attempt() is None, "the same again"
+    assert (await service.log.history(before.id, TENANT))[-1].position == written.position
 
 
 async def test_a_deadline_beyond_the_calendar_is_refused_before_it_is_stored(dsn: str, service: Service):
     before = await traces(dsn)
     for timeout_s in (100_000_000_001, 251_600_000_000, 252_000_000_000, 2**62):
         with pytest.raises(Invalid):
-            await service.create(uuid4(), requested(timeout_s=timeout_s), None, ACTOR)
+            await service.create(uuid4(), TENANT, requested(timeout_s=timeout_s), None, ACTOR)
     assert await traces(dsn) == before
 
 
@@ -125,67 +100,68 @@ async def test_what_never_was_or_is_anothers_is_not_found(service: Service):
     assert await service.history(sandbox_id, "other") == []
 
 
-async def test_who_loses_decides_again(dsn: str, service: Service, until: Until):
+@pytest.fixture
+async def elsewhere(dsn: str) -> AsyncIterator[Service]:
+    """The service of another process; within one process commands take turns."""
+    database = Database(dsn)
+    yield Service(database, Signal(database))
+    await database.close()
+
+
+async def test_who_loses_decides_again(dsn: str, service: Service, elsewhere: Service, until: Until):
     sandbox_id = await running(service)
     async with held(dsn, sandbox_id) as hold, asyncio.TaskGroup() as tasks:
         pausing = tasks.create_task(service.execute(sandbox_id, cmd.Pause(), ACTOR))
-        patching = tasks.create_task(service.execute(sandbox_id, cmd.PatchMetadata({"a": "b"}), ACTOR))
+        patching = tasks.create_task(elsewhere.execute(sandbox_id, cmd.PatchMetadata({"a": "b"}), ACTOR))
         await until(hold.keeps_waiting(2))
         await hold.let_go()
-    assert {pausing.result().sandbox.version, patching.result().sandbox.version} == {4, 5}
+    assert {pausing.result().sandbox.version, patching.result().sandbox.version} == {6, 7}
     loaded = await service.view.load(sandbox_id)
     assert loaded is not None
     assert (loaded[0].phase, loaded[0].metadata) == (Phase.PAUSING, {"a": "b"})
 
 
-async def test_who_loses_may_have_nothing_left_to_do(dsn: str, service: Service, until: Until):
+async def test_who_loses_may_have_nothing_left_to_do(dsn: str, service: Service, elsewhere: Service, until: Until):
     sandbox_id = await running(service)
 
-    async def terminate() -> int | str:
+    async def terminate(by: Service) -> int | str:
         try:
-            return len((await service.execute(sandbox_id, cmd.Terminate(), ACTOR)).events)
+            return len((await by.execute(sandbox_id, cmd.Terminate(), ACTOR)).events)
         except Rejected as refusal:
             return refusal.code
 
     async with held(dsn, sandbox_id) as hold, asyncio.TaskGroup() as tasks:
-        both = [tasks.create_task(terminate()) for _ in range(2)]
+        both = [tasks.create_task(terminate(by)) for by in (service, elsewhere)]
         await until(hold.keeps_waiting(2))
         await hold.let_go()
     assert {task.result() for task in both} == {1, "DOCKER::SANDBOX_NOT_FOUND"}
 
 
-async def test_after_three_more_tries_it_is_a_conflict_and_nothing_is_written(dsn: str, service: Service):
+async def test_who_loses_to_a_stranger_writes_after_him(dsn: str, service: Service, until: Until):
+    """A conflict costs a second attempt under the lock, never a refusal."""
     sandbox_id = await running(service)
-    async with connected(dsn, owner=True) as owner:
-        # Somebody else is always first: PostgreSQL itself passes over the row, a counted number of times.
-        await owner.execute(
-            "CREATE SEQUENCE losses; GRANT USAGE ON losses TO PUBLIC;"
-            "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-            "IF nextval('sandledger.losses') <= 4 THEN RETURN NULL; END IF; RETURN NEW; END $$;"
-            "CREATE TRIGGER a_loss BEFORE UPDATE ON sandboxes FOR EACH ROW EXECUTE FUNCTION lose()"
-        )
-        before = await traces(dsn)
-        with pytest.raises(Conflict, match="too many callers"):
-            await service.execute(sandbox_id, cmd.Terminate(), ACTOR)
-        assert await traces(dsn) == before
-        assert await owner.fetchval("SELECT last_value FROM losses") == 4
-        await owner.execute("ALTER SEQUENCE losses RESTART WITH 2")
-        outcome = await service.execute(sandbox_id, cmd.Terminate(), ACTOR)
-        assert outcome.sandbox.phase is Phase.STOPPING
-        assert await owner.fetchval("SELECT last_value FROM losses") == 5
+    async with held(dsn, sandbox_id) as hold, asyncio.TaskGroup() as tasks:
+        ending = tasks.create_task(service.execute(sandbox_id, cmd.Terminate(), ACTOR))
+        await until(hold.keeps_waiting(1))
+        await hold.write()
+        await hold.let_go()
+    assert (ending.result().sandbox.phase, ending.result().sandbox.version) == (Phase.STOPPING, 7)
 
 
-@pytest.mark.parametrize(
-    ("guard", "error"),
-    [({"if_match": 3}, PreconditionFailed), ({"at_version": 3}, StaleVersion)],
-    ids=["If-Match", "at_version"],
-)
-async def test_who_wants_no_second_chance_gets_the_conflict(
-    dsn: str, service: Service, until: Until, guard: dict[str, int], error: type[Exception]
-):
+@pytest.mark.parametrize("who", ["If-Match", "record"])
+async def test_who_wants_no_second_chance_gets_the_conflict(dsn: str, service: Service, until: Until, who: str):
     sandbox_id = await running(service)
+    loaded = await service.view.load(sandbox_id)
+    assert loaded is not None
+
+    async def attempt(known: Sandbox) -> Outcome:
+        if who == "record":
+            return await service.record(known, cmd.RecordRetry("observe", "E", "m", 1), ACTOR)
+        return await service.execute(sandbox_id, cmd.Pause(), ACTOR, if_match=known.version)
+
+    error = StaleVersion if who == "record" else PreconditionFailed
     async with held(dsn, sandbox_id) as hold:
-        losing = asyncio.create_task(service.execute(sandbox_id, cmd.Pause(), ACTOR, **guard))
+        losing = asyncio.create_task(attempt(loaded[0]))
         await until(hold.keeps_waiting(1))
         await hold.write()
         await hold.let_go()
@@ -193,10 +169,11 @@ async def test_who_wants_no_second_chance_gets_the_conflict(
             await losing
     before = await traces(dsn)
     with pytest.raises(error):
-        await service.execute(sandbox_id, cmd.Pause(), ACTOR, **guard)
+        await attempt(loaded[0])
     assert await traces(dsn) == before
-    now = dict.fromkeys(guard, 4)
-    assert (await service.execute(sandbox_id, cmd.Pause(), ACTOR, **now)).sandbox.version == 5
+    loaded = await service.view.load(sandbox_id)
+    assert loaded is not None
+    assert (await attempt(loaded[0])).sandbox.version == 7
 
 
 async def test_a_refusal_writes_nothing(dsn: str, service: Service):
@@ -204,7 +181,7 @@ async def test_a_refusal_writes_nothing(dsn: str, service: Service):
     before = await traces(dsn)
     for command in (cmd.Pause(), cmd.Resume(), cmd.Expire(), cmd.PatchMetadata({}), cmd.RecordRemoved()):
         try:
-            outcome = await service.execute(sandbox_id, command, ACTOR)
+            outcome = await service.execute(sandbox_id, about(sandbox_id, command), ACTOR)
         except Conflict:
             continue
         assert (outcome.events, outcome.position) == ((), None)
@@ -271,6 +248,7 @@ async def test_nobody_is_born_running(dsn: str, service: Service):
         with pytest.raises(asyncpg.CheckViolationError, match="born_pending"):
             await app.execute(
                 "INSERT INTO sandboxes SELECT (jsonb_populate_record(s, "
-                "jsonb_build_object('id', gen_random_uuid(), 'phase', 'Running'))).* FROM sandboxes s WHERE id = $1",
+                "jsonb_build_object('id', gen_random_uuid(), 'object_id', NULL, 'phase', 'Running'))).* "
+                "FROM sandboxes s WHERE id = $1",
                 sandbox_id,
             )

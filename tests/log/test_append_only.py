@@ -42,8 +42,8 @@ async def test_an_upsert_is_an_update(bare_dsn: str):
         position = await insert_event(owner)
         with pytest.raises(REFUSED, match="append-only"):
             await owner.execute(
-                "INSERT INTO events (position, stream_id, tenant, version, type, schema, data, meta) "
-                f"VALUES ($1, $2, 't', 1, 'x', 1, '{{}}', '{META}') "
+                "INSERT INTO events (position, stream_id, kind, tenant, version, type, schema, data, meta) "
+                f"VALUES ($1, $2, 'sandbox', 't', 1, 'x', 1, '{{}}', '{META}') "
                 "ON CONFLICT (position) DO UPDATE SET tenant = 'x'",
                 position,
                 uuid4(),
@@ -68,7 +68,7 @@ BYPASSES = (
     "INSERT INTO phase_transitions VALUES ('Terminated', 'Running')",
     "DELETE FROM sandboxes",
     "TRUNCATE sandboxes",
-    "UPDATE sandbox_secrets SET key_id = 'x'",
+    "UPDATE sealed_values SET sealed = '\\x00'",
     "UPDATE installation SET id = gen_random_uuid()",
     "DELETE FROM installation",
     "UPDATE alembic_version SET version_num = '9999'",
@@ -97,8 +97,8 @@ async def test_the_application_cannot_choose_a_position(bare_dsn: str, bare_log:
             await insert_event(app)
         with pytest.raises(REFUSED):
             await app.execute(
-                "INSERT INTO events (position, stream_id, tenant, version, type, schema, data, meta) "
-                f"VALUES (1, $1, 'default', 1, 'sandbox.paused', 1, '{{}}', '{META}')",
+                "INSERT INTO events (position, stream_id, kind, tenant, version, type, schema, data, meta) "
+                f"VALUES (1, $1, 'sandbox', 'default', 1, 'sandbox.paused', 1, '{{}}', '{META}')",
                 uuid4(),
             )
 
@@ -122,8 +122,8 @@ async def test_a_copy_announces(bare_dsn: str, bare_log: EventLog):
         await transaction.start()
         await app.copy_records_to_table(
             "events",
-            records=[(uuid4(), "default", 1, "sandbox.paused", 1, "{}", META)],
-            columns=["stream_id", "tenant", "version", "type", "schema", "data", "meta"],
+            records=[(uuid4(), "sandbox", "default", 1, "sandbox.paused", 1, "{}", META)],
+            columns=["stream_id", "kind", "tenant", "version", "type", "schema", "data", "meta"],
         )
         later = await insert_event(other)
         assert await bare_log.horizon() < later - 1
@@ -151,6 +151,6 @@ async def test_refusals_carry_who_what_and_why(dsn: str, database):
     meta = {"actor": {"kind": "api_key", "id": "k", "name": "n"}, "app_version": "1", "request_id": "r"}
     await Refusals(database).record("default", sandbox_id, "POST /sandboxes", (409, "X", "späť"), meta)
     async with connected(dsn) as app:
-        row = await app.fetchrow("SELECT tenant, sandbox_id, command, status, code, message, meta->>'request_id', "
+        row = await app.fetchrow("SELECT tenant, stream_id, command, status, code, message, meta->>'request_id', "
                                  "refused_at IS NOT NULL FROM refusals")  # fmt: skip
     assert tuple(row) == ("default", sandbox_id, "POST /sandboxes", 409, "X", "späť", "r", True)

@@ -21,7 +21,7 @@ from app.store.database.pool import Database
 from app.store.log.store import EventLog, StoredEvent
 from tests.support.sql import INSERT_EVENT, META, connected, insert_event
 from tests.support.stream import META as ACTOR
-from tests.support.stream import requested
+from tests.support.stream import TENANT, requested
 
 WRITERS = 24
 ROUNDS = 80
@@ -66,12 +66,14 @@ async def one_transaction(storm: Storm, connection: asyncpg.Connection) -> None:
             await connection.execute(EARLY)
         count = chance.randint(1, 3)
         stream = chance.choice(storm.streams)
-        version = await connection.fetchval(
-            "UPDATE sandboxes SET version = version + $2 WHERE id = $1 RETURNING version", stream, count
-        )
-        for number in range(version - count + 1, version + 1):
+        before = await connection.fetchval("SELECT version FROM sandboxes WHERE id = $1 FOR UPDATE", stream)
+        position = None
+        for number in range(before + 1, before + count + 1):
             await asyncio.sleep(chance.random() * 0.004)
-            await connection.fetchval(INSERT_EVENT, stream, number)
+            position = await connection.fetchval(INSERT_EVENT, stream, number)
+        await connection.execute(
+            "UPDATE sandboxes SET version = version + $2, position = $3 WHERE id = $1", stream, count, position
+        )
         await asyncio.sleep(chance.random() * 0.008)
         if chance.random() < 0.05:
             storm.rolled_back += 1
@@ -108,7 +110,7 @@ async def killer(storm: Storm) -> None:
 async def service_writer(service: Service) -> None:
     """The real append, amid the others."""
     for _ in range(ROUNDS):
-        made = await service.create(uuid4(), requested(), None, ACTOR)
+        made = await service.create(uuid4(), TENANT, requested(), None, ACTOR)
         await service.execute(made.sandbox.id, cmd.PatchMetadata({"a": "b"}), ACTOR)
 
 
@@ -140,7 +142,7 @@ async def naive_tail(dsn: str, done: asyncio.Event) -> list[int]:
 
 async def storm_run(dsn: str, service: Service, log: EventLog, seed: int) -> tuple[int, int, Storm]:
     """One run: (committed, missed by the naive reader). The reader of the protocol is judged here."""
-    streams = [(await service.create(uuid4(), requested(), None, ACTOR)).sandbox.id for _ in range(STREAMS)]
+    streams = [(await service.create(uuid4(), TENANT, requested(), None, ACTOR)).sandbox.id for _ in range(STREAMS)]
     storm = Storm(dsn, streams, random.Random(seed))
     done = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
@@ -228,7 +230,7 @@ async def test_an_announcement_in_another_database_holds_nobody_back(
 ):
     async with connected(bare_dsn) as other, other.transaction():
         await insert_event(other)
-        made = await service.create(uuid4(), requested(), None, ACTOR)
+        made = await service.create(uuid4(), TENANT, requested(), None, ACTOR)
         assert (await service.log.read_after(0))[0][-1].position == made.position
 
 

@@ -15,8 +15,8 @@ from tests.support.sql import META, connected, insert_event, partitions
 
 SIZE = 25_000_000
 MANY = (
-    "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta) "
-    f"SELECT gen_random_uuid(), 'default', 1, 'sandbox.paused', 1, '{{}}', '{META}' FROM generate_series(1, $1::int)"
+    "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
+    f"SELECT gen_random_uuid(), 'sandbox', 'default', 1, 'sandbox.paused', 1, '{{}}', '{META}' FROM generate_series(1, $1::int)"
 )
 
 
@@ -145,8 +145,8 @@ async def test_a_long_stream_reads_in_pages(bare_dsn: str, bare_log: EventLog):
     stream = uuid4()
     async with connected(bare_dsn) as app:
         await app.execute(
-            "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta) "
-            f"SELECT $1, 'default', n, 'sandbox.paused', 1, '{{}}', '{META}' FROM generate_series(1, 2500) n",
+            "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
+            f"SELECT $1, 'sandbox', 'default', n, 'sandbox.paused', 1, '{{}}', '{META}' FROM generate_series(1, 2500) n",
             stream,
         )
     assert [event.version async for event in bare_log.whole_history(stream, "default")] == list(range(1, 2501))

@@ -19,9 +19,9 @@ NOBODY = [
     f'{{"actor": {ACTOR}}}',
     f'{{"actor": {ACTOR}, "app_version": null}}',
 ]
-EVENT = "INSERT INTO events (stream_id, tenant, version, type, schema, data, meta) VALUES ($1, $2, 1, 'x', 1, '{}', $3)"
+EVENT = "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) VALUES ($1, 'sandbox', $2, 1, 'x', 1, '{}', $3)"
 REFUSAL = (
-    "INSERT INTO refusals (sandbox_id, tenant, command, status, code, message, meta) "
+    "INSERT INTO refusals (stream_id, tenant, command, status, code, message, meta) "
     "VALUES ($1, $2, 'POST /sandboxes', 400, 'X', 'no', $3)"
 )
 

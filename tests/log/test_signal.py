@@ -10,12 +10,13 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.observed import Power
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
-from app.store.log.signal import CHANNEL, Signal, Subscription
+from app.store.log.signal import NEWS_CHANNEL, WORK_CHANNEL, Signal, Subscription
 from tests.support.sql import connected
 from tests.support.stream import META as ACTOR
-from tests.support.stream import requested
+from tests.support.stream import TENANT, about, requested, seen
 
 Until = Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]
 
@@ -40,7 +41,7 @@ async def ready(*signals: Signal) -> None:
             probe = uuid4()
             if sender is not receiver:
                 with receiver.subscribe(probe) as subscription:
-                    sender.poke(probe)
+                    sender.poke(probe, work=False)
                     assert await heard(subscription)
 
 
@@ -71,9 +72,106 @@ async def test_a_poke_wakes_here_and_elsewhere_who_asked_for_it(dsn: str, signal
         assert await silent(not_there)
 
 
+async def test_only_work_wakes_claimers_here_and_elsewhere(signal: Signal, remote: Signal):
+    """Fifty patches of metadata woke every claimer of every process fifty times."""
+    await ready(signal, remote)
+    mine = uuid4()
+    with signal.subscribe_work() as here, remote.subscribe_work() as there, remote.subscribe(mine) as news:
+        signal.poke(mine, work=False)
+        assert await heard(news), "it was sent"
+        assert await silent(here)
+        assert await silent(there)
+        signal.poke(mine, work=True)
+        assert await here.wait(0.001)
+        assert await heard(there)
+
+
+async def test_work_that_comes_beside_mere_news_is_not_forgotten(signal: Signal, remote: Signal):
+    await ready(signal, remote)
+    with remote.subscribe_work() as there:
+        for work in (False, True, False):
+            signal.poke(uuid4(), work=work)
+        assert await heard(there)
+
+
+async def test_commands_say_which_they_are(service: Service, signal: Signal):
+    sandbox_id = (await service.create(uuid4(), TENANT, requested(), None, ACTOR)).sandbox.id
+    with signal.subscribe_work() as work, signal.subscribe(sandbox_id) as news:
+        for command, wakes in (
+            (cmd.PatchMetadata({"a": "b"}), False),
+            (cmd.RecordSeen(seen(Power.RUNNING)), False),
+            (cmd.Pause(), True),
+            (cmd.Terminate(), True),
+        ):
+            await service.execute(sandbox_id, about(sandbox_id, command), ACTOR)
+            assert await news.wait(0.001), command
+            assert await work.wait(0) == wakes, command
+        created = (await service.create(uuid4(), TENANT, requested(), None, ACTOR)).sandbox
+        assert await work.wait(0.001)
+        await service.record(created, cmd.RecordWaiting("fetch", "IMAGE_PULLING"), ACTOR)
+        assert await silent(work)
+
+
+async def test_nobody_wakes_by_his_own_echo(signal: Signal, remote: Signal):
+    await ready(signal, remote)
+    mine = uuid4()
+    with (
+        signal.subscribe(mine) as news,
+        signal.subscribe_work() as work,
+        remote.subscribe(mine) as there,
+        remote.subscribe_work() as there_work,
+    ):
+        for _ in range(3):
+            signal.poke(mine)
+            assert await news.wait(0.001)
+            assert await work.wait(0.001)
+            assert await heard(there)
+            assert await heard(there_work)
+            # What came before on a connection was heard before: the remote's word comes after our echo.
+            remote.poke(mine, work=False)
+            assert await heard(news)
+            assert await silent(work)
+            assert await there.wait(0.001)
+            assert await silent(there_work)
+        assert await silent(news)
+        assert await silent(work)
+
+
+async def test_the_last_words_are_sent(dsn: str, remote: Signal):
+    """A server that stops has just appended; whoever waits elsewhere must not wait for its poll."""
+    database = Database(dsn, max_size=2)
+    leaving = Signal(database)
+    running = asyncio.create_task(leaving.run())
+    await ready(leaving, remote)
+    mine, last = uuid4(), uuid4()
+    with remote.subscribe(mine) as there, remote.subscribe(last) as there_too, remote.subscribe_work() as claimer:
+        leaving.poke(uuid4(), work=False)
+        leaving.poke(mine, work=False)
+        await asyncio.sleep(0)  # the statement is under way; it is cancelled with the rest
+        leaving.poke(last, work=True)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await database.close()
+        assert await heard(there)
+        assert await heard(there_too)
+        assert await heard(claimer)
+
+
+async def test_last_words_to_a_database_that_is_gone_are_given_up():
+    gone = Database("postgresql://postgres@127.0.0.1:1/none")
+    signal = Signal(gone)
+    running = asyncio.create_task(signal.run())
+    await asyncio.sleep(0)
+    signal.poke(uuid4())
+    running.cancel()
+    async with asyncio.timeout(20):
+        await asyncio.gather(running, return_exceptions=True)
+    await gone.close()
+
+
 async def test_an_append_pokes(service: Service, signal: Signal):
     with signal.subscribe() as anything:
-        made = await service.create(uuid4(), requested(), None, ACTOR)
+        made = await service.create(uuid4(), TENANT, requested(), None, ACTOR)
         assert await anything.wait(0.001)
         with signal.subscribe(made.sandbox.id) as here:
             await service.execute(made.sandbox.id, cmd.Terminate(), ACTOR)
@@ -106,24 +204,30 @@ async def test_just_as_many_as_it_holds(dsn: str, signal: Signal, remote: Signal
 async def test_pokes_are_gathered(dsn: str, signal: Signal, until: Until):
     """A burst is far fewer notifications than pokes."""
     heard_ids: set[UUID] = set()
-    notifications = 0
+    notifications = works = 0
 
     def count(_connection: Any, _pid: int, _channel: str, payload: str) -> None:
         nonlocal notifications
         notifications += 1
-        heard_ids.update(map(UUID, payload.split(",")))
+        heard_ids.update(map(UUID, payload.partition(" ")[2].split(",")))
+
+    def count_work(_connection: Any, _pid: int, _channel: str, _payload: str) -> None:
+        nonlocal works
+        works += 1
 
     ids = [uuid4() for _ in range(150)]
     async with connected(dsn) as connection:
-        await connection.add_listener(CHANNEL, count)
-        for sandbox_id in ids:
-            signal.poke(sandbox_id)
+        await connection.add_listener(NEWS_CHANNEL, count)
+        await connection.add_listener(WORK_CHANNEL, count_work)
+        for number, sandbox_id in enumerate(ids):
+            signal.poke(sandbox_id, work=number % 2 == 0)
 
         async def all_heard() -> bool:
             return heard_ids >= set(ids)
 
         await until(all_heard)
     assert notifications <= 3
+    assert 0 < works <= notifications
 
 
 async def test_a_killed_listener_comes_back_and_says_look_for_yourselves(
@@ -183,8 +287,12 @@ async def test_nonsense_on_the_channel_wakes_everybody_and_harms_nobody(dsn: str
     with remote.subscribe(mine) as there:
         async with connected(dsn) as connection:
             for payload in ("", "nonsense", "*,*", "é" * 100, mine.hex):
-                await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
+                await connection.execute("SELECT pg_notify($1, $2)", NEWS_CHANNEL, payload)
                 assert await heard(there), payload
+            with remote.subscribe_work() as claimer:
+                for payload in ("", "nonsense", "é" * 100):
+                    await connection.execute("SELECT pg_notify($1, $2)", WORK_CHANNEL, payload)
+                    assert await heard(claimer), payload
 
 
 async def test_a_poke_before_the_wait_is_not_lost(database: Database):
@@ -202,8 +310,10 @@ async def test_who_leaves_is_forgotten(database: Database):
         with signal.subscribe(mine), signal.subscribe():
             assert len(signal._by_id[mine]) == 2
             assert len(signal._everything) == 1
+        with signal.subscribe_work():
+            assert len(signal._claimers) == 1
         signal.poke(mine)
         assert await first.wait(0.001)
     with pytest.raises(RuntimeError), signal.subscribe(mine):
         raise RuntimeError
-    assert (signal._by_id, signal._everything) == ({}, set())
+    assert (signal._by_id, signal._everything, signal._claimers) == ({}, set(), set())

@@ -43,7 +43,7 @@ async def works(dsn: str) -> None:
     """A sandbox can be created there."""
     database = Database(dsn)
     service = Service(database, Signal(database))
-    made = await service.create(uuid4(), requested(), None, ACTOR)
+    made = await service.create(uuid4(), "default", requested(), None, ACTOR)
     assert (await service.log.read_after(0))[0][0].position == made.position
     assert await EventLog(database).ensure_partitions() == 0
     await database.close()
@@ -212,7 +212,7 @@ TYPES = {
 
 async def test_column_by_column(dsn: str):
     tables = list(metadata.sorted_tables)
-    assert len(tables) == 7
+    assert len(tables) == 11
     async with connected(dsn, owner=True) as owner:
         for table in tables:
             dialect = PGDialect_asyncpg()
@@ -223,14 +223,18 @@ async def test_column_by_column(dsn: str):
 
 PRIVILEGES = {
     "alembic_version": "SELECT",
+    "deadlines": "DELETE INSERT SELECT UPDATE",
+    "engines": "INSERT SELECT UPDATE",
     "events": "SELECT",
-    "expiry_jobs": "DELETE INSERT SELECT UPDATE",
+    "idempotency_keys": "INSERT SELECT",
     "installation": "SELECT",
+    "installation_keys": "INSERT SELECT UPDATE",
+    "operations": "INSERT SELECT UPDATE",
     "phase_transitions": "SELECT",
     "reconcile_queue": "DELETE INSERT SELECT UPDATE",
     "refusals": "INSERT SELECT",
-    "sandbox_secrets": "DELETE INSERT SELECT",
     "sandboxes": "INSERT SELECT UPDATE",
+    "sealed_values": "DELETE INSERT SELECT",
 }
 
 
@@ -244,13 +248,15 @@ async def test_the_application_may_do_exactly_this(dsn: str):
         assert {row[0]: row[1] for row in rows} == PRIVILEGES
         columns = await owner.fetch(
             "SELECT table_name, column_name, privilege_type FROM information_schema.column_privileges "
-            "WHERE grantee = $1 AND table_name IN ('events', 'installation') AND privilege_type <> 'SELECT'",
+            "WHERE grantee = $1 AND table_name IN ('events', 'installation', 'sealed_values') AND privilege_type <> 'SELECT'",
             await app_role(owner),
         )
         by_table: dict[str, set[tuple[str, str]]] = {}
         for table, column, privilege in columns:
             by_table.setdefault(table, set()).add((privilege, column))
         assert by_table["installation"] == {("UPDATE", "master_key_id")}
+        updated = {column for privilege, column in by_table["sealed_values"] if privilege == "UPDATE"}
+        assert updated == {"key_id", "wrapped_key"}
         assert by_table["events"] == {
             ("INSERT", column.name)
             for column in metadata.tables["sandledger.events"].columns

@@ -37,7 +37,7 @@ async def test_another_major_version(programs: Path | None):
         assert (await migrate(serving)).before is not None
         database = Database(serving)
         service = Service(database, Signal(database))
-        made = await service.create(uuid4(), requested(), None, META)
+        made = await service.create(uuid4(), "default", requested(), None, META)
         assert await service.log.horizon() >= made.position
         await database.close()
         assert database.login is not None

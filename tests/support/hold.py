@@ -38,14 +38,13 @@ class Hold:
 
     async def write(self) -> None:
         """Another event, before all who wait."""
-        version = await self._connection.fetchval(
-            "UPDATE sandboxes SET version = version + 1 WHERE id = $1 RETURNING version", self._sandbox_id
-        )
         await self._connection.execute(
-            "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
-            "VALUES ($1, 'sandbox', 'default', $2, 'sandbox.metadata_patched', 1, '{}', $3)",
+            "WITH written AS ("
+            "  INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
+            "  SELECT id, 'sandbox', tenant, version + 1, 'sandbox.metadata_patched', 1, '{}', $2 "
+            "  FROM sandboxes WHERE id = $1 RETURNING position) "
+            "UPDATE sandboxes SET version = version + 1, position = written.position FROM written WHERE id = $1",
             self._sandbox_id,
-            version,
             msgspec.json.encode(META).decode(),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -13,6 +14,10 @@ META = '{"actor": {"kind": "operator", "id": "t", "name": "test"}, "app_version"
 INSERT_EVENT = (
     "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta) "
     f"VALUES ($1, 'sandbox', 'default', $2, 'sandbox.metadata_patched', 1, '{{}}', '{META}') RETURNING position"
+)
+INSERT_EVENT_AT = (
+    "INSERT INTO events (stream_id, kind, tenant, version, type, schema, data, meta, recorded_at) "
+    f"VALUES ($1, 'sandbox', 'default', $2, 'sandbox.metadata_patched', 1, $3, '{META}', $4) RETURNING position"
 )
 
 
@@ -45,3 +50,8 @@ async def partitions(connection: Any) -> list[str]:
         "WHERE i.inhparent = 'sandledger.events'::regclass ORDER BY 1"
     )
     return [row[0] for row in rows]
+
+
+async def insert_patch(connection: Any, stream: UUID, version: int, data: str, at: datetime) -> int:
+    """A patch of metadata that was recorded at this time. Says its position."""
+    return await connection.fetchval(INSERT_EVENT_AT, stream, version, data, at)

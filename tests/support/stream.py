@@ -8,6 +8,8 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from msgspec.structs import replace
+
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox import transitions
@@ -20,6 +22,7 @@ from app.domain.stream import Actor, ActorKind, Meta, Recorded
 
 BEGIN = datetime.fromisoformat("2026-03-01T12:00:00+00:00")
 ID = UUID("0198f000-0000-7000-8000-000000000001")
+TENANT = "default"
 META = Meta(Actor(ActorKind.API_KEY, "k1", "default"), "test")
 PLACED = ev.Placed("default", 1, ID)
 SECOND = timedelta(seconds=1)
@@ -63,6 +66,13 @@ def seen(
         address=address,
         image_id=image_id,
     )
+
+
+def about(object_id: UUID, command: cmd.Command) -> cmd.Command:
+    """The command, with its observation about this object; any other command as it is."""
+    if not isinstance(command, cmd.RecordSeen):
+        return command
+    return replace(command, observed=replace(command.observed, object_id=object_id))
 
 
 class Stream:

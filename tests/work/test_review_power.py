@@ -53,3 +53,35 @@ async def test_a_kill_during_the_removal_of_a_paused_one_leaves_nothing(stage: S
     assert not stage.engine.containers
     for table in ("reconcile_queue", "deadlines", "sealed_values"):
         assert not await stage.sql(f"SELECT 1 FROM {table} WHERE stream_id = $1", sandbox_id)
+
+
+@pytest.mark.parametrize(
+    ("call", "after"), [("create", False), ("create", True), ("start", False), ("start", True), ("inspect", False)]
+)
+async def test_a_kill_between_fetch_and_ready_tells_each_once(stage: Stage, call: str, *, after: bool) -> None:
+    stage.pull("big")
+    sandbox_id = await stage.create(image="big")
+    worker = stage.worker()
+    await stage.turn(worker)
+    await stage.land(worker)
+    assert (await stage.told(sandbox_id))[-1] == "fetched"
+
+    async def die(reached: str) -> None:
+        if reached == call:
+            raise asyncio.CancelledError  # a create is not cut, so nobody can be stopped at a gate in it
+
+    dying = stage.worker(stage.driver(after=die) if after else stage.driver(before=die))
+    (claim,) = (await dying.queue.claim(1, lease=30, tenant_slots=1)).claims
+    held = stage.hold(dying, claim)
+    held.left = True  # as if killed
+    run = held.run = asyncio.create_task(dying.reconciler.run(held))
+    await asyncio.gather(run, return_exceptions=True)
+    assert run.cancelled()
+    await stage.make_overdue(sandbox_id)
+    await stage.settle(stage.worker())
+    told = await stage.told(sandbox_id)
+    assert told[:4] == ["requested", "placed", "waiting", "fetched"]
+    assert told[4] in ("runtime_created", "runtime_adopted")
+    assert told[5:] == ["started", "ready"]
+    assert len(stage.engine.containers) == 1
+    assert stage.engine.calls["pull"] == 1

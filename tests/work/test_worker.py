@@ -279,6 +279,13 @@ async def test_claims_are_made_for_work_only(stage: Stage, until):
             last = await stage.create()
             await until(stage.is_phase(Phase.RUNNING, last))
         assert claims.number - before <= 13
+        before = claims.number
+        for _ in range(10):
+            last = await stage.create()
+            await until(stage.is_phase(Phase.RUNNING, last))
+            await stage.ask(last, cmd.Terminate())
+            await until(stage.is_phase(Phase.TERMINATED, last))
+        assert claims.number - before <= 26, "what the engine says about our own removals costs none"
 
 
 async def test_claims_keep_their_distance(stage: Stage, until):
@@ -317,11 +324,11 @@ class Counting(Queue):
 
 async def test_one_tenants_slow_work_leaves_slots_for_others(stage: Stage, until):
     gate = Gate("start")
+    ended = await stage.running(stage.worker(), tenant="modest")
     worker = stage.worker(stage.driver(before=gate), concurrency=4, spare_slots=1)
     async with stage.working(worker):
         greedy = [await stage.create(tenant="greedy") for _ in range(10)]
         await gate.reached.wait()
-        ended = await stage.create(tenant="modest")
         await stage.ask(ended, cmd.Terminate())
         await until(stage.is_phase(Phase.TERMINATED, ended))
         assert not gate.open.is_set(), "it did not wait for the others"
@@ -375,3 +382,24 @@ class Stuck(Queue):
     async def claim(self, slots: int, **details: Any) -> Round:
         await self.opened.wait()
         return await super().claim(slots, **details)
+
+
+async def test_a_run_that_never_ends_is_no_life_either(stage: Stage, until):
+    """Its lease is extended for ever, so nobody else would come, and its slot is gone."""
+    gate = Gate("start")
+    worker = stage.worker(stage.driver(before=gate), stuck_after=0.3)
+    async with stage.working(worker):
+        sandbox_id = await stage.create()
+        await gate.reached.wait()
+
+        async def stuck() -> bool:
+            return not worker.alive
+
+        await until(stuck)
+        gate.open.set()
+        await until(stage.is_phase(Phase.RUNNING, sandbox_id))
+
+        async def lives() -> bool:
+            return worker.alive
+
+        await until(lives)

@@ -2,29 +2,32 @@
 
 A transaction that issued NOTIFY holds one cluster-wide lock from before its commit until after its flush, so notifying
 commits run one at a time; inside the append it cost 85 % of the throughput. Here an append only calls `poke(id)`:
-readers in this process wake at once, and one task per process sends at most one `pg_notify` every 20 ms, on its own
-connection, with the ids of that window (or `*` when they are too many). One LISTEN connection per process wakes the
-rest.
+subscribers in this process wake at once, and one task per process sends at most one statement every 20 ms.
+
+**Two channels.** `news` names the streams that were appended to (or `*` when they are too many) and wakes whoever waits
+for one of them or reads all of them. `work` wakes claimers, and is sent only when a reconciler has something to do: a
+patch of metadata concerns nobody's engine. Every notification begins with a random word of its process, which skips
+its own echo: its subscribers woke at the poke.
 
 A listener only waits, and a connection that was cut off without a word looks just like one on which nobody speaks; so
 the listener asks something every `check` seconds, and a connection that does not answer is replaced.
 
+When `run` is cancelled it first sends what was poked and not sent yet. Stop it after the last append and before the
+pool closes.
+
 A signal carries no truth. Every waiter also has a timeout and then looks for itself, so a lost notification, a pooler
 in between or a broken LISTEN costs latency (at most a second), never correctness.
-
-**Two channels.** Readers wait for a stream on `CHANNEL`. Workers wait for work on `WORK_CHANNEL`, which only carries
-who spoke, so that each process ignores its own words: it has woken its own worker already. At the end the last words
-are sent before the connection goes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+import secrets
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import asyncpg
 from sqlalchemy import Text, bindparam, func, select
@@ -33,19 +36,15 @@ from app.errors import StoreUnavailable
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 
-CHANNEL = "sandledger_log"
+NEWS_CHANNEL = "sandledger_news"
 WORK_CHANNEL = "sandledger_work"
-_LAST_WORDS_S = 2.0
 _WINDOW_S = 0.02
-_MOST_IDS = 200  # 200 * 33 bytes stay below NOTIFY's 8000
+_MAX_IDS = 200  # 200 * 33 bytes stay below NOTIFY's 8000
 _RECONNECT_S = 1.0
-_NOTIFY = Statement(select(func.pg_notify(CHANNEL, bindparam("payload", type_=Text))))
-_NOTIFY_WORK = Statement(
-    select(
-        func.pg_notify(CHANNEL, bindparam("payload", type_=Text)),
-        func.pg_notify(WORK_CHANNEL, bindparam("speaker", type_=Text)),
-    )
-)
+_LAST_WORDS_S = 1.0
+_news = func.pg_notify(NEWS_CHANNEL, bindparam("news", type_=Text))
+_NEWS = Statement(select(_news))
+_NEWS_AND_WORK = Statement(select(_news, func.pg_notify(WORK_CHANNEL, bindparam("work", type_=Text))))
 _FAILURES = (StoreUnavailable, asyncpg.PostgresError)
 """A standby after a failover, or a full queue, refuses to notify: PostgreSQL's word, and no reason to stop either."""
 _LOG = logging.getLogger(__name__)
@@ -80,50 +79,45 @@ class Signal:
         """Not yet listening."""
         self._database = database
         self._check = check
+        self._word = secrets.token_hex(4)
         self._everything: set[Subscription] = set()
+        self._claimers: set[Subscription] = set()
         self._by_id: dict[UUID, set[Subscription]] = {}
-        self._workers: set[Subscription] = set()
-        self._speaker = uuid4().hex
         self._outbox: set[UUID] = set()
-        self._outbox_work = False
+        self._has_work = False
         self._outgoing = asyncio.Event()
 
-    def poke(self, sandbox_id: UUID, *, work: bool = True) -> None:
+    def poke(self, stream_id: UUID, *, work: bool = True) -> None:
         """Something was committed for this stream; `work`: there is something for a reconciler to do."""
-        self._wake(sandbox_id)
-        self._outbox.add(sandbox_id)
+        self._wake(stream_id)
         if work:
-            self._wake_workers()
-            self._outbox_work = True
+            _wake(self._claimers)
+        self._outbox.add(stream_id)
+        self._has_work |= work
         self._outgoing.set()
 
     @contextmanager
-    def subscribe(self, sandbox_id: UUID | None = None) -> Generator[Subscription]:
-        """News of one sandbox, or of any."""
+    def subscribe(self, stream_id: UUID | None = None) -> Generator[Subscription]:
+        """News of one stream, or of any."""
         subscription = Subscription()
-        if sandbox_id is None:
-            self._everything.add(subscription)
-        else:
-            self._by_id.setdefault(sandbox_id, set()).add(subscription)
+        here = self._everything if stream_id is None else self._by_id.setdefault(stream_id, set())
+        here.add(subscription)
         try:
             yield subscription
         finally:
-            if sandbox_id is None:
-                self._everything.discard(subscription)
-            elif (waiting := self._by_id.get(sandbox_id)) is not None:
-                waiting.discard(subscription)
-                if not waiting:
-                    del self._by_id[sandbox_id]
+            here.discard(subscription)
+            if stream_id is not None and not here and self._by_id.get(stream_id) is here:
+                del self._by_id[stream_id]
 
     @contextmanager
     def subscribe_work(self) -> Generator[Subscription]:
-        """News of work, in this process or another."""
+        """Work for a reconciler: there may be a queue row to claim."""
         subscription = Subscription()
-        self._workers.add(subscription)
+        self._claimers.add(subscription)
         try:
             yield subscription
         finally:
-            self._workers.discard(subscription)
+            self._claimers.discard(subscription)
 
     async def run(self) -> None:
         """Notify and listen until cancelled; then send the last words."""
@@ -132,32 +126,36 @@ class Signal:
                 tasks.create_task(self._notify_forever(), name="signal-notify")
                 tasks.create_task(self._listen_forever(), name="signal-listen")
         finally:
-            if self._outbox:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_LAST_WORDS_S):
+            try:
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    while self._outbox:
                         await self._notify()
+            except TimeoutError:
+                _LOG.warning("the last notification was not sent in time; readers fall back to polling")
 
     async def _notify_forever(self) -> None:
         while True:
             await self._outgoing.wait()
-            self._outgoing.clear()
             await self._notify()
             await asyncio.sleep(_WINDOW_S)
 
     async def _notify(self) -> None:
+        self._outgoing.clear()
         ids, self._outbox = self._outbox, set()
-        work, self._outbox_work = self._outbox_work, False
-        payload = "*" if len(ids) > _MOST_IDS else ",".join(sandbox_id.hex for sandbox_id in ids)
+        work, self._has_work = self._has_work, False
+        told = "*" if len(ids) > _MAX_IDS else ",".join(stream_id.hex for stream_id in ids)
+        news = f"{self._word} {told}"
         try:
             if work:
-                await self._database.reserved.fetch(_NOTIFY_WORK, payload=payload, speaker=self._speaker)
+                await self._database.reserved.fetch(_NEWS_AND_WORK, news=news, work=self._word)
             else:
-                await self._database.reserved.fetch(_NOTIFY, payload=payload)
+                await self._database.reserved.fetch(_NEWS, news=news)
         except _FAILURES as error:
             _LOG.warning("notification lost, readers fall back to polling: %s", error)
         except asyncio.CancelledError:
-            self._outbox |= ids  # the last words; said twice at worst
-            self._outbox_work |= work
+            # Nobody knows whether it was sent. Twice is allowed, never is not.
+            self._outbox |= ids
+            self._has_work |= work
             raise
 
     async def _listen_forever(self) -> None:
@@ -169,7 +167,7 @@ class Signal:
             await asyncio.sleep(_RECONNECT_S)
 
     async def _listen(self) -> None:
-        channels = {CHANNEL: self._heard, WORK_CHANNEL: self._heard_work}
+        channels = {NEWS_CHANNEL: self._heard_news, WORK_CHANNEL: self._heard_work}
         async with self._database.listen(channels) as listening:
             self._wake_all()  # whatever was said while nobody listened
             while not listening.ended.is_set():
@@ -179,33 +177,36 @@ class Signal:
                 except TimeoutError:
                     await listening.ping()
 
-    def _heard(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
-        try:
-            ids = [UUID(text) for text in payload.split(",")]
-        except ValueError:  # `*`, or somebody else's words: either way, let everybody look
-            self._wake_all()
+    def _heard_news(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
+        word, _, told = payload.partition(" ")
+        if word == self._word:
             return
-        for sandbox_id in ids:
-            self._wake(sandbox_id)
+        try:
+            ids = [UUID(text) for text in told.split(",")]
+        except ValueError:  # `*`, or somebody else's words: either way, let everybody look
+            self._wake_news()
+            return
+        for stream_id in ids:
+            self._wake(stream_id)
 
     def _heard_work(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
-        if payload != self._speaker:
-            self._wake_workers()
+        if payload != self._word:
+            _wake(self._claimers)
 
-    def _wake_workers(self) -> None:
-        for subscription in self._workers:
-            subscription.wake()
+    def _wake(self, stream_id: UUID) -> None:
+        _wake(self._everything)
+        _wake(self._by_id.get(stream_id, ()))
 
-    def _wake(self, sandbox_id: UUID) -> None:
-        for subscription in self._everything:
-            subscription.wake()
-        for subscription in self._by_id.get(sandbox_id, ()):
-            subscription.wake()
+    def _wake_news(self) -> None:
+        _wake(self._everything)
+        for waiting in self._by_id.values():
+            _wake(waiting)
 
     def _wake_all(self) -> None:
-        self._wake_workers()
-        for subscription in self._everything:
-            subscription.wake()
-        for waiting in self._by_id.values():
-            for subscription in waiting:
-                subscription.wake()
+        self._wake_news()
+        _wake(self._claimers)
+
+
+def _wake(subscriptions: Iterable[Subscription]) -> None:
+    for subscription in subscriptions:
+        subscription.wake()

@@ -39,7 +39,6 @@ from sqlalchemy import (
     bindparam,
     case,
     column,
-    extract,
     func,
     literal_column,
     select,
@@ -176,7 +175,6 @@ def _claim() -> Statement:
         .returning(
             *(_Q.stream_id, _Q.kind, _Q.tenant, _Q.engine, _Q.revision, _Q.cause, _Q.attempts, _Q.last_reason),
             *(_Q.missing_since, _Q.first_failed_at),
-            func.coalesce(extract("epoch", now - _Q.first_failed_at), 0.0).cast(Double).label("failing_for"),
         )
         .cte("claimed")
     )

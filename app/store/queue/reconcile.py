@@ -80,8 +80,6 @@ class Claim(Struct, frozen=True):
     attempts: int = 0
     """Counted failures before this claim."""
     first_failed_at: datetime | None = None
-    failing_for: float = 0
-    """Seconds from the first of them to this claim."""
     last_reason: str | None = None
     missing_since: datetime | None = None
 
@@ -182,25 +180,26 @@ def _defer(*, awaiting: bool) -> Statement:
 
 def _enqueue(named: ColumnElement[Any]) -> Statement:
     now = clock()
-    box = sandboxes.c
-    engine = func.coalesce(box.engine, UNPLACED)
+    of = sandboxes.c
+    engine = func.coalesce(of.engine, UNPLACED)
     source = (
         select(
-            *(box.id, literal(KINDS[0]), box.tenant, engine, literal(1), now),
+            *(of.id, literal(KINDS[0]), of.tenant, engine, literal(1), now),
             bindparam("priority", type_=SmallInteger),
             literal(0),
         )
         .where(
             named == any_(bindparam("ids", type_=ARRAY(Uuid))),
             engine.in_([bindparam("engine", type_=Text), literal(UNPLACED)]),
-            box.closed_at.is_(None),
+            of.closed_at.is_(None),
         )
-        .order_by(box.id)
+        .order_by(of.id)
     )
     names = ["stream_id", "kind", "tenant", "engine", "revision", "due_at", "priority", "attempts"]
     statement = insert(reconcile_queue).from_select(names, source)
     new = statement.excluded
     waits = (_Q.lease_until > new.due_at) | (_Q.attempts > 0)
+    due: ColumnElement[bool] = _Q.due_at <= now
     return Statement(
         statement.on_conflict_do_update(
             index_elements=["stream_id"],
@@ -209,7 +208,7 @@ def _enqueue(named: ColumnElement[Any]) -> Statement:
                 "due_at": case((waits, _Q.due_at), else_=func.least(_Q.due_at, new.due_at)),
                 "priority": func.least(_Q.priority, new.priority),
             },
-        ).returning(_Q.stream_id)
+        ).returning(_Q.stream_id, due.label("due"))
     )
 
 
@@ -349,9 +348,9 @@ class Queue:
         return len(await self._database.fetch(_ENQUEUE, engine=self._engine, ids=list(ids), priority=priority))
 
     async def enqueue_objects(self, ids: Iterable[UUID], priority: int = USER) -> list[UUID]:
-        """As `enqueue`, for the sandboxes that have these objects. Says which those were."""
+        """As `enqueue`, for the sandboxes that have these objects. Says which of those are due now."""
         rows = await self._database.fetch(_ENQUEUE_OBJECTS, engine=self._engine, ids=list(ids), priority=priority)
-        return ids_of(rows)
+        return ids_of([row for row in rows if row["due"]])
 
     async def stats(self) -> Depth:
         """For operators."""
@@ -368,7 +367,6 @@ def _claim(row: Any, owner: UUID) -> Claim:
         cause=row["cause"],
         attempts=row["attempts"],
         first_failed_at=row["first_failed_at"],
-        failing_for=row["failing_for"],
         last_reason=row["last_reason"],
         missing_since=row["missing_since"],
     )

@@ -1,11 +1,16 @@
 """Where the master keys come from: the environment, a configured file, or a file made once beside the state.
 
-A file holds one key a line, in base64. The first is the one to use; the others only open what they sealed.
+A file holds one key a line, in base64. The first is the one to use; the others only open what they sealed. Whoever
+changes the file locks its folder, so that of two new keys none is lost: a lost key may be in use already.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import secrets
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from app.errors import SettingsError
@@ -30,10 +35,30 @@ def master_keys(
 
 
 def prepend_new_key(path: Path) -> None:
-    """Put a new key before the others in the file. A reader sees the old file or the new one. Blocking."""
-    aside = _aside(path, f"{generate_master_key()}\n{path.read_text('utf-8')}")
-    aside.replace(path)
-    _sync_folder(path.parent)
+    """Put a new key before the others in the file. A reader sees the old file or the new one. Blocking.
+
+    The file keeps its owner: the server that reads it may run as another account than the operator.
+
+    Raises:
+        SettingsError: the file cannot be replaced, e.g. because it is mounted.
+    """
+    path = path.resolve()
+    aside = _aside(path)
+    try:
+        with _locked_folder(path.parent) as folder:
+            _read(path)
+            found = path.stat()
+            _write(aside, f"{generate_master_key()}\n{path.read_text('utf-8')}")
+            if os.geteuid() == 0:
+                os.chown(aside, found.st_uid, found.st_gid)
+            aside.replace(path)
+            os.fsync(folder)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise SettingsError(
+            f"{path}: a new key cannot be put into the file: {error.strerror}; write it as the first line yourself"
+        ) from error
 
 
 def _make(path: Path) -> None:
@@ -45,10 +70,10 @@ def _make(path: Path) -> None:
         _sync(path.parent)  # whoever linked it may not have come to that yet
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(path, f"{generate_master_key()}\n")
+    aside = _aside(path)
+    _write(aside, f"{generate_master_key()}\n")
     try:
         path.hardlink_to(aside)
-        _sync_folder(path.parent)  # else a power cut could lose the key of what is sealed by then
     except FileExistsError:
         pass  # another server was quicker; its key is the key
     finally:
@@ -64,21 +89,28 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _aside(path: Path, text: str) -> Path:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+def _aside(path: Path) -> Path:
+    """A name of its own. Not by process id: two containers with one volume both are process 1, and the second would
+    write its key into the file that the first one has linked already.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def _write(path: Path, text: str) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         os.write(handle, text.encode())
         os.fsync(handle)
     finally:
         os.close(handle)
-    return aside
 
 
-def _sync_folder(folder: Path) -> None:
+@contextmanager
+def _locked_folder(folder: Path) -> Generator[int]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
     finally:
         os.close(handle)
 

@@ -86,6 +86,11 @@ async def open_keys(database: Database, master: MasterKeys, key_id: str) -> Inst
     return InstallationKeys(**clear)
 
 
+async def other_master_keys(database: Database, key_id: str) -> list[str]:
+    """The master keys that wrap keys of the installation, one entry a key, without this one."""
+    return [row["key_id"] for row in await database.fetch(_READ) if row["key_id"] != key_id]
+
+
 async def rewrap_keys(database: Database, master: MasterKeys, key_id: str) -> int:
     """Wrap each key by this master key. Says how many were wrapped by another one."""
     done = 0

@@ -68,9 +68,7 @@ class Held:
     def start_over(self) -> None:
         """Something succeeded: failures before it do not count any more."""
         if self.claim.attempts or self.claim.last_reason:
-            self.claim = msgspec.structs.replace(
-                self.claim, attempts=0, first_failed_at=None, failing_for=0, last_reason=None
-            )
+            self.claim = msgspec.structs.replace(self.claim, attempts=0, first_failed_at=None, last_reason=None)
 
     def missing(self, since: datetime | None) -> None:
         """Since when the engine says there is none."""

@@ -209,10 +209,7 @@ class Reconciler:
         return self._went_on(held, sandbox, after), Answer(seen)
 
     async def _let_settle(self, held: Held, sandbox: Sandbox, seen: Observed | None, now: datetime) -> None:
-        """A restart from outside shows an exit for a moment, and an exit that is recorded is final.
-
-        Whoever ends it meanwhile makes it due at once; the hints that a restart makes do not.
-        """
+        """A restart from outside shows an exit for a moment, and an exit that is recorded is final: look once more."""
         ended = None if seen is None or seen.power is not Power.EXITED else seen.exit
         if ended is None or ended.at is None or sandbox.observed not in (RuntimeState.RUNNING, RuntimeState.PAUSED):
             return
@@ -277,9 +274,11 @@ class Reconciler:
         if await self._station.confirm_identity():
             return
         _LOG.warning(
-            "sandbox %s is not on engine %s, but that engine is not what the log knows; nothing is recorded",
+            "nothing of sandbox %s is on engine %s, but nothing is recorded, because the engine could not be confirmed "
+            "as the one that the log knows: %s",
             sandbox.id,
             self._station.name,
+            self._station.trouble or "it was in doubt a moment ago",
         )
         await self._outcomes.give_back(held, self._policy.missing_grace)
         raise GivenBack

@@ -34,6 +34,7 @@ from app.work.policy import WorkPolicy
 from app.work.station import Station
 from app.work.sweep import Sweeper
 
+SEARCH_PATH = {"search_path": "sandledger, public"}
 CLIENT = Meta(Actor(ActorKind.API_KEY, "k1", "default"), "test")
 WORKER = Meta(Actor(ActorKind.RECONCILER, "w1", "test"), "test")
 QUICK = WorkPolicy(
@@ -168,7 +169,7 @@ class Field:
 
     async def sql(self, query: str, *arguments: Any) -> list[Any]:
         """As the owner, outside of the application."""
-        connection = await asyncpg.connect(self.dsn)
+        connection = await asyncpg.connect(self.dsn, server_settings=SEARCH_PATH)
         try:
             return await connection.fetch(query, *arguments)
         finally:

@@ -21,7 +21,7 @@ from app.runtime.fake import FakeDriver, FakeEngine, name_of
 from app.views.differences import Known
 from app.work.station import Station
 from app.work.sweep import Sweeper, Swept, contradicts
-from tests.station.field import QUICK, WORKER, Field
+from tests.work.field import QUICK, WORKER, Field
 
 NOW = datetime.now(UTC)
 

@@ -6,6 +6,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
+import asyncpg
 import msgspec
 import pytest
 
@@ -17,7 +18,7 @@ from app.errors import RuntimeUnavailable, SettingsError
 from app.runtime.fake import FakeDriver, FakeEngine
 from app.work.outages import ENGINE_STOPPED, Outages
 from app.work.station import State, Station
-from tests.station.field import WORKER, Field
+from tests.work.field import SEARCH_PATH, WORKER, Field
 
 NOW = datetime.now(UTC)
 
@@ -199,6 +200,19 @@ async def test_a_restored_database_harms_nothing_and_says_so(field: Field, caplo
     assert await field.phase(known) is Phase.RUNNING
 
 
+async def test_a_database_that_goes_back_under_a_running_worker_is_noticed(field: Field):
+    """A restore or a failover that lost its tail: the server only sees that its connections broke."""
+    station = field.station()
+    await station.contact()
+    await field.sql("SELECT setval('events_position', last_value + 100) FROM events_position")
+    assert await station.contact()
+    field.orphan(position=(await field.sql("SELECT last_value FROM events_position"))[0][0])
+    assert await station.contact(), "an object that this log led to"
+    await field.sql("SELECT setval('events_position', last_value - 50) FROM events_position")
+    assert not await station.confirm_identity()
+    assert (await field.engine_told())[-1] == "mismatch"
+
+
 async def test_trust_leaves_the_lost_positions_behind(field: Field):
     station = field.station()
     await station.contact()
@@ -236,21 +250,22 @@ async def test_the_log_never_skips_backwards(field: Field):
             await field.sql("SELECT log_skip_to($1)", target)
 
 
-async def test_skipping_while_others_append_gives_no_position_twice(field: Field):
-    """A skip that does not hold the others off would set the sequence back to below what was drawn meanwhile."""
+async def test_a_skip_waits_for_whoever_appends(field: Field):
+    """Otherwise it would set the sequence back to below what was drawn since it compared."""
     await field.station().contact()
-
-    async def skip() -> None:
-        last = (await field.sql("SELECT last_value FROM events_position"))[0][0]
-        await field.sql("SELECT log_skip_to($1)", last + 3)
-
-    async def create() -> None:
-        for _ in range(20):
-            await field.create()
-
-    await asyncio.gather(*[create() for _ in range(4)], *[skip() for _ in range(40)])
-    rows = await field.sql("SELECT count(*) AS n, count(DISTINCT position) AS positions FROM events")
-    assert rows[0]["n"] == rows[0]["positions"]
+    last = (await field.sql("SELECT last_value FROM events_position"))[0][0]
+    writer = await asyncpg.connect(field.dsn, server_settings=SEARCH_PATH)
+    try:
+        async with writer.transaction():
+            await writer.execute("LOCK TABLE events IN ROW EXCLUSIVE MODE")  # as an insert does
+            skipping = asyncio.create_task(field.sql("SELECT log_skip_to($1)", last + 3))
+            async with asyncio.timeout(30):
+                while not await writer.fetch("SELECT 1 FROM pg_locks WHERE NOT granted"):
+                    await asyncio.sleep(0.01)
+            await writer.execute("SELECT nextval('events_position') FROM generate_series(1, 10)")
+        assert (await skipping)[0][0] == last + 10
+    finally:
+        await writer.close()
 
 
 # --- dark and back
@@ -341,6 +356,7 @@ async def test_what_waited_is_due_when_the_engine_is_back(field: Field, until):
     assert not await _due(field, elsewhere)
     assert not await _due(field, held), "somebody is at it"
     assert len(called) == 2
+    await field.sql("DELETE FROM reconcile_queue WHERE stream_id = ANY($1)", [unplaced, elsewhere])
 
 
 async def _due(field: Field, *streams: UUID) -> bool:

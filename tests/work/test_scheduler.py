@@ -27,7 +27,7 @@ from app.store.log.signal import Signal
 from app.work.fire import Deadlines
 from app.work.scheduler import DeadlineStore
 from app.work.timers import Timers
-from tests.station.field import CLIENT, WORKER, Field
+from tests.work.field import CLIENT, SEARCH_PATH, WORKER, Field
 
 LEASE = 2.0
 SHORT = Limits(pending_s=0.2, pausing_s=0.2, resuming_s=0.2, stopping_s=0.2)
@@ -493,7 +493,7 @@ async def test_the_store_behaves_like_a_job_store(ready: Field, deadlines: Deadl
 @asynccontextmanager
 async def locked(field: Field) -> AsyncIterator[None]:
     """Nobody reads or writes deadlines inside the block."""
-    connection = await asyncpg.connect(field.dsn)
+    connection = await asyncpg.connect(field.dsn, server_settings=SEARCH_PATH)
     try:
         async with connection.transaction():
             await connection.execute("LOCK TABLE deadlines IN ACCESS EXCLUSIVE MODE")
@@ -614,7 +614,7 @@ async def test_a_thread_that_ended_or_a_job_that_hangs_is_not_alive(until):
 
 
 async def test_due_rows_are_found_by_index(ready: Field):
-    connection = await asyncpg.connect(ready.dsn)
+    connection = await asyncpg.connect(ready.dsn, server_settings=SEARCH_PATH)
     try:
         await connection.execute(
             "INSERT INTO deadlines (stream_id, name, kind, tenant, fires_at, next_run_time) SELECT gen_random_uuid(),"
