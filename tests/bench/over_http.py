@@ -27,7 +27,7 @@ SEED = """
 INSERT INTO sandboxes (id, tenant, version, position, schema, phase, desired, observed, spec, metadata, engine, epoch,
                        place, object_id, generation, run, key_id, key_name, fingerprint, created_at, changed_at,
                        expires_at, ended_at, end_cause, ended_by, closed_at, since_position)
-SELECT id, 'default', 1, 0, 1, CASE WHEN live THEN 'Pending' ELSE 'Terminated' END,
+SELECT id, 'default', CASE WHEN live THEN 1 ELSE 2 END, 0, 1, CASE WHEN live THEN 'Pending' ELSE 'Terminated' END,
        CASE WHEN live THEN 'running' ELSE 'terminated' END, CASE WHEN live THEN 'none' ELSE 'removed' END,
        '{"image": "img", "entrypoint": ["sleep", "3600"]}',
        jsonb_build_object('bench', 'yes', 'rare', (n % 1000)::text), 'fake', 1, '', id, 0, 0, 'k', 'default', 'f',
@@ -140,6 +140,8 @@ async def seeded(bench: Bench, count: int, live: int) -> tuple[str, UUID]:
     dsn = await bench.fresh()
     connection = await asyncpg.connect(dsn)
     await connection.execute("ALTER TABLE sandboxes DISABLE TRIGGER USER")
+    # Rows that have ended without ever having begun.
+    await connection.execute("ALTER TABLE sandboxes DROP CONSTRAINT born_pending")
     await connection.execute(SEED, count, count // live)
     await connection.execute("VACUUM ANALYZE sandboxes")
     some: UUID = await connection.fetchval("SELECT id FROM sandboxes WHERE closed_at IS NULL LIMIT 1")

@@ -57,7 +57,7 @@ class Clients:
             answer = await self.ask("POST", "/sandboxes", json=body(self.image), headers=key)
             assert answer.status_code == 202, answer.text
             sandbox = answer.json()["id"]
-            wanted = random.choice(["Running", "Paused", "Terminated", "Terminated", "at once"])
+            wanted = random.choice(["Running", "Paused", *["Terminated"] * 8, *["at once"] * 4])
             if wanted != "at once":
                 await self.wait(sandbox, "Running")
             if wanted == "Paused":
