@@ -16,6 +16,8 @@ from litestar.types import Receive, Scope, Send
 T = TypeVar("T")
 encode = msgspec.json.Encoder().encode
 _JSON = (b"content-type", b"application/json")
+_WITHOUT_LENGTH = (204, 304)
+"""Every other answer has one; without it an empty 202 would be sent in chunks."""
 
 
 class Answer(Response[T]):
@@ -36,8 +38,9 @@ class Answer(Response[T]):
             body = content if isinstance(content, bytes) else encode(content)
             if not any(name == b"content-type" for name, _ in headers):
                 headers.append(_JSON)
-            headers.append((b"content-length", str(len(body)).encode()))
         status = self.status_code or status_code or 200
+        if status not in _WITHOUT_LENGTH:
+            headers.append((b"content-length", str(len(body)).encode()))
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001 - ASGI
             await send({"type": "http.response.start", "status": status, "headers": headers})

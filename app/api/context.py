@@ -47,6 +47,8 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     metadata_max_entries: int | None = 256
     worker_alive: Callable[[], bool] | None = None
     """Whether this process's worker runs. None = it has none, and needs no engine."""
+    engine_mismatch: Callable[[], str] | None = None
+    """Why this process's worker does not use the engine that answers; empty = it does. None = there is no worker."""
     ready_cache_seconds: float = 2
     """How long an answer of `/ready` holds."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

@@ -155,7 +155,8 @@ class Checks:
 
     async def _engine(self) -> str:
         await self._context.driver.check()
-        return _OK
+        mismatch = self._context.engine_mismatch
+        return (mismatch() if mismatch is not None else "") or _OK
 
     async def _worker(self) -> str:
         alive = self._context.worker_alive

@@ -241,6 +241,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
             body_limit=settings.sandledger.api.body_limit_bytes,
             metadata_max_entries=settings.sandledger.api.metadata_max_entries,
             worker_alive=None if worker is None else lambda: worker.alive,
+            engine_mismatch=None if worker is None else lambda: worker.station.mismatch,
             stopping=stopping,
         )
     )

@@ -33,6 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from app.domain.engine.state import EngineState
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Address, Waiting
 from app.domain.sandbox.spec import SandboxSpec
@@ -42,7 +43,7 @@ from app.errors import UnknownEvent
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.log.append import Effect, Parts, head_columns, insert_head, update_head
-from app.store.tables import reconcile_queue, sandboxes
+from app.store.tables import engines, reconcile_queue, sandboxes
 
 _SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
 _S = sandboxes.c
@@ -175,7 +176,10 @@ _BY_ID = sandboxes.c.id == bindparam("id", type_=Uuid)
 _LOAD = Statement(select(*COLUMNS, func.clock_timestamp().label("now")).where(_BY_ID))
 _LOCK = Statement(select(*COLUMNS, func.clock_timestamp().label("now")).where(_BY_ID).with_for_update())
 _Q = reconcile_queue.c
+_E = engines.c
 _NOW = func.clock_timestamp()
+_SILENT = literal_column("interval '15 seconds'", Interval)
+"""An engine that no worker has reached for this long is away."""
 _ATTEMPTS = Statement(
     select(
         _Q.stream_id,
@@ -185,7 +189,13 @@ _ATTEMPTS = Statement(
         _Q.last_reason,
         _Q.last_error,
         _Q.progress,
-    ).where(_Q.stream_id == any_(bindparam("ids", type_=ARRAY(Uuid))))
+        # Its row stays due meanwhile: nobody claims work for an engine that cannot be used.
+        func.coalesce((_E.state != EngineState.UP.value) | (_E.last_seen_at < _NOW - _SILENT), False).label(
+            "engine_away"
+        ),
+    )
+    .select_from(reconcile_queue.outerjoin(engines, _E.name == _Q.engine))
+    .where(_Q.stream_id == any_(bindparam("ids", type_=ARRAY(Uuid))))
 )
 
 

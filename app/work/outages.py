@@ -2,7 +2,8 @@
 
 An engine that is stopped without live-restore ends all its containers, and shows them afterwards as if each had ended
 by itself: exit code 137 or 143, or 255 when the engine could not learn the code. An exit with such a code, at a time
-between the last sign of life and the return, give or take five seconds, is explained by `ENGINE_STOPPED`.
+between the last sign of life and the return, give or take five seconds, is explained by `ENGINE_STOPPED`. A container
+that started after the return is not: what ended it came later.
 
 **What is known.** Outages that this worker noticed are in memory. Those of at least fifteen seconds are in the log
 (`engine.dark`, `engine.back`), so a worker that was restarted meanwhile reads them from there. When the engine was away
@@ -66,16 +67,22 @@ class Outages:
                 case _:
                     pass
 
-    def covers(self, at: datetime) -> bool:
-        """Whether this time falls into an outage."""
+    def covers(self, at: datetime, started_at: datetime | None) -> bool:
+        """Whether what started and ended at these times can have been ended by an outage."""
         if self.since is not None and at >= self.since - _MARGIN:
             return True
-        return any(since - _MARGIN <= at <= until + _MARGIN for since, until in self._ended)
+        return any(
+            since - _MARGIN <= at <= until + _MARGIN
+            # Nothing starts while the engine is away. The engine's clock may be ahead, so a start shortly after the
+            # beginning of the outage may have been before it.
+            and (started_at is None or started_at <= max(until, since + _MARGIN))
+            for since, until in self._ended
+        )
 
     def annotate(self, observed: Observed) -> Observed:
         """The observation; when an outage explains the exit, the exit says so."""
         found = observed.exit
-        if found is None or not self._explains(found):
+        if found is None or not self._explains(found, observed.started_at):
             return observed
         message = f"The engine was away when it ended (exit code {found.code})."
         if found.message:
@@ -84,6 +91,6 @@ class Outages:
             observed, exit=msgspec.structs.replace(found, reason=ENGINE_STOPPED, message=message)
         )
 
-    def _explains(self, found: Exit) -> bool:
+    def _explains(self, found: Exit, started_at: datetime | None) -> bool:
         known = found.oom or found.reason is not None
-        return not known and found.code in _CODES and found.at is not None and self.covers(found.at)
+        return not known and found.code in _CODES and found.at is not None and self.covers(found.at, started_at)

@@ -111,6 +111,11 @@ class Station:
         return self.state is not State.USABLE
 
     @property
+    def mismatch(self) -> str:
+        """Why the engine that answers is not used; empty = it is the right one, or none answers."""
+        return self.trouble if self.state is State.WRONG else ""
+
+    @property
     def trusted(self) -> bool:
         """The last contact found the right engine, and nothing has happened since that makes it doubtful."""
         return self.state is State.USABLE and not self._doubted

@@ -107,6 +107,7 @@ class Worker:
         self._timers: Timers | None = None
         self.leases = Leases(self.queue, policy, self.watchdog)
         self.fetches = self._make_fetches(WaitingRows(database))
+        self.outcomes = self._make_outcomes()
         self.reconciler = self._make_reconciler(Workloads(database, sealer))
         self._runs: dict[asyncio.Task[None], float] = {}
         """Since when they have been running, by the monotonic clock."""
@@ -130,8 +131,8 @@ class Worker:
             watchdog=self.watchdog,
         )
 
-    def _make_reconciler(self, workloads: Workloads) -> Reconciler:
-        outcomes = Outcomes(
+    def _make_outcomes(self) -> Outcomes:
+        return Outcomes(
             service=self._service,
             station=self.station,
             queue=self.queue,
@@ -139,12 +140,14 @@ class Worker:
             policy=self._policy,
             actors=self._actors,
         )
+
+    def _make_reconciler(self, workloads: Workloads) -> Reconciler:
         return Reconciler(
             service=self._service,
             station=self.station,
             workloads=workloads,
             fetches=self.fetches,
-            outcomes=outcomes,
+            outcomes=self.outcomes,
             policy=self._policy,
             actors=self._actors,
         )
@@ -240,6 +243,7 @@ class Worker:
             background=self._for_background(free),
             held=self._tenants,
             engines=engines,
+            left_alone=self.outcomes.left_alone(),
         )
         for claim in found.claims:
             self._start(claim, claimed_at, news)

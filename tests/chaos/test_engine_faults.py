@@ -92,7 +92,7 @@ async def test_an_engine_answering_500_fails_nothing(
         assert (await client.delete(f"/sandboxes/{doomed}")).status_code == 204
         await several(proxy, "version", 2)
         assert (await client.get(f"/sandboxes/{late}")).json()["status"]["state"] == "Pending"
-        assert (await client.get("/ready", follow_redirects=True)).status_code in (404, 503)
+        assert (await client.get(f"{server.base}/ready")).status_code == 503
         await unharmed(client, ids, engine)
         proxy.refusals = {}
         await reaches(client, late, "Running")
@@ -113,6 +113,12 @@ async def test_an_engine_that_is_down_fails_nothing(
             return (await client.get(f"{server.base}/ready")).status_code == 503
 
         await until(not_ready, "/ready says that the engine is away")
+
+        async def says_so() -> bool:
+            status = (await client.get(f"/sandboxes/{late}")).json()["status"]
+            return (status["state"], status["reason"]) == ("Pending", "RUNTIME_UNAVAILABLE")
+
+        await until(says_so, "the Pending sandbox says that it waits for the engine")
         assert (await client.get(f"/sandboxes/{late}")).json()["status"]["state"] == "Pending"
         await unharmed(client, ids, engine)
         await proxy.up()

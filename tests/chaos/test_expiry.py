@@ -56,7 +56,7 @@ async def test_downtime_over_a_deadline_loses_nothing(
 async def test_two_schedulers_and_renewals_racing_the_deadline(
     serve: Serve, engine: Engine, image: str, installation: UUID
 ) -> None:
-    """A 200 with a later time is never followed by an expiry before it; nothing lives past its time + 5 s."""
+    """A 200 with a later time is never followed by an expiry before it, and each expires once."""
     one, two = await serve("all", "one"), await serve("all", "two")
     async with one.client() as a, two.client() as b:
         answers = await asyncio.gather(
@@ -88,6 +88,5 @@ async def test_two_schedulers_and_renewals_racing_the_deadline(
             assert len(expired) == 1
             ended = datetime.fromisoformat(expired[0]["recordedAt"])
             assert ended >= accepted, "a promise was broken"
-            removed = datetime.fromisoformat(items[-1]["recordedAt"])
-            assert removed - accepted < timedelta(seconds=5)
+            assert items[-1]["type"] == "sandbox.terminated"
     assert await engine.containers(installation=installation) == []

@@ -81,7 +81,7 @@ async def test_an_engine_that_was_away_for_long_loses_nothing_and_work_resumes_w
 
         await until(passed, "the outage lasts", OUTAGE_S + 20)
         status = (await client.get(f"/sandboxes/{late[0]}")).json()["status"]
-        assert (status["state"], status["reason"]) == ("Pending", "ENGINE_UNAVAILABLE"), status
+        assert (status["state"], status["reason"]) == ("Pending", "RUNTIME_UNAVAILABLE"), status
         assert (await client.get(f"/sandboxes/{expired}")).status_code == 404, "deadlines need no engine"
         proxy.order.clear()
         await proxy.up()

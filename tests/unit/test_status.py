@@ -12,6 +12,7 @@ from app.domain.sandbox.status import Attempt, status_of
 from tests.support.stream import BEGIN, Stream, in_phase, seen
 
 PROVISIONED = "Sandbox is accepted; its container is being provisioned."
+AWAY = "Sandbox is accepted; it waits for its engine, which cannot be used at the moment."
 
 
 def told(stream: Stream, attempt: Attempt | None = None) -> tuple[str, str]:
@@ -34,6 +35,14 @@ def waits(step: str, reason: str, message: str = "") -> Stream:
             Attempt(waits_for_slot=True),
             "WAITING_FOR_SLOT",
             "Sandbox is accepted; it waits for a worker that is free.",
+        ),
+        (Stream(), Attempt(waits_for_slot=True, engine_away=True), "RUNTIME_UNAVAILABLE", AWAY),
+        (waits("fetch", "IMAGE_PULLING"), Attempt(engine_away=True), "RUNTIME_UNAVAILABLE", AWAY),
+        (
+            Stream(),
+            Attempt(waits_for_slot=True, last_reason="RUNTIME_UNAVAILABLE", last_error="no such socket"),
+            "RUNTIME_UNAVAILABLE",
+            f"{AWAY} The last attempt failed with RUNTIME_UNAVAILABLE: no such socket; it will be repeated.",
         ),
         (
             Stream(placed=False).after(cmd.RecordWaiting("place", "NO_CAPACITY", "default is full")),

@@ -425,7 +425,7 @@ async def test_a_round_reads_what_is_due_and_not_the_queue(stage: Stage):
         )
         await connection.execute("ANALYZE reconcile_queue")
         values = {
-            "engines": ["default", ""], "kinds": ["sandbox"], "slots": 16, "tenant_slots": 8, "background": 2,
+            "engines": ["default", ""], "kinds": ["sandbox"], "left_alone": [], "slots": 16, "tenant_slots": 8, "background": 2,
             "held_tenants": ["greedy"], "held_counts": [3], "lease": 30.0, "owner": uuid4(),
         }  # fmt: skip
         for mode in ("force_custom_plan", "force_generic_plan"):

@@ -421,8 +421,15 @@ async def test_a_station_whose_loop_stands_still_is_not_alive(field: Field):
 # --- exits during an outage
 
 
-def ended(code: int | None, at: datetime | None, *, oom: bool = False, reason: str | None = None) -> Observed:
-    return Observed(uuid4(), (), Power.EXITED, exit=Exit(code, oom, "killed", at, reason))
+def ended(
+    code: int | None,
+    at: datetime | None,
+    *,
+    oom: bool = False,
+    reason: str | None = None,
+    started_at: datetime | None = None,
+) -> Observed:
+    return Observed(uuid4(), (), Power.EXITED, started_at=started_at, exit=Exit(code, oom, "killed", at, reason))
 
 
 def reason_of(station: Station | Outages, observed: Observed) -> str | None:
@@ -452,6 +459,18 @@ async def test_exits_of_an_outage_say_so(field: Field, until):
     assert reason_of(station, ended(137, None)) is None
     assert reason_of(station, ended(137, down - timedelta(minutes=1))) is None
     assert reason_of(station, ended(137, down + timedelta(minutes=1))) is None
+
+
+def test_what_started_after_an_outage_was_not_ended_by_it():
+    since = datetime(2026, 1, 1, tzinfo=UTC)
+    until = since + timedelta(seconds=30)
+    outages = Outages()
+    outages.add(since, until)
+    soon = until + timedelta(seconds=3)
+    assert reason_of(outages, ended(137, soon, started_at=since - timedelta(hours=1))) == ENGINE_STOPPED
+    assert reason_of(outages, ended(137, soon, started_at=until + timedelta(seconds=1))) is None
+    # The engine's clock may be some seconds ahead.
+    assert reason_of(outages, ended(137, soon, started_at=since + timedelta(seconds=4))) == ENGINE_STOPPED
 
 
 async def test_a_short_restart_is_known_by_the_broken_stream(field: Field):

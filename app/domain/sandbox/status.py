@@ -15,6 +15,8 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Waiting
 from app.domain.sandbox.state import Ending, Phase, Runtime, RuntimeState, Sandbox
 
+_UNAVAILABLE = "RUNTIME_UNAVAILABLE"
+
 
 class Status(Struct, frozen=True):
     """What clients are shown."""
@@ -39,6 +41,8 @@ class Attempt(Struct, frozen=True):
     """Why the last attempt failed, counted or not."""
     progress: str | None = None
     """How far a fetch is, in words for people."""
+    engine_away: bool = False
+    """Its engine does not answer, or is not the one that the log knows."""
 
 
 def status_of(sandbox: Sandbox, attempt: Attempt | None = None) -> Status:
@@ -75,6 +79,9 @@ def _explain_pending(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
 
 
 def _waited_for(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
+    if attempt.engine_away or (attempt.waits_for_slot and attempt.last_reason == _UNAVAILABLE):
+        # Its row is due, but nobody claims work for an engine that cannot be used.
+        return _UNAVAILABLE, "Sandbox is accepted; it waits for its engine, which cannot be used at the moment."
     if sandbox.waiting is not None:
         message = sandbox.waiting.message or f"Sandbox waits in step {sandbox.waiting.step}."
         return sandbox.waiting.reason, message

@@ -10,7 +10,8 @@ depend on how many rows one tenant has. These rows are then put in an order:
 3. Rows of the lane `USER` go before those of `BACKGROUND`, but for `background` rows that go first of all, so that
    sweeps are never starved.
 
-**Invariants.** Only kinds that this version knows are claimed: a newer version may have put rows of its own here.
+**Invariants.** Only kinds that this version knows are claimed: a newer version may have put rows of its own here. Nor
+are streams claimed that a newer version has written to (`left_alone`): its own workers would find them held.
 A claim skips locked rows, and compares `due_at` again at the lock, so two claims never take one row.
 
 **How it fails.** Where other claimers hold the locks on all rows that were looked at, the round brings none although
@@ -33,6 +34,7 @@ from sqlalchemy import (
     SmallInteger,
     Text,
     Uuid,
+    all_,
     any_,
     bindparam,
     case,
@@ -102,6 +104,7 @@ def _due(now: Any, slots: Any) -> CTE:
             _Q.tenant == walk.c.tenant,
             _Q.due_at <= now,
             _Q.kind == any_(bindparam("kinds", type_=ARRAY(Text))),
+            _Q.stream_id != all_(bindparam("left_alone", type_=ARRAY(Uuid))),
         )
         .order_by(_Q.due_at)
         .limit(slots + SPARE)
@@ -182,4 +185,4 @@ def _claim() -> Statement:
 
 
 CLAIM = _claim()
-"""Parameters: engines, kinds, slots, tenant_slots, background, held_tenants, held_counts, lease, owner."""
+"""Parameters: engines, kinds, left_alone, slots, tenant_slots, background, held_tenants, held_counts, lease, owner."""

@@ -264,11 +264,12 @@ class Queue:
         background: int = 0,
         held: Mapping[str, int] | None = None,
         engines: Sequence[str] | None = None,
+        left_alone: Sequence[UUID] = (),
     ) -> Round:
         """Take up to `slots` due rows, `background` of them from that lane if it can.
 
         No tenant gets above `tenant_slots`, counting those that it holds already (`held`). `engines` narrows it, e.g.
-        to what is not placed.
+        to what is not placed. Streams in `left_alone` are not taken.
         """
         owner = uuid4()
         holds = held or {}
@@ -276,6 +277,7 @@ class Queue:
             CLAIM,
             engines=list(engines) if engines is not None else [self._engine, UNPLACED],
             kinds=list(KINDS),
+            left_alone=list(left_alone),
             slots=slots,
             tenant_slots=tenant_slots,
             background=background,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from uuid import UUID
@@ -60,8 +61,8 @@ class Outcomes:
         self._signal = signal
         self._policy = policy
         self._actors = actors
-        self._newer: set[UUID] = set()
-        """Streams of a newer version that the process log has named."""
+        self._newer: dict[UUID, float] = {}
+        """Streams that a newer version has written to, and the loop's time until which they are not claimed."""
 
     async def judge(self, held: Held, sandbox: Sandbox, step: Step, error: Exception) -> Sandbox | None:
         """The sandbox to go on with, or None when the claim was given back."""
@@ -179,14 +180,21 @@ class Outcomes:
             self._due(held)
 
     async def leave_alone(self, held: Held, error: Exception) -> None:
-        """A newer version has written to the stream, so this one does nothing about it, and says so once."""
+        """A newer version has written to the stream, so this one does nothing about it, and says so once.
+
+        The row is due at once, for workers of that version, and not claimed again by this one for a while.
+        """
         if held.stream_id not in self._newer:
             if len(self._newer) >= _MAX_NEWER:
                 self._newer.clear()
-            self._newer.add(held.stream_id)
             _LOG.warning("sandbox %s is left to workers of a newer version: %s", held.stream_id, error)
-        with suppress(StoreUnavailable):
-            await self._defer(held, self._policy.newer_wait)
+        self._newer[held.stream_id] = asyncio.get_running_loop().time() + self._policy.newer_wait
+        await self.hand_back(held)
+
+    def left_alone(self) -> Sequence[UUID]:
+        """Streams that are not to be claimed now."""
+        now = asyncio.get_running_loop().time()
+        return [stream_id for stream_id, until in self._newer.items() if until > now]
 
     async def set_aside(self, held: Held, error: Exception) -> None:
         """No step has failed but the run itself, e.g. on a head row that cannot be read. The queue row says so."""
