@@ -290,7 +290,8 @@ async def test_an_unsettled_position_is_no_base(service: Service, database: Data
         assert base.position < highest, "the horizon stands before the open writer, not at the last position"
         assert (await listing.page(Wanted("default"), size=1)).total == 4
         naive = Listing(database)
-        naive.totals._base = totals.Base(highest, base.identity, base.witness, {"default": totals.Count(4, 4)})
+        witness = await service.log.witness(highest)
+        naive.totals._base = totals.Base(highest, base.identity, witness, {"default": totals.Count(4, 4)})
         assert (await naive.page(Wanted("default"), size=1)).total == 4
         await slow.commit()
     assert (await listing.page(Wanted("default"), size=1)).total == 5
