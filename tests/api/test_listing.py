@@ -28,7 +28,7 @@ from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.tables import events, sandboxes
 from app.views import totals
-from app.views.listing import MAX_COUNTED, Cursor, Listing, Wanted, _shape, page_statement
+from app.views.listing import MAX_COUNTED, Cursor, Listing, Wanted, page_statement, shape_of
 from tests.api.conftest import create, observe
 from tests.support.sql import connected
 
@@ -290,7 +290,8 @@ async def test_an_unsettled_position_is_no_base(service: Service, database: Data
         assert base.position < highest, "the horizon stands before the open writer, not at the last position"
         assert (await listing.page(Wanted("default"), size=1)).total == 4
         naive = Listing(database)
-        naive.totals._base = totals.Base(highest, base.identity, {"default": totals.Count(4, 4)})
+        witness = await service.log.witness(highest)
+        naive.totals._base = totals.Base(highest, base.identity, witness, {"default": totals.Count(4, 4)})
         assert (await naive.page(Wanted("default"), size=1)).total == 4
         await slow.commit()
     assert (await listing.page(Wanted("default"), size=1)).total == 5
@@ -331,7 +332,7 @@ async def test_a_database_that_went_back_is_counted_anew(service: Service, datab
         real = await listing.totals.base()
         position = changes.get("last_position", real.position)
         identity = replace(real.identity, **changes)
-        listing.totals._base = totals.Base(position, identity, {"default": totals.Count(77, 77)})
+        listing.totals._base = totals.Base(position, identity, real.witness, {"default": totals.Count(77, 77)})
         listing.totals._checked_at = float("-inf")
         assert (await listing.page(Wanted("default"), size=1)).total == 1, changes
         assert listing.totals.derived == 2
@@ -440,7 +441,7 @@ async def test_a_page_is_an_index_scan(
     values |= {"phase": "Running", "metadata": '{"n": "8"}'}
     if after is not None:
         values |= {"created_at": after.created_at, "id": after.id}
-    statement = page_statement(_shape(wanted, offset, after))
+    statement = page_statement(shape_of(wanted, offset, after))
     for mode in modes:
         await ten_thousand.execute(f"SET plan_cache_mode = force_{mode}_plan")
         lines = await ten_thousand.fetch(
