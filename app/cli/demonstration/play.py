@@ -296,7 +296,7 @@ async def _endings(demo: Demo, sandboxes: list[str], installation: str) -> None:
     demo.say("Nothing of ours is left on the engine")
     left = await demo.leftovers(installation)
     check(not left, f"left behind: {left}")
-    demo.saw("no container, network or volume bears our label")
+    demo.saw("no container, network or volume bears our label, but the mark by which the engine is known")
 
 
 async def _installation(demo: Demo, sandbox: str) -> str:
