@@ -23,14 +23,14 @@ from msgspec.inspect import Field, Metadata, StructType, Type, UnionType, type_i
 
 MASK = "***"
 
-_YEAR = 366 * 24 * 3600
+_MAX_SECONDS = 366 * 24 * 3600
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 CountOrNone = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Meta(min_length=1)]
-Seconds = Annotated[float, Meta(gt=0, le=_YEAR)]
-Grace = Annotated[float, Meta(ge=0, le=_YEAR)]
-WholeSeconds = Annotated[int, Meta(ge=1, le=_YEAR)]
+Seconds = Annotated[float, Meta(gt=0, le=_MAX_SECONDS)]
+Grace = Annotated[float, Meta(ge=0, le=_MAX_SECONDS)]
+WholeSeconds = Annotated[int, Meta(ge=1, le=_MAX_SECONDS)]
 ApiKey = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z", description="text in one line", extra={"secret": True})]
 Environment = Annotated[
     dict[str, str], Meta(description="a table of text values (quote numbers)", extra={"secret": True})
@@ -221,7 +221,7 @@ class DockerSettings(Table, frozen=True):
     """Environment of every sandbox; the request's own values win."""
 
 
-_FEWEST_CONNECTIONS = 5
+_MIN_CONNECTIONS = 5
 
 
 class PostgresqlSettings(Table, frozen=True):
@@ -242,9 +242,9 @@ class PostgresqlSettings(Table, frozen=True):
 
     def __post_init__(self) -> None:
         """Check what one field cannot say."""
-        if self.max_pool_size < _FEWEST_CONNECTIONS:
+        if self.max_pool_size < _MIN_CONNECTIONS:
             raise ValueError(
-                f"max_pool_size ({self.max_pool_size}) must be at least {_FEWEST_CONNECTIONS}: one connection listens,"
+                f"max_pool_size ({self.max_pool_size}) must be at least {_MIN_CONNECTIONS}: one connection listens,"
                 " two keep leases, one guards a sweep, and the work needs another"
             )
         if self.min_pool_size > self.max_pool_size:

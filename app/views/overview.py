@@ -22,7 +22,7 @@ DARK_AFTER_SECONDS = 15.0
 LATE_AFTER_SECONDS = 15.0
 """A row that is due for longer than this is late: no worker has taken it."""
 FAILING_ATTEMPTS = 3
-HELD_POSITIONS = 1000
+MAX_HELD_POSITIONS = 1000
 """A horizon that lies further behind is held back by a writer that hangs."""
 MAX_SHOWN = 20
 
@@ -145,7 +145,7 @@ class Overview(Struct, frozen=True):
 
     def _log_problems(self) -> list[str]:
         found: list[str] = []
-        if self.log.lag > HELD_POSITIONS:
+        if self.log.lag > MAX_HELD_POSITIONS:
             found.append(f"the log's horizon is {self.log.lag} positions behind: a writer hangs in its transaction")
         if self.log.partitions_ahead < 1:
             found.append("no spare partition of the log is left: a worker makes them; look at its log")

@@ -32,7 +32,7 @@ from app.runtime.docker.answers import Version
 from app.runtime.docker.options import Times
 
 T = TypeVar("T")
-CONNECT_TIMEOUT = 30.0
+CONNECT_SECONDS = 30.0
 NOT_NEGOTIATED = "auto"
 _VERSION = re.compile(r"\d+\.\d+\Z")
 _GATEWAY = {HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT}
@@ -236,7 +236,7 @@ def trouble(what: str, refused: Refused, message: str | None = None) -> RuntimeU
 
 def until_done(*, quiet: float | None = None) -> aiohttp.ClientTimeout:
     """No limit on the whole, for streams; `quiet` = seconds of silence after which the stream counts as dead."""
-    return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=quiet)
+    return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=quiet)
 
 
 async def lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -31,23 +31,23 @@ log = logging.getLogger(__name__)
 
 ACTIONS = ("die", "oom", "pause", "unpause", "restart", "destroy")
 """Not `start`: each of ours would come back as a hint and cost an inspect call. A stranger's is found by the sweep."""
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 5.0
-NANO = 1_000_000_000
+MIN_PAUSE_SECONDS = 0.1
+MAX_PAUSE_SECONDS = 5.0
+NANOS_PER_SECOND = 1_000_000_000
 
 
 async def hints(engine: Engine, installation: UUID, silence: float) -> AsyncIterator[UUID | None]:
     """Ids for ever; None when a stream broke, since the engine may have forgotten what was between."""
     filters = {"type": ["container"], "event": ACTIONS, "label": [f"{names.INSTALLATION}={installation}"]}
     params = {"filters": msgspec.json.encode(filters).decode()}
-    pause, broke = FIRST_PAUSE, False
+    pause, broke = MIN_PAUSE_SECONDS, False
     while True:
         opened = False
         try:
             async with engine.open("GET", "events", params=params, timeout=until_done(quiet=silence)) as response:
                 if broke:
                     yield None
-                opened, broke, pause = True, False, FIRST_PAUSE
+                opened, broke, pause = True, False, MIN_PAUSE_SECONDS
                 params.setdefault("since", _opened(response))
                 async for line in lines(response):
                     event = _event(line)
@@ -64,7 +64,7 @@ async def hints(engine: Engine, installation: UUID, silence: float) -> AsyncIter
             log.info("the engine's event stream ended, opening it again in %.1f s: %s", pause, error)
         broke = broke or "since" in params
         await asyncio.sleep(pause)
-        pause = min(pause * 2, LONGEST_PAUSE)
+        pause = min(pause * 2, MAX_PAUSE_SECONDS)
 
 
 def _opened(response: aiohttp.ClientResponse) -> str:
@@ -76,7 +76,7 @@ def _opened(response: aiohttp.ClientResponse) -> str:
 
 
 def _just_after(moment: int) -> str:
-    seconds, rest = divmod(moment + 1, NANO)
+    seconds, rest = divmod(moment + 1, NANOS_PER_SECOND)
     return f"{seconds}.{rest:09d}"
 
 

@@ -24,7 +24,7 @@ from app.runtime.docker.answers import Info, Version, Volume
 from app.runtime.docker.engine import Engine, Refused, trouble
 from app.runtime.driver import Capabilities, EngineInfo
 
-OLDEST_API = (1, 41)
+MIN_API_VERSION = (1, 41)
 KIND = "docker"
 NANO = 1_000_000_000
 
@@ -87,7 +87,7 @@ async def _find_mark(engine: Engine, installation: UUID) -> str | None:
 
 
 def _demand_api(engine: Engine, version: Version) -> None:
-    if tuple(int(part) for part in version.api_version.split(".") if part.isdecimal()) < OLDEST_API:
+    if tuple(int(part) for part in version.api_version.split(".") if part.isdecimal()) < MIN_API_VERSION:
         raise RuntimeUnavailable(
             f"the Docker engine at {engine.address} is too old ({storable(version.version)}): use 20.10 or later"
         )

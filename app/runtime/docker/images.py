@@ -17,7 +17,7 @@ from app.runtime.docker.engine import Engine, Refused, trouble
 from app.runtime.driver import FetchedImage
 
 IMAGE_ID = re.compile(r"(sha256:)?[0-9a-f]{64}\Z")
-_REMEMBERED = 1024
+_MAX_REMEMBERED_DIGESTS = 1024
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\-\[\]+]*\Z")
 _DEFAULT_HOSTS = ("docker.io/", "index.docker.io/")
 
@@ -67,7 +67,7 @@ class Images:
     def _store(self, key: tuple[str, str], digest: str | None) -> None:
         self._digests.pop(key, None)
         self._digests[key] = digest
-        while len(self._digests) > _REMEMBERED:
+        while len(self._digests) > _MAX_REMEMBERED_DIGESTS:
             del self._digests[next(iter(self._digests))]
 
 

@@ -28,7 +28,7 @@ from app.runtime.driver import Power, Workload
 from app.runtime.faults import AttemptFailed, ImageMissing
 
 HIDDEN = "***"
-SHORTEST_SECRET = 4
+MIN_SECRET_CHARS = 4
 """Shorter values are not searched for: they would punch holes into every message and give nothing away."""
 
 NO_IMAGE = ("no such image", "image with reference")
@@ -109,7 +109,7 @@ def remove_verdict(name: str, refused: Refused) -> RuntimeFault:
 def without(text: str, secrets: list[str]) -> str:
     """The text without the secrets, as they are and as they stand inside a quoted string."""
     for secret in sorted(secrets, key=len, reverse=True):  # longest first: one may contain another
-        if len(secret) >= SHORTEST_SECRET:
+        if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, HIDDEN).replace(_quoted(secret), HIDDEN)
     return text
 

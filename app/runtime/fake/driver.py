@@ -35,7 +35,7 @@ from app.runtime.faults import AttemptFailed, ImageMissing
 from app.runtime.flights import Flights
 
 Hook: TypeAlias = Callable[[str], Awaitable[None]]
-RETRY_PAUSE = 0.01
+RETRY_PAUSE_SECONDS = 0.01
 CAPACITY = Capacity(4_000_000_000, 8 << 30)
 
 
@@ -147,7 +147,7 @@ class FakeDriver:
                 try:
                     await self._enter("events")
                 except RuntimeUnavailable:
-                    await asyncio.sleep(RETRY_PAUSE)
+                    await asyncio.sleep(RETRY_PAUSE_SECONDS)
                     continue
                 if anew:
                     yield None

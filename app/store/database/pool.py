@@ -40,12 +40,12 @@ from app.store.database.statement import Statement
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
-_GOODBYE_S = 2.0
-_IDLE_S = 60.0
-RESERVED = 2
+_CLOSE_SECONDS = 2.0
+_IDLE_SECONDS = 60.0
+RESERVED_CONNECTIONS = 2
 """Connections for leases and wake-ups."""
-KEPT_BACK = RESERVED + 1
-"""Those, and the one that listens."""
+KEPT_BACK = RESERVED_CONNECTIONS + 1
+"""The reserved connections and the one that listens."""
 
 
 class _OneLine(logging.Filter):
@@ -199,7 +199,7 @@ class Pool:
         """Close for good. Closing sends the cancel request of a statement that was given up and waits for it."""
         try:
             if not driver.is_closed():
-                await driver.close(timeout=_GOODBYE_S)
+                await driver.close(timeout=_CLOSE_SECONDS)
             await self._pool.release(driver)
         except (*GONE, pg.PostgresError):
             with suppress(pg.InterfaceError):  # it is out of the pool already
@@ -227,7 +227,7 @@ class Pool:
             max_size=maximum,
             connect=self._connector.open,
             reset=_no_reset,
-            max_inactive_connection_lifetime=_IDLE_S,
+            max_inactive_connection_lifetime=_IDLE_SECONDS,
             max_queries=2**62,
         )
 
@@ -251,7 +251,7 @@ class Pool:
         await asyncio.gather(*self._goodbyes, return_exceptions=True)
         if self._pool is not None:
             with suppress(*GONE, pg.PostgresError):
-                async with asyncio.timeout(_GOODBYE_S):
+                async with asyncio.timeout(_CLOSE_SECONDS):
                     await self._pool.close()
 
     def terminate(self) -> None:
@@ -288,7 +288,9 @@ class Database(Pool):
         super().__init__(
             connector, min_size=min(min_size, max_size), max_size=max_size, wait=pool_timeout, on_open=self._attend
         )
-        self.reserved = Pool(connector, min_size=0, max_size=RESERVED, wait=pool_timeout, on_open=self._attend)
+        self.reserved = Pool(
+            connector, min_size=0, max_size=RESERVED_CONNECTIONS, wait=pool_timeout, on_open=self._attend
+        )
         """For claims, heartbeats and notifications only."""
         self._knock_every = knock_every
         self._listening: set[Any] = set()
@@ -316,7 +318,7 @@ class Database(Pool):
         finally:
             self._listening.discard(driver)
             with suppress(*GONE, pg.PostgresError):
-                await asyncio.shield(driver.close(timeout=_GOODBYE_S))
+                await asyncio.shield(driver.close(timeout=_CLOSE_SECONDS))
 
     def _attend(self) -> None:
         if self._attending is None:
@@ -338,7 +340,7 @@ class Database(Pool):
         await self.reserved.retire()
         for driver in list(self._listening):
             with suppress(*GONE, pg.PostgresError):
-                await driver.close(timeout=_GOODBYE_S)
+                await driver.close(timeout=_CLOSE_SECONDS)
 
     async def close(self) -> None:
         """Close every connection."""

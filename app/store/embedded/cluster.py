@@ -35,10 +35,10 @@ from app.errors import SettingsError, StoreUnavailable
 from app.store.embedded.account import Account, account_for, home_for, programs_for, replace, sync_folder
 
 _SOCKET = ".s.PGSQL.5432"
-_SOCKET_PATH_MAX = 107
-PATIENCE = 600.0
+_MAX_SOCKET_PATH_BYTES = 107
+MAX_WAIT_SECONDS = 600.0
 """Seconds that a start, with recovery, may take."""
-ORPHANS = 5.0
+ORPHAN_EXIT_SECONDS = 5.0
 """Seconds that processes without a postmaster get to notice its death."""
 _STOPPING = ((signal.SIGINT, 60.0), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0))
 """Fast shutdown, immediate shutdown, the kernel's; each with its seconds. All are safe for what was committed."""
@@ -165,7 +165,7 @@ def _sockets(home: Path, account: Account) -> Path:
     The short one must be what we made: the account's, closed to others, no link. Anything else is replaced.
     """
     near = home / "socket"
-    if re.fullmatch(r"[\w./+-]+", str(near), re.ASCII) and len(str(near / _SOCKET)) <= _SOCKET_PATH_MAX:
+    if re.fullmatch(r"[\w./+-]+", str(near), re.ASCII) and len(str(near / _SOCKET)) <= _MAX_SOCKET_PATH_BYTES:
         return account.own(near)
     record = home / "socket-dir"
     if record.exists():
@@ -225,7 +225,7 @@ def launch(cluster: Cluster, lock: int) -> None:
                 "-s",
                 "-w",
                 "-t",
-                str(int(PATIENCE)),
+                str(int(MAX_WAIT_SECONDS)),
                 "-D",
                 cluster.data,
                 "-l",
@@ -278,10 +278,10 @@ def heal(cluster: Cluster, headless: float) -> None:
         if cluster.ready() and not (cluster.sockets / _SOCKET).exists():
             cluster.say("PostgreSQL has lost its socket; restarting it")
             stop(cluster)
-    elif headless > ORPHANS:
+    elif headless > ORPHAN_EXIT_SECONDS:
         for process in filter(cluster.occupied_by, psutil.process_iter()):
             with suppress(psutil.Error):
-                process.send_signal(signal.SIGQUIT if headless < 2 * ORPHANS else signal.SIGKILL)
+                process.send_signal(signal.SIGQUIT if headless < 2 * ORPHAN_EXIT_SECONDS else signal.SIGKILL)
 
 
 def stop(cluster: Cluster) -> None:

@@ -39,7 +39,7 @@ from urllib.parse import quote
 
 from app.errors import SettingsError, StoreUnavailable
 from app.store.embedded.account import binaries
-from app.store.embedded.cluster import PATIENCE, Cluster, ensure_database, find, heal, launch, stop
+from app.store.embedded.cluster import MAX_WAIT_SECONDS, Cluster, ensure_database, find, heal, launch, stop
 
 __all__ = ["EmbeddedPostgres", "binaries"]
 
@@ -122,8 +122,8 @@ class _Progress:
     def check(self, what: Callable[[], str]) -> None:
         """Once a round."""
         self.waited = time.monotonic() - self._begin
-        if self.waited > PATIENCE:
-            raise StoreUnavailable(f"waited {PATIENCE:.0f} s in vain for {what()}")
+        if self.waited > MAX_WAIT_SECONDS:
+            raise StoreUnavailable(f"waited {MAX_WAIT_SECONDS:.0f} s in vain for {what()}")
         if self.waited > self._next:
             self._next += 5.0
             self._say(f"waiting for {what()}")

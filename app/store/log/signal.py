@@ -38,10 +38,10 @@ from app.store.database.statement import Statement
 
 NEWS_CHANNEL = "sandledger_news"
 WORK_CHANNEL = "sandledger_work"
-_WINDOW_S = 0.02
+_COLLECT_SECONDS = 0.02
 _MAX_IDS = 200  # 200 * 33 bytes stay below NOTIFY's 8000
-_RECONNECT_S = 1.0
-_LAST_WORDS_S = 1.0
+_RECONNECT_SECONDS = 1.0
+_FINAL_SEND_SECONDS = 1.0
 _news = func.pg_notify(NEWS_CHANNEL, bindparam("news", type_=Text))
 _NEWS = Statement(select(_news))
 _NEWS_AND_WORK = Statement(select(_news, func.pg_notify(WORK_CHANNEL, bindparam("work", type_=Text))))
@@ -127,7 +127,7 @@ class Signal:
                 tasks.create_task(self._listen_forever(), name="signal-listen")
         finally:
             try:
-                async with asyncio.timeout(_LAST_WORDS_S):
+                async with asyncio.timeout(_FINAL_SEND_SECONDS):
                     while self._outbox:
                         await self._notify()
             except TimeoutError:
@@ -137,7 +137,7 @@ class Signal:
         while True:
             await self._outgoing.wait()
             await self._notify()
-            await asyncio.sleep(_WINDOW_S)
+            await asyncio.sleep(_COLLECT_SECONDS)
 
     async def _notify(self) -> None:
         self._outgoing.clear()
@@ -164,7 +164,7 @@ class Signal:
                 await self._listen()
             except _FAILURES as error:
                 _LOG.warning("not listening, polling instead: %s", error)
-            await asyncio.sleep(_RECONNECT_S)
+            await asyncio.sleep(_RECONNECT_SECONDS)
 
     async def _listen(self) -> None:
         channels = {NEWS_CHANNEL: self._heard_news, WORK_CHANNEL: self._heard_work}
