@@ -2,7 +2,7 @@
 
 Names, bounds and defaults follow the public server, so that its configuration files keep working. Where a default
 differs (`server.host`, `docker.network_mode`, `store.type`), the field says so. `app.settings.keys` walks these types
-to tell known keys from unknown ones, `app.settings.problems` to say what a key allows; nothing is listed twice.
+to distinguish known keys from unknown ones, `app.settings.problems` to say what a key allows; nothing is listed twice.
 
 Two marks in `Meta(extra=...)` carry meaning:
 
@@ -101,7 +101,7 @@ class Table(Struct, frozen=True):
     """One TOML table. Its repr shows that a secret is set, never which."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """Rich has its own repr of structs, in tracebacks too: it must mask as well."""
+        """Rich has its own repr of structs, in tracebacks too: it must hide secrets too."""
         hidden = _secrets(type(self))
         values: list[tuple[str, Any]] = [(name, getattr(self, name)) for name in self.__struct_fields__]
         return [(name, MASK if name in hidden and value else value) for name, value in values]
@@ -129,7 +129,7 @@ class ServerSettings(Table, frozen=True):
     loop: Literal["auto", "uvloop", "asyncio"] = "auto"
     """Event loop."""
     http: Literal["auto", "httptools", "h11"] = "auto"
-    """Read for compatibility. Every value means httptools, whose heads are bounded in bytes and in time."""
+    """Read for compatibility. Every value means httptools, because its heads are bounded in bytes and in time."""
     api_key: ApiKey | None = None
     """The key clients send; None = requests need no key. A blank key in file or environment becomes None."""
     max_sandbox_timeout_seconds: Annotated[int, Meta(ge=60, le=2**31 - 1)] | None = None
@@ -273,13 +273,13 @@ class WorkerSettings(Table, frozen=True):
     backoff_max_seconds: Seconds = 300
     """Longest wait, in seconds, before any retry."""
     orphan_grace_seconds: Grace = 120
-    """Age in seconds below which an object nobody knows is left alone."""
+    """Age in seconds below which an object that no sandbox owns is not removed."""
     missing_grace_seconds: Grace = 10
     """Seconds an expected object has to be missing before it counts as lost."""
     expiry_lease_seconds: Seconds = 4
     """Seconds after which an expiry that was claimed and not finished fires again."""
     orphan_dry_run: bool = False
-    """Report orphans, remove none."""
+    """Report orphans and do not remove them."""
 
     def __post_init__(self) -> None:
         """Check what one field cannot say."""

@@ -70,7 +70,7 @@ class DeadlineLine(Struct, frozen=True):
     name: str
     rows: int
     overdue: int
-    """Fired by nobody although their time has come."""
+    """Deadlines that are due and have not fired."""
     oldest_overdue_s: float
 
 
@@ -88,7 +88,7 @@ class StuckLine(Struct, frozen=True):
 
 
 class LogLine(Struct, frozen=True):
-    """How the log stands."""
+    """The state of the log."""
 
     last_position: int
     horizon: int
@@ -101,7 +101,7 @@ class LogLine(Struct, frozen=True):
 
 
 class Overview(Struct, frozen=True):
-    """All of it."""
+    """The whole status of an installation."""
 
     engines: tuple[EngineLine, ...]
     queue: tuple[QueueLine, ...]
@@ -148,7 +148,7 @@ class Overview(Struct, frozen=True):
         if self.log.lag > MAX_HELD_POSITIONS:
             found.append(f"the log's horizon is {self.log.lag} positions behind: a writer hangs in its transaction")
         if self.log.partitions_ahead < 1:
-            found.append("no spare partition of the log is left: a worker makes them; look at its log")
+            found.append("no spare partition of the log is left: a worker makes them; check its log")
         return found
 
 
@@ -238,7 +238,7 @@ _STUCK = Statement(
 
 
 class OverviewReader:
-    """Reads it."""
+    """Reads the status from the database."""
 
     def __init__(self, database: Database, *, stopping_s: float = 60, power_s: float = 60) -> None:
         """On an open database, with the operator's limits of transitional phases."""
@@ -251,7 +251,7 @@ class OverviewReader:
         return tuple(EngineLine(*row) for row in await self._database.fetch(_ENGINES))
 
     async def read(self) -> Overview:
-        """As things are now."""
+        """Read the status at this moment."""
         fetch = self._database.fetch
         identity = await self._log.identity()
         return Overview(

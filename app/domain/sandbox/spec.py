@@ -36,7 +36,7 @@ class Platform(Struct, frozen=True):
 
 
 class SandboxSpec(Struct, frozen=True, omit_defaults=True):
-    """The request as accepted."""
+    """What a client requested, as it was accepted."""
 
     image: str
     entrypoint: tuple[str, ...]
@@ -62,7 +62,7 @@ def parse_limits(limits: Mapping[str, str]) -> dict[str, int]:
 
     Raises:
         Invalid: a quantity is malformed.
-        Unsupported: a resource this server does not limit; ignoring it would promise what nobody keeps.
+        Unsupported: a resource this server does not limit; ignoring it would promise a limit that does not exist.
     """
     parsed: dict[str, int] = {}
     for key, text in limits.items():

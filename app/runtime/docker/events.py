@@ -4,8 +4,9 @@ Protocol. One stream, filtered by our label. The moment of the last event read i
 so what happened while no stream was open is reported late rather than never, as far as the engine remembers it. For the
 first stream that moment is the engine's own clock at its opening (the `Date` of the answer): the clocks need not agree.
 
-A stream that was silent for long is opened anew, because its connection may be dead. That alone is no reason to look at
-everything: most engines are silent at night. A stream that broke is one: an engine that restarts forgets its events.
+A stream that was silent for long is opened again, because its connection may be dead. That alone is no reason to
+inspect everything: most engines are silent at night. A stream that broke is a reason: an engine that restarts loses
+its events.
 
 How it fails. Any failure, end or long silence leads to a new stream after a growing pause. The engine keeps only the
 latest few hundred events: hints are lossy by contract, the sweep makes up for it.

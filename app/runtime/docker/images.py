@@ -23,14 +23,14 @@ _DEFAULT_HOSTS = ("docker.io/", "index.docker.io/")
 
 
 class Images:
-    """The images of one engine."""
+    """Inspects and remembers the images of one engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._digests: dict[tuple[str, str], str | None] = {}
 
     async def show(self, reference: str) -> ImageShown | None:
-        """Look at an image, by reference or id. None = it is not there, or the reference names no image at all."""
+        """Inspect an image, by reference or id. None = it is not there, or the reference names no image at all."""
         if not is_reference(reference):
             return None
         try:

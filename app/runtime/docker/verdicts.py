@@ -8,7 +8,7 @@ Three answers are possible.
 * `AttemptFailed`: everything else. Most of it is trouble of the host or of the operator's settings, which looks the
   same for every sandbox; a sandbox waits for it to be mended until its time is up, and then ends with these words.
 
-So a text that nobody has read before delays a verdict, and never invents one.
+So an unknown text delays a final verdict. It never causes one.
 
 Every text that leaves through here has lost the values of the workload's environment and its password, because the
 engine repeats malformed input in its errors; and it has lost its control characters.

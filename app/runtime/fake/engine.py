@@ -102,7 +102,7 @@ class FakeEngine:
 
     def start(self, name: str) -> None:
         """Run what was created."""
-        # No hint: as with the real driver, a start that a driver makes is known to whoever asked for it.
+        # No hint: as with the real driver, a start that a driver makes is known to its caller.
         self._run(name)
         container = self.containers[name]
         ends = self.scripts.get(container.object_id) if container.object_id else None
@@ -120,7 +120,7 @@ class FakeEngine:
         self._end(self.containers[name_of(object_id)], Exit(KILLED_CODE if oom else code, oom, message, self._clock()))
 
     def restart(self, object_id: UUID) -> None:
-        """From outside, as `docker restart`: the same container, started anew."""
+        """From outside, as `docker restart`: the same container is started again."""
         name = name_of(object_id)
         self._end(self.containers[name], Exit(KILLED_CODE, at=self._clock()))
         self._run(name)
@@ -173,7 +173,7 @@ class FakeEngine:
             self.destroy(container.name)
 
     def destroy(self, name: str) -> None:
-        """Take away."""
+        """Remove a container."""
         self._publish(self.containers.pop(name))
 
     def leave(self, installation: UUID, leftover: Leftover) -> None:
@@ -203,7 +203,7 @@ class FakeEngine:
         return len(self._streams)
 
     def close_stream(self, stream: asyncio.Queue[FakeContainer | None]) -> None:
-        """No more events."""
+        """End an event stream."""
         self._streams.discard(stream)
 
     def _run(self, name: str) -> None:

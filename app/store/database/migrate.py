@@ -67,7 +67,7 @@ Say = Callable[[str], None]
 
 
 class Migration(Struct, frozen=True):
-    """What a run did."""
+    """The revisions before and after a run."""
 
     before: str | None
     after: str | None

@@ -1,4 +1,4 @@
-"""The connections of one process: most of them for everybody, a few kept back for leases and wake-ups.
+"""The connections of one process: most of them shared, a few reserved for leases and wake-ups.
 
 asyncpg's pool holds the connections, `app.store.database.connect` opens and checks them, SQLAlchemy Core only writes
 SQL. Every statement is its own transaction.
@@ -6,14 +6,14 @@ SQL. Every statement is its own transaction.
 **Two pools.** Twelve slow statements of the API may use up the first one. Claims, heartbeats and notifications go
 through `reserved`, so that a busy server keeps its leases. One more connection listens.
 
-**Two errors.** StoreBusy: all connections are in use for longer than `pool_timeout`; PostgreSQL is well. Any other
-StoreUnavailable: it does not answer, or may not write. Only acquiring and the statement itself are translated, never
-the body of a caller who holds a connection: an error of the engine in there is not the database's.
+**Two errors.** StoreBusy: all connections are in use for longer than `pool_timeout`; PostgreSQL itself answers. Any
+other StoreUnavailable: it does not answer, or may not write. Only acquiring and the statement itself are translated,
+never the body of a caller who holds a connection: an error of the engine in there is not the database's.
 
 **Silence.** A statement that is not answered within `command_timeout` counts as a database that is gone: after a
 failover, or a partition that drops packets, an open connection may stay silent for a quarter of an hour. A statement
 that is cancelled or times out is cancelled at the server too, and its connection is closed in the background, so that
-nobody waits for the goodbye.
+no caller waits for the close.
 
 **Smart shutdown.** PostgreSQL then refuses new connections and waits for the open ones, without telling them. So a new
 connection is tried every `knock_every` seconds; when it is refused because the server shuts down, all idle connections
@@ -44,7 +44,7 @@ _CLOSE_SECONDS = 2.0
 _IDLE_SECONDS = 60.0
 RESERVED_CONNECTIONS = 2
 """Connections for leases and wake-ups."""
-KEPT_BACK = RESERVED_CONNECTIONS + 1
+RESERVED_AND_LISTENER_CONNECTIONS = RESERVED_CONNECTIONS + 1
 """The reserved connections and the one that listens."""
 
 
@@ -63,25 +63,24 @@ logging.getLogger("asyncpg.pool").addFilter(_OneLine())
 
 
 async def _no_reset(_driver: object) -> None:
-    """Every statement commits by itself, and whoever holds a connection cleans up: nothing to reset."""
+    """Every statement commits by itself, and the holder of a connection cleans up, so there is nothing to reset."""
 
 
 class Connection:
-    """One connection out of the pool."""
+    """One connection that was taken from the pool."""
 
     def __init__(self, driver: Any) -> None:
-        """Wrap it."""
         self._driver = driver
         self.broken = False
         """A statement of unknown fate may still run on it."""
 
     async def fetch(self, statement: Statement, **values: Any) -> Sequence[asyncpg.Record]:
-        """All rows."""
+        """Run a statement and answer all its rows."""
         arguments = statement.arguments(values)
         return await self._translated(self._driver.fetch(statement.sql, *arguments))
 
     async def fetch_one(self, statement: Statement, **values: Any) -> asyncpg.Record | None:
-        """The first row, or None."""
+        """Run a statement and answer its first row. None = it has no row."""
         rows = await self.fetch(statement, **values)
         return rows[0] if rows else None
 
@@ -155,7 +154,7 @@ class Pool:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Connection]:
-        """Several statements, all or none."""
+        """Run several statements in one transaction."""
         async with self.connection() as connection, connection.all_or_none():
             yield connection
 
@@ -196,7 +195,7 @@ class Pool:
             self._slots.release()
 
     async def _part(self, driver: Any) -> None:
-        """Close for good. Closing sends the cancel request of a statement that was given up and waits for it."""
+        """Close the connection. Closing sends the cancel request of a statement that was given up and waits for it."""
         try:
             if not driver.is_closed():
                 await driver.close(timeout=_CLOSE_SECONDS)
@@ -310,8 +309,8 @@ class Database(Pool):
             self._listening.add(driver)
             driver.add_termination_listener(listening.end)
             try:
-                for channel, heard in channels.items():
-                    await driver.add_listener(channel, heard)
+                for channel, callback in channels.items():
+                    await driver.add_listener(channel, callback)
             except GONE as error:
                 raise explained(error) from error
             yield listening
@@ -357,10 +356,9 @@ class Database(Pool):
 
 
 class Listening:
-    """A connection that hears a channel."""
+    """A connection that listens on channels."""
 
     def __init__(self, driver: Any) -> None:
-        """Wrap it."""
         self._driver = driver
         self.ended = asyncio.Event()
         """Set when the connection has ended."""

@@ -1,10 +1,10 @@
-"""One PostgreSQL cluster on disk: make it, start it, look at it, stop it.
+"""One PostgreSQL cluster on disk: create, start, inspect and stop it.
 
-Knows nothing of who else uses it: callers hold the locks of `app.store.embedded.server`, and `launch` hands the one
-for the postmaster down to whatever it starts.
+This module does not know who else uses the cluster: callers hold the locks of `app.store.embedded.server`, and
+`launch` hands the one for the postmaster down to every process that it starts.
 
 **Invariants.** `data` is complete or absent: initdb works in `data.new`, which is synced and renamed; a `data.new` that
-is met was left by a kill and is made anew. The postmaster has its own session, no standard input, none of our files
+exists was left by a kill and is made again. The postmaster has its own session, no standard input, none of our files
 but the lock and none of our environment. It listens on a socket only, in a folder (0700) that only its account and
 root can enter, which is why `trust` is enough. No statement, parameter or key value reaches its log: errors of clients
 go to the clients only, and details are cut. Configuration lies beside `data`, written at every start; the operator's
@@ -51,7 +51,7 @@ unix_socket_directories = '{sockets}'
 unix_socket_permissions = 0700
 hba_file = '{home}/pg_hba.conf'
 max_connections = 100
-# An idle server should be small.
+# An idle server should use little memory.
 shared_buffers = 32MB
 huge_pages = off
 io_method = sync
@@ -126,7 +126,7 @@ class Cluster(Struct, frozen=True):
         return process if self.occupied_by(process) else None
 
     def ready(self) -> bool:
-        """Whether the postmaster says so."""
+        """Say whether the postmaster reports that it is ready."""
         return [line.strip() for line in self._pid_file()[7:]] == ["ready"]
 
     def _pid_file(self) -> list[str]:
