@@ -43,8 +43,8 @@ END $$;
 DO $$
 BEGIN
     EXECUTE format('GRANT CONNECT ON DATABASE %I TO :app_role', current_database());
-    -- Temporary tables and new objects are of no use to servers. PUBLIC loses them only where the database has no
-    -- other schema.
+    -- Temporary tables and new objects are of no use to servers. PUBLIC loses them only where no other
+    -- schema of the database has a table.
     IF NOT EXISTS (
         SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'sandledger') AND n.nspname NOT LIKE 'pg\\_%'
