@@ -206,7 +206,7 @@ def from_row(row: asyncpg.Record) -> Engine:
         engine_id=row["engine_id"],
         mark=row["mark"],
         epoch=row["epoch"],
-        state=EngineState(row["state"]),
+        state=_state(row["state"]),
         state_since=row["state_since"],
         labels=_decode_labels(row["labels"]),
         capabilities=_decode_capabilities(row["capabilities"]),
@@ -216,3 +216,11 @@ def from_row(row: asyncpg.Record) -> Engine:
         trouble=row["trouble"],
         trusted_position=row["trusted_position"],
     )
+
+
+def _state(word: str) -> EngineState:
+    """A word of a newer version says nothing that this one could act on: nothing is placed there, nothing concluded."""
+    try:
+        return EngineState(word)
+    except ValueError:
+        return EngineState.DARK
