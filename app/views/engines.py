@@ -165,10 +165,6 @@ class EnginesView:
         """Read again at the next call: this process has changed an engine."""
         self._read_at = float("-inf")
 
-    async def by_name(self, name: str | None) -> Engine | None:
-        """One engine, at most a second old."""
-        return next((engine for engine in await self.known() if engine.name == name), None)
-
     async def load(self, engine_id: UUID) -> tuple[Engine, datetime] | None:
         """One engine as it is now, and the database's clock."""
         row = await self._database.fetch_one(_LOAD, id=engine_id)
