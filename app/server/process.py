@@ -25,6 +25,7 @@ from sqlalchemy import literal, select
 from app import __version__
 from app.errors import RuntimeUnavailable, SettingsError, StoreUnavailable
 from app.server.assembly import MakeDriver, Opened, Say, api_app, deadline_limits, docker_driver, opened, work_policy
+from app.server.life import life_file, show_life
 from app.server.listener import listen, uvicorn_server
 from app.settings import Settings, check_exposure
 from app.store.database.statement import Statement
@@ -129,7 +130,11 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
         news = tasks.create_task(parts.signal.run(), name="signal")
         watch = tasks.create_task(_keep_embedded(parts), name="embedded-postgres")
         keys = tasks.create_task(follow_master_key(parts.database, parts.sealer), name="master-key")
+        ends = [news, watch, keys]
         working = None if worker is None else tasks.create_task(worker.run(), name="worker")
+        if worker is not None:
+            path = life_file(parts.settings.sandledger.state_dir)
+            ends.append(tasks.create_task(show_life(lambda: worker.alive, path), name="life"))
         http = serving = None
         address = None
         if listener is not None:
@@ -147,7 +152,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
             await worker.stop(parts.settings.server.timeout_graceful_shutdown)
             await working
         # Last words of the worker still go out to others before the signal ends.
-        for task in (news, watch, keys):
+        for task in ends:
             task.cancel()
 
 

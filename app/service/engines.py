@@ -8,7 +8,7 @@ import asyncpg
 from sqlalchemy import BigInteger, bindparam, func, select
 
 from app.domain.engine import events as ev
-from app.domain.engine.decide import LOG_WENT_BACK, Command, RecordSighting, Sighting, Trust, begin, decide
+from app.domain.engine.decide import LOG_WENT_BACK, Command, Sighting, Trust, begin, decide
 from app.domain.engine.state import Engine, EngineState, evolve, stream_of
 from app.domain.stream import PLATFORM_TENANT, Meta
 from app.errors import SettingsError
@@ -53,7 +53,11 @@ class Engines:
         return None if loaded is None else loaded[0]
 
     async def register(self, sighting: Sighting, meta: Meta) -> Engine:
-        """First contact; when another server was first, compare with what it registered."""
+        """First contact; when another server was first, what it registered.
+
+        Whether that is the same engine is the caller's to compare: it has just been reached, so a server whose address
+        leads elsewhere must not call it a mismatch for all.
+        """
         engine_id = stream_of(self._installation, sighting.name)
         draft = Draft(engine_id, PLATFORM_TENANT, 0, begin(sighting), meta)
         after = advance(evolve, None, draft.recorded())
@@ -63,7 +67,9 @@ class Engines:
                 self._database, _CREATE, engine_id, encoded, after=0, meta=meta, **engines.values(after)
             )
         except asyncpg.UniqueViolationError:
-            return await self.execute(sighting.name, RecordSighting(sighting), meta)
+            known = await self.load(sighting.name)
+            assert known is not None, "engines are never deleted"
+            return known
         assert written is not None, "the guard of a new stream always has its row"
         self._changed(engine_id)
         return advance(evolve, None, draft.recorded(written))

@@ -30,6 +30,8 @@ CountOrNone = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Meta(min_length=1)]
 Seconds = Annotated[float, Meta(gt=0, le=_MAX_SECONDS)]
 Grace = Annotated[float, Meta(ge=0, le=_MAX_SECONDS)]
+Lease = Annotated[float, Meta(ge=1, le=_MAX_SECONDS)]
+"""A shorter one would run out between two statements: nothing would ever be held, and the loops would spin."""
 WholeSeconds = Annotated[int, Meta(ge=1, le=_MAX_SECONDS)]
 ApiKey = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z", description="text in one line", extra={"secret": True})]
 Environment = Annotated[
@@ -264,7 +266,7 @@ class WorkerSettings(Table, frozen=True):
 
     concurrency: Annotated[int, Meta(ge=1, le=10_000)] = 16
     """Sandboxes of one tenant that one process works on at once; four more are kept for other tenants."""
-    lease_seconds: Seconds = 10
+    lease_seconds: Lease = 10
     """Seconds until work claimed by a silent worker is free again; renewed at a third of it."""
     sweep_seconds: Seconds = 300
     """Seconds between two full comparisons with the engine, by any one of its workers."""
@@ -276,7 +278,7 @@ class WorkerSettings(Table, frozen=True):
     """Age in seconds below which an object that no sandbox owns is not removed."""
     missing_grace_seconds: Grace = 10
     """Seconds an expected object has to be missing before it counts as lost."""
-    expiry_lease_seconds: Seconds = 4
+    expiry_lease_seconds: Lease = 4
     """Seconds after which an expiry that was claimed and not finished fires again."""
     orphan_dry_run: bool = False
     """Report orphans and do not remove them."""

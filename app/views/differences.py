@@ -65,7 +65,8 @@ _STILL_OPEN = Statement(
 _CLOCK = Statement(select(func.clock_timestamp().label("now")))
 _WANTS_WORK = or_(
     *(_S.phase == phase for phase in (Phase.PENDING, Phase.PAUSING, Phase.RESUMING, Phase.STOPPING)),
-    and_(_S.failure.is_not(None), _S.observed != RuntimeState.REMOVED),
+    # What failed before any engine took it has nothing to be removed.
+    and_(_S.failure.is_not(None), _S.observed != RuntimeState.REMOVED, _S.object_id.is_not(None)),
 )
 _STRANDED = Statement(
     select(_S.id)

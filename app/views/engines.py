@@ -164,10 +164,6 @@ class EnginesView:
         """Read again at the next call: this process has changed an engine."""
         self._read_at = float("-inf")
 
-    async def by_name(self, name: str | None) -> Engine | None:
-        """One engine, at most a second old."""
-        return next((engine for engine in await self.known() if engine.name == name), None)
-
     async def load(self, engine_id: UUID) -> tuple[Engine, datetime] | None:
         """One engine as it is now, and the database's clock."""
         row = await self._database.fetch_one(_LOAD, id=engine_id)
@@ -205,7 +201,7 @@ def from_row(row: asyncpg.Record) -> Engine:
         engine_id=row["engine_id"],
         mark=row["mark"],
         epoch=row["epoch"],
-        state=EngineState(row["state"]),
+        state=_state(row["state"]),
         state_since=row["state_since"],
         labels=_decode_labels(row["labels"]),
         capabilities=_decode_capabilities(row["capabilities"]),
@@ -215,3 +211,11 @@ def from_row(row: asyncpg.Record) -> Engine:
         trouble=row["trouble"],
         trusted_position=row["trusted_position"],
     )
+
+
+def _state(word: str) -> EngineState:
+    """A word of a newer version says nothing that this one could act on: nothing is placed there, nothing concluded."""
+    try:
+        return EngineState(word)
+    except ValueError:
+        return EngineState.DARK

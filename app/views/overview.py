@@ -25,6 +25,7 @@ FAILING_ATTEMPTS = 3
 MAX_HELD_POSITIONS = 1000
 """A horizon that lies further behind is held back by a writer that hangs."""
 MAX_SHOWN = 20
+"""Stuck sandboxes that are read and listed."""
 
 _now = func.clock_timestamp()
 _Q, _D, _S, _E = reconcile_queue.c, deadlines.c, sandboxes.c, engines.c
@@ -140,7 +141,8 @@ class Overview(Struct, frozen=True):
             if line.oldest_overdue_s > LATE_AFTER_SECONDS
         ]
         if self.stuck:
-            found.append(f"{len(self.stuck)} sandboxes are stuck or failing; they are listed below")
+            bound = "at least " if len(self.stuck) == MAX_SHOWN else ""
+            found.append(f"{bound}{len(self.stuck)} sandboxes are stuck or failing; they are listed below")
         return found
 
     def _log_problems(self) -> list[str]:

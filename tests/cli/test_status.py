@@ -26,7 +26,7 @@ from app.settings import Settings
 from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.queue.reconcile import Failed, Queue
-from app.views.overview import MAX_HELD_POSITIONS
+from app.views.overview import MAX_HELD_POSITIONS, MAX_SHOWN
 from tests.cli.test_commands import run
 from tests.conftest import INSTALLATION, SIGHTING, STATION
 from tests.support.sql import connected, insert_event
@@ -158,6 +158,14 @@ async def failing(world: World) -> AsyncGenerator[None]:
 
 
 @asynccontextmanager
+async def many_stopping(world: World) -> AsyncGenerator[None]:
+    """More than are listed."""
+    for _ in range(MAX_SHOWN + 1):
+        await world.service.execute(await world.create(), cmd.Terminate(), META)
+    yield
+
+
+@asynccontextmanager
 async def last_partition(world: World) -> AsyncGenerator[None]:
     await world.owner(*await _spare(world))
     yield
@@ -196,6 +204,7 @@ TROUBLES: list[tuple[Trouble, str]] = [
     (overdue, "1 deadlines expiry have not fired, the oldest for "),
     (stopping, "1 sandboxes are stuck or failing"),
     (failing, "1 sandboxes are stuck or failing"),
+    (many_stopping, f"at least {MAX_SHOWN} sandboxes are stuck or failing"),
     (last_partition, "no spare partition of the log is left"),
     (hanging, "the log's horizon is 1"),
 ]

@@ -57,7 +57,11 @@ def test_two_of_each_serve_outlive_kills_and_leave_nothing(stack: Stack) -> None
         stack.until(f"{api} is ready", lambda api=api: stack.ready(api))
     for service in (*APIS, *WORKERS):
         hardening(stack, service)
-    # The workers' health check; the engine itself waits half a minute before it asks.
+    for worker in WORKERS:
+        stack.until(
+            f"{worker} is healthy",
+            lambda worker=worker: stack.container(worker)["State"]["Health"]["Status"] == "healthy",
+        )
     assert "Traceback" not in stack.compose("exec", "-T", "worker1", "sandledger", "doctor")
     create_through_each(stack)
 

@@ -61,6 +61,17 @@ async def test_servers_that_meet_an_engine_at_once_register_it_once(database: Da
     assert [type(event) for event in events] == [ev.Registered, ev.Seen]
 
 
+async def test_of_two_engines_with_one_name_the_first_is_registered_and_stays_up(
+    database: Database, servers: list[Engines]
+):
+    """One of two servers starts with a stale address, and both find no engine registered yet."""
+    first = await servers[0].register(SIGHTING, META)
+    second = await servers[1].register(msgspec.structs.replace(SIGHTING, mark="mark-2"), META)
+    assert (second.mark, second.state) == ("mark-1", EngineState.UP)
+    events = [one.event for one in await history(database, first.id)]
+    assert [type(event) for event in events] == [ev.Registered, ev.Seen]
+
+
 async def test_servers_that_see_one_change_record_it_once(database: Database, servers: list[Engines]):
     registered = await servers[0].register(SIGHTING, META)
     newer = RecordSighting(msgspec.structs.replace(SIGHTING, version="30.0"))

@@ -93,6 +93,15 @@ async def test_writing_every_column_would_erase_it(dsn: str, service: Service, d
     assert "newer" not in (await json_columns(dsn, sandbox_id))["runtime"]
 
 
+async def test_an_engine_in_a_state_of_a_newer_version_takes_nothing_and_stops_nothing(dsn: str, service: Service):
+    """One such row would otherwise refuse every create at every older server."""
+    assert (await service.create(uuid4(), TENANT, requested(), None, META)).sandbox.engine is not None
+    async with connected(dsn, owner=True) as owner:
+        assert await owner.execute("UPDATE engines SET state = 'full'") == "UPDATE 1"
+    service.engines.forget()
+    assert (await service.create(uuid4(), TENANT, requested(), None, META)).sandbox.engine is None
+
+
 async def raise_schema(dsn: str, table: str, stream_id: UUID) -> None:
     async with connected(dsn, owner=True) as owner:
         await owner.execute(f"UPDATE {table} SET schema = 2, version = version + 1 WHERE id = $1", stream_id)

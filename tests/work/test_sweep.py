@@ -13,6 +13,7 @@ import pytest
 
 from app.domain.engine import events as engine_events
 from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.observed import Observed, Part, Power
 from app.domain.sandbox.state import Desired, Phase, RuntimeState
 from app.errors import RuntimeUnavailable
@@ -449,6 +450,18 @@ async def test_a_sandbox_with_work_and_no_row_gets_one_and_a_complaint(field: Fi
     await field.sql("DELETE FROM reconcile_queue")
     sweeper = field.sweeper(field.station(), stranded_after=30)
     assert (await sweeper.sweep()).stranded == 0, "a fresh one is given time"
+
+
+async def test_a_sandbox_that_failed_before_it_was_placed_wants_no_work(field: Field):
+    """Nothing of it is anywhere, so nothing will ever be removed: it must not be called a bug in each sweep."""
+    failed = await field.create()  # no engine is registered yet
+    assert (await field.sandbox(failed)).object_id is None
+    await field.ask(failed, cmd.EndTransition(Limits(pending_s=0)))
+    assert await field.phase(failed) is Phase.FAILED
+    await field.sql("DELETE FROM reconcile_queue")
+    _, sweeper = await contacted(field, stranded_after=0)
+    assert (await sweeper.sweep()).stranded == 0
+    assert await queued(field) == {}
 
 
 async def test_deadlines_long_past_are_counted_and_complained_about(field: Field, caplog: pytest.LogCaptureFixture):

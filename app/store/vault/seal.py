@@ -104,11 +104,6 @@ class Sealer:
         self._digesting = digesting or os.urandom(_KEY_BYTES)
         self.key_id = key_id or self._master.ids[0]
 
-    @property
-    def known_key_ids(self) -> tuple[str, ...]:
-        """The master keys that open here."""
-        return self._master.ids
-
     def use(self, key_id: str) -> None:
         """Wrap by this master key from now on.
 
