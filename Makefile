@@ -18,7 +18,7 @@ define ready_for_tests
 @command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || [ "$$(id -u)" != 0 ] || .ci/apt pgbouncer || echo "The test of poolers needs pgbouncer."
 endef
 
-# Whether nobody holds this lock of the embedded PostgreSQL (app/store/embedded/server.py says which they are).
+# Whether no process holds this lock of the embedded PostgreSQL (app/store/embedded/server.py says which they are).
 free = { [ ! -e .state/postgres/$(1).lock ] || flock -n .state/postgres/$(1).lock true; }
 
 # A killed server leaves its PostgreSQL running. To join it and leave as the last user ends it in order.

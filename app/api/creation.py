@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import msgspec
@@ -19,7 +18,6 @@ from app.api.context import ApiContext
 from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, Issue, Problem, malformed
 from app.api.image import check_image
 from app.api.sandbox_wire import CreateSandbox
-from app.domain.sandbox.decide import LATEST
 from app.domain.sandbox.events import Requested
 from app.domain.sandbox.spec import (
     ALL_GPUS,
@@ -28,6 +26,7 @@ from app.domain.sandbox.spec import (
     SandboxSpec,
     check_metadata,
     check_platform,
+    check_timeout,
     parse_limits,
 )
 from app.errors import Invalid, KeyReused, Unsupported
@@ -144,20 +143,6 @@ def check_served(request: CreateSandbox) -> None:
 
 def _within(text: str, low: int, high: int) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high
-
-
-def check_timeout(timeout: int | None, longest: int | None) -> None:
-    """The upper bounds of `timeout`; the lower one is in the schema."""
-    if timeout is None:
-        return
-    if longest is not None and timeout > longest:
-        raise Invalid(INVALID_PARAMETER, f"timeout may be at most {longest} s (max_sandbox_timeout_seconds).")
-    try:
-        fits = datetime.now(UTC) + timedelta(seconds=timeout) < LATEST
-    except OverflowError:
-        fits = False
-    if not fits:
-        raise Invalid(INVALID_PARAMETER, "timeout must not reach beyond the year 9998; leave it out for no end.")
 
 
 def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], context: ApiContext) -> Platform | None:

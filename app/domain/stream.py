@@ -80,7 +80,7 @@ class Meta(Struct, frozen=True, omit_defaults=True):
 
 
 class Recorded(Struct, Generic[E], frozen=True):
-    """An event as it stands in the log."""
+    """An event as the log stores it."""
 
     position: int
     stream_id: UUID

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 from unicodedata import category
 
-MESSAGE_CHARS: Final = 4096
+MAX_MESSAGE_CHARS: Final = 4096
 """Longest text for people in a payload, in characters. As UTF-8 it may be four times as many bytes."""
 
 
@@ -25,10 +25,10 @@ def storable(message: str) -> str:
     As `printable`, but line feeds and tabs stay, and the length is bounded. A lone surrogate, e.g. of a byte that was
     not UTF-8, becomes `?`, because PostgreSQL stores none, and no NUL either.
     """
-    kept = message[:MESSAGE_CHARS].encode(errors="replace").decode()
+    kept = message[:MAX_MESSAGE_CHARS].encode(errors="replace").decode()
     if kept.isprintable():
         return kept
-    return "".join([char if char in "\n\t" else _shown(char) for char in kept])[:MESSAGE_CHARS]
+    return "".join([char if char in "\n\t" else _shown(char) for char in kept])[:MAX_MESSAGE_CHARS]
 
 
 def _shown(char: str) -> str:

@@ -15,7 +15,7 @@ Failures: `RuntimeUnavailable` when the engine cannot be reached or is failing (
 work, `ImageMissing` when `ensure` needs a `fetch` first. Anything else that escapes is a bug and is counted.
 
 Cancellation: once `ensure` has begun to create, it finishes create and start before it lets the cancellation through,
-so that nobody concludes "absent" while a create is still under way.
+so that no caller concludes "absent" while a create is still under way.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ __all__ = [
 ]
 
 Progress: TypeAlias = Callable[[str], None]
-"""Told how far a fetch is, in words for people, e.g. `3 of 7 layers, 41.2 of 120.0 MB`."""
+"""Called with the progress of a fetch as a text for people, e.g. `3 of 7 layers, 41.2 of 120.0 MB`."""
 
 
 class EngineInfo(Struct, frozen=True):
-    """Who the engine is."""
+    """The identity of the engine."""
 
     kind: str
-    """`docker`, `fake`."""
+    """The kind of engine, `docker` or `fake`."""
     version: str
     api: str
     engine_id: str
@@ -113,7 +113,7 @@ class Driver(Protocol):
         ...
 
     async def observe(self, ref: Ref) -> Observed | None:
-        """Look at one object. None = the engine answered and says that there is none (of ours)."""
+        """Inspect one object. None = the engine answered that it has none of ours."""
         ...
 
     async def set_power(self, ref: Ref, power: Power) -> Observed | None:
@@ -145,7 +145,7 @@ class Driver(Protocol):
     def hints(self) -> AsyncIterator[UUID | None]:
         """Ids of objects that may have changed, for ever, reconnecting by itself. Lossy by contract; carries no truth.
 
-        None = the stream broke and began again (an engine that restarts forgets): look at everything.
+        None = the stream broke and began again (an engine that restarts loses its events): inspect everything.
         """
         ...
 
@@ -161,7 +161,7 @@ class Driver(Protocol):
         ...
 
     async def image(self, reference: str) -> FetchedImage | None:
-        """Look for an image on the engine. None = it is not there."""
+        """Inspect an image on the engine. None = it is not there."""
         ...
 
     async def check(self) -> EngineInfo:
@@ -169,7 +169,7 @@ class Driver(Protocol):
         ...
 
     async def prepare(self) -> EngineInfo:
-        """First contact: leave our mark unless it is there, whoever made it first; then `check`."""
+        """First contact: make our mark unless another worker has made it; then `check`."""
         ...
 
     async def close(self) -> None:

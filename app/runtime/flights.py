@@ -1,11 +1,12 @@
-"""Work that several callers share: one flight for a key, whoever asks and however many.
+"""Work that several callers share: one flight for a key, however many callers ask.
 
 Protocol. The first caller for a key starts the flight, later ones join it. Each gets reports of its progress;
 who joins late gets the latest one at once. The result is a value for all: where it may be a failure, let it be a value
 too, so that each caller raises an error of its own.
 
 Invariants. A caller that is cancelled leaves alone. The flight lives until the last caller has left; then it is
-cancelled and forgotten at once, so that nobody can join a dying one. The key is kept only as long as its flight.
+cancelled and forgotten at once, so that no caller can join a flight that ends. The key is kept only as long as its
+flight.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ class Flights(Generic[K, T]):
         finally:
             del flight.passengers[ticket]
             if not flight.passengers:
-                # No await between the check and the removal, so nobody joins in between.
+                # No await between the check and the removal, so no caller joins in between.
                 if self._flights.get(key) is flight:
                     del self._flights[key]
                 flight.task.cancel()  # nothing when it is done
 
     async def close(self) -> None:
-        """End what still runs."""
+        """Cancel the flights that still run."""
         tasks = [flight.task for flight in self._flights.values()]
         for task in tasks:
             task.cancel()

@@ -26,7 +26,7 @@ from app.settings import Settings, is_loopback, redacted_dsn
 from app.store.database.dsn import address
 from app.store.database.installation import claim_master_key
 from app.store.database.migrate import Migration, migrate
-from app.store.database.pool import KEPT_BACK, Database
+from app.store.database.pool import RESERVED_AND_LISTENER_CONNECTIONS, Database
 from app.store.database.waiting import wait_until_there
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.refusals import Refusals
@@ -46,14 +46,14 @@ class Store(Struct, frozen=True):
     """A running, migrated PostgreSQL."""
 
     dsn: str
-    """As servers log in."""
+    """The address with the login of servers."""
     owner_dsn: str
     """As migrations log in; the same when only one is configured."""
     where: str
-    """Which, for people; no password."""
+    """The name of the database for messages; it has no password."""
     embedded: EmbeddedPostgres | None = None
     schema: Migration | None = None
-    """As it was found and left."""
+    """The schema before and after the migration."""
 
 
 class Opened(Struct, frozen=True):
@@ -104,7 +104,7 @@ def _quantity(key: str, text: str | None, parse: Callable[[str], int]) -> int | 
 
 
 def work_policy(settings: Settings) -> WorkPolicy:
-    """The worker's numbers."""
+    """The settings of the worker."""
     worker = settings.sandledger.worker
     return WorkPolicy(
         concurrency=worker.concurrency,
@@ -134,9 +134,9 @@ def deadline_limits(settings: Settings) -> Limits:
 async def open_database(
     settings: Settings, say: Say, *, upgrade: bool = True, patient: bool = False
 ) -> AsyncGenerator[Store]:
-    """Start or join the embedded one, or take the configured one; migrate it unless told to leave it as it is.
+    """Start or join the embedded database, or connect to the configured one; migrate it unless `upgrade` is false.
 
-    `patient` waits for a configured one that is not there yet.
+    `patient` waits for a configured database that is not there yet.
     """
     async with AsyncExitStack() as stack:
         store = await _store(settings, say, stack, settings.sandledger.start_wait_seconds if patient else 0)
@@ -154,7 +154,7 @@ async def open_database(
 
 
 def check_schema(store: Store) -> None:
-    """Whoever leaves the schema alone works only on one that this version can use.
+    """Check that this version can use the schema. A server that does not migrate needs this.
 
     Raises:
         SettingsError: it is older.
@@ -188,7 +188,7 @@ def database_of(settings: Settings, store: Store) -> Database:
     return Database(
         store.dsn,
         min_size=pool.min_pool_size,
-        max_size=pool.max_pool_size - KEPT_BACK,
+        max_size=pool.max_pool_size - RESERVED_AND_LISTENER_CONNECTIONS,
         connect_timeout=pool.connect_timeout_seconds,
         pool_timeout=pool.pool_timeout_seconds,
     )

@@ -33,8 +33,8 @@ from app.store.vault.rotation import follow_master_key
 from app.work.worker import Worker
 
 _LOG = logging.getLogger(__name__)
-_WATCH_S = 2.0
-_BANNER_S = 5.0
+_WATCH_SECONDS = 2.0
+_BANNER_SECONDS = 5.0
 _PING = Statement(select(literal(1)))
 
 
@@ -50,10 +50,10 @@ async def _engine_line(parts: Opened, worker: Worker | None) -> str:
     if worker is None:
         return "none needed here; the workers have theirs"
     try:
-        async with asyncio.timeout(_BANNER_S):
+        async with asyncio.timeout(_BANNER_SECONDS):
             info = await parts.driver.check()
     except TimeoutError:
-        return f"NO ANSWER within {_BANNER_S:.0f} s, creates will wait"
+        return f"NO ANSWER within {_BANNER_SECONDS:.0f} s, creates will wait"
     except RuntimeUnavailable as error:
         return f"NOT REACHABLE yet, creates will wait: {error}"
     return f"{info.kind} {info.version} at {info.address}"
@@ -160,7 +160,7 @@ async def _keep_embedded(parts: Opened) -> None:
     """Start the embedded postmaster again when it dies under us."""
     embedded = parts.store.embedded
     while embedded is not None:
-        await asyncio.sleep(_WATCH_S)
+        await asyncio.sleep(_WATCH_SECONDS)
         try:
             await parts.database.fetch(_PING)
         except StoreUnavailable as error:

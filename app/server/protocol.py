@@ -4,7 +4,7 @@
   of its length and memory with its length, of a caller who has shown no key. Beyond `MAX_HEAD_BYTES` the connection
   ends with 431. The bound is checked once per read, so a head that arrives in one piece may be longer by one read
   (256 KiB); it bounds the harm and is no exact measure.
-* A head has `head_within_seconds`. Half a head, or a connection that says nothing, would otherwise be kept for ever,
+* A head has `head_within_seconds`. Half a head, or a connection that sends nothing, would otherwise be kept for ever,
   and as many of them as `limit_concurrency` allows would shut everybody else out.
 * What follows an answer is bounded too, in case that something else than our application answered: beyond
   `MAX_SPILT_BYTES` the connection ends without a word. (Our application closes such connections itself, see
@@ -55,7 +55,7 @@ class HttpProtocol(HttpToolsProtocol):
     """Until when the present head has to be complete; between requests it is uvicorn's keep-alive that ends it."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        """As uvicorn makes it. The limit is taken out of uvicorn's hands, whose refusal is plain text."""
+        """As uvicorn makes it. uvicorn's own limit is switched off, because its refusal is plain text."""
         super().__init__(*arguments, **named)
         self._limit, self.limit_concurrency = self.limit_concurrency, None
         self._served = cast("Any", self).app
@@ -81,7 +81,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._deadline = None
 
     def data_received(self, data: bytes) -> None:
-        """A read."""
+        """Take what the client sent."""
         if self._head is not None:
             self._head += len(data)
         super().data_received(data)
@@ -99,7 +99,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def on_headers_complete(self) -> None:
-        """The head is over."""
+        """Stop the timer of the head; the request begins."""
         self._end_head()
         self._head, self._spilt = None, 0
         self.app: Any = _crowded if self._is_crowded() else self._served
@@ -137,7 +137,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - theirs
-        """What came is no HTTP."""
+        """Answer 400 to bytes that are not HTTP."""
         self._refuse(_MALFORMED)
 
     def _refuse(self, problem: Problem) -> None:

@@ -41,7 +41,6 @@ class Engines:
     """Commands about engines."""
 
     def __init__(self, database: Connections, signal: Signal, installation: UUID, view: EnginesView) -> None:
-        """On an open database."""
         self._database = database
         self._log = EventLog(database)
         self._signal = signal
@@ -83,7 +82,7 @@ class Engines:
     async def execute(self, name: str, command: Command, meta: Meta) -> Engine:
         """Decide and append; the state afterwards.
 
-        A conflict is another server's event, so every round brings somebody forward, and nobody is refused.
+        A conflict is another server's event, so some server succeeds in every round, and no server is refused.
         """
         engine_id = stream_of(self._installation, name)
         while True:

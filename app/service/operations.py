@@ -25,7 +25,6 @@ class OperationsLog:
     """Records acts of administrators."""
 
     def __init__(self, database: Database, installation: UUID) -> None:
-        """On an open database."""
         self._database = database
         self._id = installation
 

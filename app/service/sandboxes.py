@@ -6,8 +6,8 @@ key that is there already leads to the stream that the first request made.
 `execute` loads the head row with the database's clock, lets the core decide, checks the declared transitions, and
 appends behind the version guard. A conflict means that somebody else's event came first. After the first conflict the
 head row is locked in a transaction, decided on again and appended to, so no caller is refused because others are many.
-Two callers want no second chance: a client with `If-Match`, and a reconciler whose observation is about the state that
-it looked at (`record`); both get the conflict.
+Two callers must not be retried: a client with `If-Match`, and a reconciler whose observation is about the state that
+it read (`record`); both get the conflict.
 
 Commands about one sandbox take turns within a process, in the order of their arrival. Else each would wait for the row
 lock on a connection of its own, and a client that renews one sandbox many times at once would take the whole pool from
@@ -71,7 +71,7 @@ __all__ = ["Outcome", "Service", "StaleVersion"]
 
 
 class Outcome(Struct, frozen=True):
-    """What a command led to."""
+    """The result of a command."""
 
     sandbox: Sandbox
     events: tuple[ev.Event, ...] = ()
@@ -109,7 +109,7 @@ def _move(changed: frozenset[str], *, touch: bool, sets: bool, clears: bool, era
 
 
 class Service:
-    """Commands in, events out."""
+    """Runs commands on sandboxes and appends their events."""
 
     def __init__(self, database: Database, signal: Signal, limits: Limits | None = None) -> None:
         """On an open database, with the operator's limits of transitional phases."""
@@ -223,7 +223,7 @@ class Service:
                     locked = await current.load_locked(connection.fetch, sandbox_id, tenant)
                     assert locked is not None, "a head row is never deleted"
                     outcome = await self._try(connection, locked, attempt)
-                    assert outcome is not None, "nobody else can append while the head row is locked"
+                    assert outcome is not None, "no other writer can append while the head row is locked"
         if outcome.position is not None:
             self._signal.poke(sandbox_id, work=isinstance(command, _ASKS_FOR_WORK))
         return outcome

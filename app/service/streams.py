@@ -27,7 +27,7 @@ UNSET = datetime.fromisoformat("1970-01-01T00:00:00+00:00")
 
 
 class StaleVersion(SandledgerError):
-    """The stream moved on; look again before saying anything about it."""
+    """The stream has a newer event. Read it again before you decide."""
 
 
 class Draft(Struct, Generic[E], frozen=True):
@@ -86,7 +86,7 @@ def decoded(registry: Registry[E], stored: StoredEvent) -> Recorded[E]:
 
 
 def refuse_newer(kind: str, stream_id: UUID, schema: int, registry: Registry[E]) -> None:
-    """Nobody appends to a stream that a newer version has written to.
+    """This version must not append to a stream that a newer version has written to.
 
     Raises:
         UnknownEvent: says what to do.

@@ -29,7 +29,7 @@ _WORD = re.compile(r"\s*(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)(?=\s|\
 
 
 def redacted_dsn(dsn: str) -> str:
-    """The address without its password. What cannot be told apart for certain is hidden whole.
+    """The address without its password. When the password cannot be found for certain, the whole address is hidden.
 
     A password with a stray `/`, `?` or `#` would end up in the path for any URL parser; therefore an `@` or `#` behind
     the authority hides everything but the scheme.

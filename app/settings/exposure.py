@@ -1,4 +1,4 @@
-"""The start-up guard: nobody beyond this machine reaches a server without a key by accident.
+"""The start-up guard: a server without a key must not be reachable from other machines by accident.
 
 Fails closed: a name that does not resolve, or resolves to one address that is not loopback, counts as exposed.
 """
@@ -13,7 +13,9 @@ from app.settings.schema import Settings
 
 
 def check_exposure(settings: Settings) -> None:
-    """SettingsError when the server would listen beyond loopback without a key and nobody has accepted that."""
+    """SettingsError when the server would listen beyond loopback without a key and the operator has not accepted
+    that.
+    """
     server = settings.server
     if server.api_key or server.insecure or is_loopback(server.host):
         return

@@ -17,7 +17,7 @@ from app.errors import SettingsError
 from app.settings.keys import Toml, is_table, lookup
 from app.settings.schema import MASK, Settings, fields_of, marks
 
-_LONGEST = 80
+_MAX_SHOWN_CHARS = 80
 _PLACE = re.compile(r" - at `\$\.?([^`\[]*)([^`]*)`$")
 
 
@@ -56,7 +56,7 @@ def _shown(value: object, kind: inspect.Type) -> str:
     if _holds_secret(kind):
         return MASK
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
 
 
 def _allowed(kind: inspect.Type) -> str:

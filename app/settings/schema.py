@@ -2,7 +2,7 @@
 
 Names, bounds and defaults follow the public server, so that its configuration files keep working. Where a default
 differs (`server.host`, `docker.network_mode`, `store.type`), the field says so. `app.settings.keys` walks these types
-to tell known keys from unknown ones, `app.settings.problems` to say what a key allows; nothing is listed twice.
+to distinguish known keys from unknown ones, `app.settings.problems` to say what a key allows; nothing is listed twice.
 
 Two marks in `Meta(extra=...)` carry meaning:
 
@@ -23,16 +23,16 @@ from msgspec.inspect import Field, Metadata, StructType, Type, UnionType, type_i
 
 MASK = "***"
 
-_YEAR = 366 * 24 * 3600
+_MAX_SECONDS = 366 * 24 * 3600
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 CountOrNone = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Text = Annotated[str, Meta(min_length=1)]
-Seconds = Annotated[float, Meta(gt=0, le=_YEAR)]
-Grace = Annotated[float, Meta(ge=0, le=_YEAR)]
-Lease = Annotated[float, Meta(ge=1, le=_YEAR)]
+Seconds = Annotated[float, Meta(gt=0, le=_MAX_SECONDS)]
+Grace = Annotated[float, Meta(ge=0, le=_MAX_SECONDS)]
+Lease = Annotated[float, Meta(ge=1, le=_MAX_SECONDS)]
 """A shorter one would run out between two statements: nothing would ever be held, and the loops would spin."""
-WholeSeconds = Annotated[int, Meta(ge=1, le=_YEAR)]
+WholeSeconds = Annotated[int, Meta(ge=1, le=_MAX_SECONDS)]
 ApiKey = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z", description="text in one line", extra={"secret": True})]
 Environment = Annotated[
     dict[str, str], Meta(description="a table of text values (quote numbers)", extra={"secret": True})
@@ -103,7 +103,7 @@ class Table(Struct, frozen=True):
     """One TOML table. Its repr shows that a secret is set, never which."""
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """Rich has its own repr of structs, in tracebacks too: it must mask as well."""
+        """Rich has its own repr of structs, in tracebacks too: it must hide secrets too."""
         hidden = _secrets(type(self))
         values: list[tuple[str, Any]] = [(name, getattr(self, name)) for name in self.__struct_fields__]
         return [(name, MASK if name in hidden and value else value) for name, value in values]
@@ -131,7 +131,7 @@ class ServerSettings(Table, frozen=True):
     loop: Literal["auto", "uvloop", "asyncio"] = "auto"
     """Event loop."""
     http: Literal["auto", "httptools", "h11"] = "auto"
-    """Read for compatibility. Every value means httptools, whose heads are bounded in bytes and in time."""
+    """Read for compatibility. Every value means httptools, because its heads are bounded in bytes and in time."""
     api_key: ApiKey | None = None
     """The key clients send; None = requests need no key. A blank key in file or environment becomes None."""
     max_sandbox_timeout_seconds: Annotated[int, Meta(ge=60, le=2**31 - 1)] | None = None
@@ -223,7 +223,7 @@ class DockerSettings(Table, frozen=True):
     """Environment of every sandbox; the request's own values win."""
 
 
-_FEWEST_CONNECTIONS = 5
+_MIN_CONNECTIONS = 5
 
 
 class PostgresqlSettings(Table, frozen=True):
@@ -244,9 +244,9 @@ class PostgresqlSettings(Table, frozen=True):
 
     def __post_init__(self) -> None:
         """Check what one field cannot say."""
-        if self.max_pool_size < _FEWEST_CONNECTIONS:
+        if self.max_pool_size < _MIN_CONNECTIONS:
             raise ValueError(
-                f"max_pool_size ({self.max_pool_size}) must be at least {_FEWEST_CONNECTIONS}: one connection listens,"
+                f"max_pool_size ({self.max_pool_size}) must be at least {_MIN_CONNECTIONS}: one connection listens,"
                 " two keep leases, one guards a sweep, and the work needs another"
             )
         if self.min_pool_size > self.max_pool_size:
@@ -275,13 +275,13 @@ class WorkerSettings(Table, frozen=True):
     backoff_max_seconds: Seconds = 300
     """Longest wait, in seconds, before any retry."""
     orphan_grace_seconds: Grace = 120
-    """Age in seconds below which an object nobody knows is left alone."""
+    """Age in seconds below which an object that no sandbox owns is not removed."""
     missing_grace_seconds: Grace = 10
     """Seconds an expected object has to be missing before it counts as lost."""
     expiry_lease_seconds: Lease = 4
     """Seconds after which an expiry that was claimed and not finished fires again."""
     orphan_dry_run: bool = False
-    """Report orphans, remove none."""
+    """Report orphans and do not remove them."""
 
     def __post_init__(self) -> None:
         """Check what one field cannot say."""

@@ -189,7 +189,7 @@ _ATTEMPTS = Statement(
         _Q.last_reason,
         _Q.last_error,
         _Q.progress,
-        # Its row stays due meanwhile: nobody claims work for an engine that cannot be used.
+        # Its row stays due meanwhile: no worker claims work for an engine that cannot be used.
         func.coalesce((_E.state != EngineState.UP.value) | (_E.last_seen_at < _NOW - _SILENT), False).label(
             "engine_away"
         ),
@@ -206,7 +206,6 @@ class CurrentView:
     """Reads of single sandboxes; lists are in `app.views.listing`."""
 
     def __init__(self, database: Database) -> None:
-        """On an open database."""
         self._database = database
 
     async def load(self, sandbox_id: UUID, tenant: str | None = None) -> tuple[Sandbox, datetime] | None:

@@ -31,9 +31,9 @@ from app.domain.sandbox.state import Desired, Phase, Runtime, RuntimeState
 from app.store.database.statement import Connections, Statement
 from app.store.tables import deadlines, engines, reconcile_queue, sandboxes
 
-_OVERDUE_S = 120.0
+_OVERDUE_SECONDS = 120.0
 _decode_runtime = msgspec.json.Decoder(Runtime).decode
-_MAX_STRANDED = 500
+_MAX_STRANDED_ROWS = 500
 _S, _E, _Q = sandboxes.c, engines.c, reconcile_queue.c
 _SECOND = literal_column("interval '1 second'", Interval)
 _NOW = select(func.clock_timestamp()).scalar_subquery()
@@ -79,12 +79,12 @@ _STRANDED = Statement(
         _Q.stream_id.is_(None),
         _S.changed_at < _ago(bindparam("age", type_=Double)),
     )
-    .limit(_MAX_STRANDED)
+    .limit(_MAX_STRANDED_ROWS)
 )
 _OVERDUE = Statement(
     select(func.count().label("overdue"))
     .select_from(deadlines)
-    .where(deadlines.c.fires_at < _ago(literal(_OVERDUE_S, Double)))
+    .where(deadlines.c.fires_at < _ago(literal(_OVERDUE_SECONDS, Double)))
 )
 _UNSERVED = Statement(
     select(_S.engine, func.count().label("sandboxes"))

@@ -144,7 +144,6 @@ class EnginesView:
     """Reads of engines, and the two columns that are not folded."""
 
     def __init__(self, database: Connections) -> None:
-        """On an open database."""
         self._database = database
         self._known: tuple[Engine, ...] = ()
         self._read_at = float("-inf")
@@ -185,7 +184,7 @@ class EnginesView:
         return None if row is None else row["swept_at"]
 
     async def return_sweep(self, name: str, claimed: datetime) -> None:
-        """The sweep did not end well: it is due again, unless another began since."""
+        """The sweep failed: it is due again, unless another began since."""
         await self._database.fetch(_RETURN_SWEEP, name=name, claimed=claimed)
 
 

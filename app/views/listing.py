@@ -35,7 +35,7 @@ from app.views.current import COLUMNS, from_row
 from app.views.totals import MAX_EVENTS, MOVE_AFTER_EVENTS, Totals, delta
 
 MAX_ROWS = 201
-"""The longest page, and the row that tells whether there is another."""
+"""The longest page, and one row more that shows whether there is another page."""
 MAX_COUNTED = 10_000
 """Filtered lists are counted exactly up to here (decision 34)."""
 MAX_OFFSET = 100_000
@@ -97,7 +97,7 @@ class Page(Struct, frozen=True):
     next: Cursor | None = None
     """Where to go on; None on the last page."""
     is_lower_bound: bool = False
-    """There are more than `total`; nobody counted how many."""
+    """There are more than `total`; they were not counted."""
 
 
 class TooFar(ValueError):
@@ -142,11 +142,12 @@ def page_statement(shape: Shape) -> Statement:
     page = page.order_by(sandboxes.c.created_at.desc(), sandboxes.c.id.desc())
     size = bindparam("size", type_=BigInteger)
     if shape.offset or not shape.summed:
-        # Planned anew each time, with the filter's values in sight: a rare phase is found by its index.
+        # Planned for each call, so that the planner sees the filter's values: a rare phase is found by its index.
         page = page.limit(size).offset(bindparam("offset", type_=BigInteger)).subquery("page")
     else:
         # For a limit it does not know, the planner of a reusable plan reckons with a tenth of the table, finds that
-        # too dear and plans anew each time, which costs more than such a page. The inner limit tells it.
+        # too expensive and plans for each call, which costs more than such a page. The inner limit shows the planner
+        # that it is small.
         page = select(page.limit(literal_column(str(MAX_ROWS), BigInteger)).subquery("most")).limit(size)
         page = page.subquery("page")
     if shape.summed:

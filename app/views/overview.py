@@ -22,7 +22,7 @@ DARK_AFTER_SECONDS = 15.0
 LATE_AFTER_SECONDS = 15.0
 """A row that is due for longer than this is late: no worker has taken it."""
 FAILING_ATTEMPTS = 3
-HELD_POSITIONS = 1000
+MAX_HELD_POSITIONS = 1000
 """A horizon that lies further behind is held back by a writer that hangs."""
 MAX_SHOWN = 20
 """Stuck sandboxes that are read and listed."""
@@ -71,7 +71,7 @@ class DeadlineLine(Struct, frozen=True):
     name: str
     rows: int
     overdue: int
-    """Fired by nobody although their time has come."""
+    """Deadlines that are due and have not fired."""
     oldest_overdue_s: float
 
 
@@ -89,7 +89,7 @@ class StuckLine(Struct, frozen=True):
 
 
 class LogLine(Struct, frozen=True):
-    """How the log stands."""
+    """The state of the log."""
 
     last_position: int
     horizon: int
@@ -102,7 +102,7 @@ class LogLine(Struct, frozen=True):
 
 
 class Overview(Struct, frozen=True):
-    """All of it."""
+    """The whole status of an installation."""
 
     engines: tuple[EngineLine, ...]
     queue: tuple[QueueLine, ...]
@@ -147,10 +147,10 @@ class Overview(Struct, frozen=True):
 
     def _log_problems(self) -> list[str]:
         found: list[str] = []
-        if self.log.lag > HELD_POSITIONS:
+        if self.log.lag > MAX_HELD_POSITIONS:
             found.append(f"the log's horizon is {self.log.lag} positions behind: a writer hangs in its transaction")
         if self.log.partitions_ahead < 1:
-            found.append("no spare partition of the log is left: a worker makes them; look at its log")
+            found.append("no spare partition of the log is left: a worker makes them; check its log")
         return found
 
 
@@ -240,7 +240,7 @@ _STUCK = Statement(
 
 
 class OverviewReader:
-    """Reads it."""
+    """Reads the status from the database."""
 
     def __init__(self, database: Database, *, stopping_s: float = 60, power_s: float = 60) -> None:
         """On an open database, with the operator's limits of transitional phases."""
@@ -253,7 +253,7 @@ class OverviewReader:
         return tuple(EngineLine(*row) for row in await self._database.fetch(_ENGINES))
 
     async def read(self) -> Overview:
-        """As things are now."""
+        """Read the status at this moment."""
         fetch = self._database.fetch
         identity = await self._log.identity()
         return Overview(

@@ -18,7 +18,7 @@ meanwhile wait for it.
 positions. Its identity then differs: the cluster's identifier and its timeline, or a log that ends before the base. A
 dump that was restored into the same cluster and written to since has the same identity; then the last event up to the
 base is another one. Both are compared at most once in `IDENTITY_SECONDS`, and a base of another log is derived again.
-The horizon is not compared: it may fall when a writer announces, and nobody may conclude a restore from it.
+The horizon is not compared: it may fall when a writer announces, and a fall must not be read as a restore.
 """
 
 from __future__ import annotations
@@ -132,7 +132,6 @@ class Totals:
     """The base of this process."""
 
     def __init__(self, database: Database, log: EventLog) -> None:
-        """Knows nothing yet."""
         self._database = database
         self._log = log
         self._base: Base | None = None
@@ -178,7 +177,7 @@ class Totals:
         await self.base()
         async with self._flight:
             base = self._base
-            assert base is not None, "it was there before, and is never taken away"
+            assert base is not None, "the base exists and is never removed"
             horizon = await self._log.horizon()
             if not base.position <= horizon <= base.position + MAX_MOVE_POSITIONS:
                 return base if horizon <= base.position else await self._derive_base()

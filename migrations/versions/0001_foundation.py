@@ -43,7 +43,8 @@ END $$;
 DO $$
 BEGIN
     EXECUTE format('GRANT CONNECT ON DATABASE %I TO :app_role', current_database());
-    -- Temporary tables and new objects are of no use to servers. PUBLIC loses them only where nobody else lives.
+    -- Temporary tables and new objects are of no use to servers. PUBLIC loses them only where no other
+    -- schema of the database has a table.
     IF NOT EXISTS (
         SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'sandledger') AND n.nspname NOT LIKE 'pg\\_%'
@@ -178,8 +179,8 @@ BEGIN
         -- to_regclass would repeat from its cache that there is none.
         PERFORM pg_advisory_xact_lock(hashtextextended('sandledger.partitions', 0));
         CONTINUE WHEN EXISTS (SELECT FROM pg_class WHERE relname = part AND relnamespace = 'sandledger'::regnamespace);
-        -- Made apart and attached: CREATE TABLE ... PARTITION OF would wait for whoever reads or writes the log, be it
-        -- a dump of hours, and every append would wait behind it. ATTACH conflicts with neither.
+        -- Made apart and attached: CREATE TABLE ... PARTITION OF would wait for every reader and writer of the log, be
+        -- it a dump of hours, and every append would wait behind it. ATTACH conflicts with neither.
         EXECUTE format('CREATE TABLE sandledger.%I (LIKE sandledger.events INCLUDING ALL) WITH '
                        '(autovacuum_vacuum_insert_scale_factor = 0.02)', part);
         EXECUTE format('CREATE UNIQUE INDEX %I ON sandledger.%I (stream_id, version)', part || '_stream', part);
@@ -220,7 +221,7 @@ BEGIN
     IF target IS NULL OR target >= 140737488355328 THEN
         RAISE EXCEPTION 'position % is beyond what the log can hold', target USING ERRCODE = 'check_violation';
     END IF;
-    -- Nobody may draw a position between the comparison and the skip, or the log would go backwards.
+    -- No writer may draw a position between the comparison and the skip, or the log would go backwards.
     LOCK TABLE sandledger.events IN SHARE ROW EXCLUSIVE MODE;
     SELECT last_value INTO handed_out FROM sandledger.events_position;
     IF target > handed_out THEN
@@ -466,7 +467,7 @@ ALTER TABLE refusals ENABLE ALWAYS TRIGGER append_only;
 GRANT SELECT, INSERT ON refusals TO :app_role;
 """
 
-# For whoever reads the tables with tools of their own.
+# For people who read the tables with other tools.
 COMMENTS = """
 COMMENT ON TABLE sandboxes IS
     'Each sandbox as it is now, the fold of its events; rows stay when they have ended (ended_at, closed_at).';

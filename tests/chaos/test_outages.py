@@ -130,7 +130,8 @@ async def test_an_exit_that_was_learned_after_an_outage_says_so(serve: Serve, ow
         assert status["reason"] == "CONTAINER_EXITED_ERROR"
         assert "while its engine was stopped or restarting" in status["message"]
         # An engine that is well: the same code then tells of the sandbox.
-        other = await running(client, IMAGE, entrypoint=["sh", "-c", "exit 137"])
+        made = await client.post("/sandboxes", json=body(IMAGE, entrypoint=["sh", "-c", "exit 137"]))
+        other = made.json()["id"]
         await reaches(client, other, "Failed")
         (exited,) = await events(client, other, "sandbox.runtime_exited")
         assert "reason" not in exited["data"], exited

@@ -26,7 +26,7 @@ from app.settings import Settings
 from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.queue.reconcile import Failed, Queue
-from app.views.overview import HELD_POSITIONS, MAX_SHOWN
+from app.views.overview import MAX_HELD_POSITIONS, MAX_SHOWN
 from tests.cli.test_commands import run
 from tests.conftest import INSTALLATION, SIGHTING, STATION
 from tests.support.sql import connected, insert_event
@@ -187,7 +187,9 @@ async def hanging(world: World) -> AsyncGenerator[None]:
         slow = writer.transaction()
         await slow.start()
         await insert_event(writer)
-        await world.owner(f"SELECT nextval('sandledger.events_position') FROM generate_series(1, {HELD_POSITIONS + 5})")
+        await world.owner(
+            f"SELECT nextval('sandledger.events_position') FROM generate_series(1, {MAX_HELD_POSITIONS + 5})"
+        )
         yield
         await slow.rollback()
 

@@ -261,7 +261,7 @@ def test_no_statement_and_no_value_reaches_the_log(state: Path) -> None:
             sql(ours.dsn, wrong)
     command = [binaries() / "psql", ours.dsn, "-XAtqc", "SELECT 'canary', pg_sleep(600)"]
     client = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    find = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%pg_sleep%' AND pid <> pg_backend_pid()"
+    find = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT ''canary'', pg_sleep%'"
     until(lambda: sql(ours.dsn, find) != "")
     os.kill(int(sql(ours.dsn, find)), signal.SIGKILL)
     client.wait(timeout=10)

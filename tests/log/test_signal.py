@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import product
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -35,14 +36,16 @@ async def remote(dsn: str) -> AsyncIterator[Signal]:
 
 
 async def ready(*signals: Signal) -> None:
-    """Until each hears the others, and has said its first word: look for yourselves."""
-    for sender in signals:
-        for receiver in signals:
-            probe = uuid4()
-            if sender is not receiver:
-                with receiver.subscribe(probe) as subscription:
-                    sender.poke(probe, work=False)
-                    assert await heard(subscription)
+    """Until each hears the others, and has said its first word: look for yourselves.
+
+    Twice: the first news may come while a receiver still opens its second channel, before that first word.
+    """
+    for sender, receiver in [*product(signals, signals)] * 2:
+        probe = uuid4()
+        if sender is not receiver:
+            with receiver.subscribe(probe) as subscription:
+                sender.poke(probe, work=False)
+                assert await heard(subscription)
 
 
 async def heard(subscription: Subscription) -> bool:

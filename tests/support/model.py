@@ -172,4 +172,6 @@ def assert_goal(sandbox: Sandbox, engine: EngineModel) -> None:
         assert there.value == sandbox.desired.value
         assert sandbox.runtime is not None
         assert engine.holds is not None
-        assert sandbox.runtime.parts == engine.holds.parts
+        assert sandbox.runtime.main is not None
+        assert engine.holds.main is not None
+        assert sandbox.runtime.main.runtime_id == engine.holds.main.runtime_id

@@ -27,7 +27,7 @@ from app.domain.stream import (
     Registry,
     read_meta,
 )
-from app.domain.text import MESSAGE_CHARS, storable
+from app.domain.text import MAX_MESSAGE_CHARS, storable
 from tests.support.payload import values
 from tests.support.stream import BEGIN, ID, META
 
@@ -185,7 +185,7 @@ def test_what_is_storable_can_be_stored_and_shown(text: str):
     kept = storable(text)
     assert "\0" not in kept
     assert kept.encode().decode() == kept
-    assert len(kept) <= MESSAGE_CHARS
+    assert len(kept) <= MAX_MESSAGE_CHARS
     assert json.loads(msgspec.json.encode(kept)) == kept
     assert {unicodedata.category(char) for char in kept if char not in "\n\t"}.isdisjoint(
         {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -223,5 +223,5 @@ def test_characters_that_could_deceive_are_shown_as_escapes(text: str, kept: str
 @pytest.mark.parametrize("char", ["x", "\0", "\u00e9", "\U0001f600"])
 def test_a_text_is_bounded_in_characters_and_so_in_bytes(char: str):
     kept = storable(char * 100_000)
-    assert len(kept) == MESSAGE_CHARS
-    assert len(kept.encode()) <= 4 * MESSAGE_CHARS
+    assert len(kept) == MAX_MESSAGE_CHARS
+    assert len(kept.encode()) <= 4 * MAX_MESSAGE_CHARS

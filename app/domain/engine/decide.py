@@ -60,7 +60,7 @@ class Trust(Struct, frozen=True):
 
 
 class RecordLeftover(Struct, frozen=True):
-    """Something of ours that belonged to nobody was removed."""
+    """Record that an object of ours that no sandbox owns was removed."""
 
     role: str
     name: str

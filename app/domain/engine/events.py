@@ -15,7 +15,7 @@ MARK_ABSENT, MARK_OTHER, LOG_WENT_BACK = "MARK_ABSENT", "MARK_OTHER", "LOG_WENT_
 
 
 class Capacity(Struct, frozen=True, omit_defaults=True):
-    """What an engine has in all."""
+    """The whole capacity of an engine."""
 
     cpu_nanos: int | None = None
     memory_bytes: int | None = None
@@ -68,7 +68,7 @@ class Mismatch(Struct, frozen=True, omit_defaults=True):
 
 
 class LeftoverRemoved(Struct, frozen=True, omit_defaults=True):
-    """An object of ours that belonged to nobody any more was taken away."""
+    """An object of ours that no sandbox owned any more was removed."""
 
     role: str
     name: str

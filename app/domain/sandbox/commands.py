@@ -28,15 +28,15 @@ class PatchMetadata(Struct, frozen=True):
 
 
 class Pause(Struct, frozen=True):
-    """Freeze it."""
+    """Pause the sandbox."""
 
 
 class Resume(Struct, frozen=True):
-    """Let it run again."""
+    """Resume the sandbox."""
 
 
 class Terminate(Struct, frozen=True):
-    """Delete it."""
+    """End the sandbox."""
 
     cause: EndCause = EndCause.USER_DELETE
 
@@ -55,7 +55,7 @@ class EndTransition(Struct, frozen=True):
 
 
 class RecordPlaced(Struct, frozen=True):
-    """An engine takes it."""
+    """Place the sandbox on an engine."""
 
     engine: str
     epoch: int
@@ -74,7 +74,7 @@ class RecordWaiting(Struct, frozen=True):
 
 
 class RecordFetched(Struct, frozen=True):
-    """Its image is on the engine."""
+    """Record that the image is on the engine."""
 
     image_id: str
     image_digest: str | None = None
@@ -102,7 +102,7 @@ class RecordRemoved(Struct, frozen=True):
 
 
 class RecordFailure(Struct, frozen=True):
-    """It cannot be provided; final."""
+    """Record that the sandbox cannot be provided. This is final."""
 
     step: str
     reason: str

@@ -80,7 +80,7 @@ def changes(
     elif alive and after.expires_at is not None and after.expires_at != before.expires_at:
         found[EXPIRY] = Due(at=after.expires_at)
     if before is None or (before.phase, before.changed_at) != (after.phase, after.changed_at):
-        # The phase may be the same: a restart from outside while Pausing begins the phase anew.
+        # The phase may be the same: a restart from outside while Pausing begins the phase again.
         limit = limits.of(after.phase)
         if limit is not None:
             found[TRANSITION] = Due(after_s=limit)

@@ -2,7 +2,7 @@
 
 Observations are compared with the state, so recording is idempotent: a second report of the same observation appends
 nothing, which keeps sweeps from flooding the log. `RecordRetry` is the exception: each failed attempt is new, and
-whoever reports it decides which attempts are worth an event.
+the reporter decides which attempts become an event.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _record(sandbox: Sandbox, observation: cmd.Observation) -> Events:
         case cmd.RecordRemoved():
             return _removed(sandbox)
         case cmd.RecordFailure(step="set_power", reason=reason, message=message):
-            return _power_refused(sandbox, reason, storable(message))  # never costs the sandbox, whoever reports it
+            return _power_refused(
+                sandbox, reason, storable(message)
+            )  # never ends the sandbox, whichever worker reports it
         case cmd.RecordFailure(step=step, reason=reason, message=message):
             return (ev.Failed(step, reason, storable(message)),) if sandbox.may_run else ()
         case cmd.RecordPowerRefused(reason=reason, message=message):
@@ -246,7 +248,7 @@ def _end_transition(sandbox: Sandbox, command: cmd.EndTransition, now: datetime)
 
 
 def _pending_step(sandbox: Sandbox) -> str:
-    """How far it came."""
+    """How far the sandbox came before it ended."""
     if sandbox.waiting is not None:
         return sandbox.waiting.step
     if sandbox.object_id is None:

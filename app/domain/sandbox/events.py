@@ -31,7 +31,7 @@ class Requested(Struct, frozen=True, omit_defaults=True):
 
     spec: SandboxSpec
     fingerprint: str
-    """Keyed digest of the request, to tell a repeated request from a reused Idempotency-Key."""
+    """Keyed digest of the request, to distinguish a repeated request from a reused Idempotency-Key."""
     metadata: dict[str, str] = {}
     timeout_s: int | None = None
     """None = it never expires by itself."""
@@ -44,7 +44,7 @@ class Requested(Struct, frozen=True, omit_defaults=True):
 
 
 class Placed(Struct, frozen=True, omit_defaults=True):
-    """It was given to an engine."""
+    """The sandbox was placed on an engine."""
 
     engine: str
     epoch: int
@@ -56,7 +56,7 @@ class Placed(Struct, frozen=True, omit_defaults=True):
 
 
 class Renewed(Struct, frozen=True, omit_defaults=True):
-    """Its expiry moved."""
+    """The expiry was changed."""
 
     expires_at: datetime
     previous: datetime | None = None
@@ -71,11 +71,11 @@ class MetadataPatched(Struct, frozen=True, omit_defaults=True):
 
 
 class PauseRequested(Struct, frozen=True):
-    """Somebody wants it paused."""
+    """An actor asked to pause the sandbox."""
 
 
 class ResumeRequested(Struct, frozen=True):
-    """Somebody wants it to run again."""
+    """An actor asked to resume the sandbox."""
 
 
 class Waited(Struct, frozen=True, omit_defaults=True):
@@ -139,7 +139,7 @@ class Restarted(Struct, frozen=True, omit_defaults=True):
 
 
 class Ready(Struct, frozen=True, omit_defaults=True):
-    """It can be used."""
+    """The sandbox is ready for use."""
 
     after_ms: int = 0
     """Milliseconds from the start of this run."""
@@ -148,14 +148,14 @@ class Ready(Struct, frozen=True, omit_defaults=True):
 
 
 class Paused(Struct, frozen=True, omit_defaults=True):
-    """It is paused."""
+    """The sandbox is paused."""
 
     occurred_at: datetime | None = None
     kept: str = "memory"
 
 
 class Resumed(Struct, frozen=True, omit_defaults=True):
-    """It runs again after a pause."""
+    """The sandbox runs again after a pause."""
 
     occurred_at: datetime | None = None
 

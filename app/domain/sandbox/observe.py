@@ -1,7 +1,7 @@
 """What an observation adds to the log: the events between what the log knows and what the engine showed.
 
 An observation is compared with the state, so recording it twice adds nothing. It is ignored when it is about another
-object, or when the log has already said the last word about this run (an exit, a loss, a failure): `plan` then removes
+object, or when the log has already recorded the end of this run (an exit, a loss, a failure): `plan` then removes
 what is still there.
 """
 
@@ -82,7 +82,7 @@ def _begun(sandbox: Sandbox, shown: Observed, known: RuntimeState, *, another: b
 
 
 def _waits(sandbox: Sandbox, shown: Observed, *, another: bool) -> Events:
-    """Why the object is not up yet. A new object waits anew: the reason of the one before it was cleared."""
+    """Why the object is not up yet. The reason of the object before it was cleared."""
     wait, known = shown.waiting, None if another else sandbox.waiting
     if wait is None or sandbox.phase is not Phase.PENDING:
         return ()

@@ -1,7 +1,7 @@
 """plan(state, answer) -> the one next step of the reconciler.
 
 The reconciler repeats: act on the step, record what was observed, plan again, until `Settled` or a wait. A step is safe
-to repeat after a crash, because drivers are. `answer` None means that nobody has asked the engine in this run yet; a
+to repeat after a crash, because drivers are. `answer` None means that the engine was not asked in this run yet; a
 fresh sandbox is created without asking first, since create meets an existing object by its name anyway.
 
 `Fetch` and `Wait` give the claim back. What they wait for wakes the stream again, or the time does. A fetch is planned
@@ -45,7 +45,7 @@ class SetPower(Struct, frozen=True):
 
 
 class Remove(Struct, frozen=True):
-    """Remove what is there; absent is fine."""
+    """Remove every part. It is no error when there is none."""
 
 
 class ConfirmMissing(Struct, frozen=True):

@@ -1,7 +1,7 @@
 """Kubernetes resource quantities, as in the API machinery's `resource.Quantity` (decimal, binary and exponent forms).
 
 Upstream's Docker runtime also read `2g` and `512mb`, which are not quantities; those two unambiguous spellings stay
-accepted. `512m` of memory is refused: as a quantity it is half a byte, and upstream took it for 512 million bytes.
+accepted. `512m` of memory is refused: as a quantity it is 0.512 bytes, and upstream read it as 512 million bytes.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ RESTORED_EXTENSION_PREFIX = "opensandbox.extensions."
 
 _DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*")
 _LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-_MAX_PREFIX = 253
-_LONGEST_TIMEOUT_S = 100_000_000_000  # three thousand years
+_MAX_PREFIX_CHARS = 253
+MAX_TIMEOUT_SECONDS = 100_000_000_000  # about 3,170 years, so that the expiry lies before the year 9999
 
 
 class Platform(Struct, frozen=True):
@@ -36,7 +36,7 @@ class Platform(Struct, frozen=True):
 
 
 class SandboxSpec(Struct, frozen=True, omit_defaults=True):
-    """The request as accepted."""
+    """What a client requested, as it was accepted."""
 
     image: str
     entrypoint: tuple[str, ...]
@@ -62,7 +62,7 @@ def parse_limits(limits: Mapping[str, str]) -> dict[str, int]:
 
     Raises:
         Invalid: a quantity is malformed.
-        Unsupported: a resource this server does not limit; ignoring it would promise what nobody keeps.
+        Unsupported: a resource this server does not limit; ignoring it would promise a limit that does not exist.
     """
     parsed: dict[str, int] = {}
     for key, text in limits.items():
@@ -78,10 +78,19 @@ def parse_limits(limits: Mapping[str, str]) -> dict[str, int]:
     return parsed
 
 
-def check_timeout(timeout_s: int | None) -> None:
-    """A deadline must fit any calendar, PostgreSQL's and Python's; else the stored row could never be read again."""
-    if timeout_s is not None and timeout_s > _LONGEST_TIMEOUT_S:
-        raise Invalid("SANDBOX::INVALID_PARAMETER", f"timeout may be at most {_LONGEST_TIMEOUT_S} s")
+def check_timeout(timeout_s: int | None, max_s: int | None = None) -> None:
+    """Check the upper bounds of a timeout: the operator's (`max_s`, None = none) and the calendar's.
+
+    PostgreSQL and Python must both be able to hold the expiry. Otherwise the stored row could not be read.
+    """
+    if timeout_s is None:
+        return
+    if max_s is not None and timeout_s > max_s:
+        message = f"timeout must be at most {max_s} s (max_sandbox_timeout_seconds)."
+        raise Invalid("SANDBOX::INVALID_PARAMETER", message)
+    if timeout_s > MAX_TIMEOUT_SECONDS:
+        message = f"timeout must be at most {MAX_TIMEOUT_SECONDS} s; leave it out for a sandbox that never expires."
+        raise Invalid("SANDBOX::INVALID_PARAMETER", message)
 
 
 def check_platform(platform: Platform) -> Platform:
@@ -102,7 +111,7 @@ def check_metadata(metadata: Mapping[str, str], reserved_code: str = "SANDBOX::I
         if key.startswith(RESERVED_METADATA_PREFIX):
             raise Invalid(reserved_code, f"metadata keys below {RESERVED_METADATA_PREFIX} are reserved")
         prefix, slash, name = key.rpartition("/")
-        if slash and (len(prefix) > _MAX_PREFIX or not _DNS_SUBDOMAIN.fullmatch(prefix)):
+        if slash and (len(prefix) > _MAX_PREFIX_CHARS or not _DNS_SUBDOMAIN.fullmatch(prefix)):
             raise Invalid(
                 "SANDBOX::INVALID_METADATA_LABEL",
                 "the prefix of a metadata key must be a lower-case DNS subdomain of at most 253 characters",

@@ -65,7 +65,7 @@ class Phase(StrEnum):
 
 
 class Desired(StrEnum):
-    """What its owner wants."""
+    """The power state that the owner asked for."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -133,7 +133,7 @@ class Sandbox(Struct, frozen=True):
     tenant: str
     version: int
     position: int
-    """Of its last event."""
+    """Position of its last event."""
     schema: int
     """The highest schema number in its stream."""
     spec: SandboxSpec
@@ -143,7 +143,7 @@ class Sandbox(Struct, frozen=True):
     changed_at: datetime
     """When the phase last changed."""
     key_id: str
-    """Of whoever asked for it."""
+    """The actor that asked for it."""
     key_name: str
     cpu_nanos: int | None = None
     memory_bytes: int | None = None
@@ -294,7 +294,7 @@ def _apply(sandbox: Sandbox, recorded: ev.Recorded) -> Sandbox:
 
 
 def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
-    """What the engine showed."""
+    """What the engine last reported."""
     runtime = sandbox.runtime or Runtime()
     match event:
         case ev.Fetched(image_id=image_id, image_digest=digest):

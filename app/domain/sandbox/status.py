@@ -19,7 +19,7 @@ _UNAVAILABLE = "RUNTIME_UNAVAILABLE"
 
 
 class Status(Struct, frozen=True):
-    """What clients are shown."""
+    """The state, reason and message that clients see."""
 
     state: Phase
     reason: str
@@ -31,7 +31,7 @@ class Attempt(Struct, frozen=True):
     """How the queue stands about a sandbox at this moment."""
 
     claimed: bool = False
-    """A worker has it in hand."""
+    """A worker holds its claim."""
     waits_for_slot: bool = False
     """Due, and no worker has claimed it."""
     attempts: int = 0
@@ -80,7 +80,7 @@ def _explain_pending(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
 
 def _waited_for(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
     if attempt.engine_away or (attempt.waits_for_slot and attempt.last_reason == _UNAVAILABLE):
-        # Its row is due, but nobody claims work for an engine that cannot be used.
+        # Its row is due, but no worker claims work for an engine that cannot be used.
         return _UNAVAILABLE, "Sandbox is accepted; it waits for its engine, which cannot be used at the moment."
     if sandbox.waiting is not None:
         message = sandbox.waiting.message or f"Sandbox waits in step {sandbox.waiting.step}."

@@ -1,6 +1,6 @@
 """Docker as a driver.
 
-`driver` has the verbs; `placing` creates, adopts and starts, `pull` fetches images, `identity` tells engines apart,
+`driver` has the verbs; `placing` creates, adopts and starts, `pull` fetches images, `identity` distinguishes engines,
 `containers` inspects, removes and lists, `events` reads hints. `names` has names and labels, `spec` says what a
 container is made of, `verdicts` and `pull_verdicts` turn the engine's texts into typed faults, `engine` makes the
 calls, `answers` decodes them.

@@ -85,7 +85,7 @@ class Inspected(Struct, frozen=True, rename="pascal"):
 
     @property
     def labels(self) -> dict[str, str]:
-        """Never None."""
+        """The labels. An engine may answer null; this never does."""
         return self.config.labels or {}
 
     def identity(self, installation: UUID) -> names_.Identity | None:
@@ -94,7 +94,7 @@ class Inspected(Struct, frozen=True, rename="pascal"):
 
 
 class Listed(Struct, frozen=True, rename="pascal"):
-    """One row of a listing. It has no exit code and no start time; only an inspect call tells those."""
+    """One row of a listing. It has no exit code and no start time; only an inspect call has those."""
 
     id: str
     state: str
@@ -228,7 +228,7 @@ def made_at(row: Listed) -> datetime:
 
 
 def _exit(state: State) -> Exit:
-    # The end is noted as it happens, the start only when the engine has heard of it: a short life may seem to end
+    # The end is noted as it happens, the start only when the engine learns of it: a short life may seem to end
     # before it began.
     at = max(state.started_at, state.finished_at)
     return Exit(state.exit_code, state.oom_killed, storable(state.error), _moment(at))

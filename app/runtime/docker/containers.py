@@ -40,7 +40,7 @@ class Containers:
     async def delete(self, runtime_id: str, name: str) -> bool:
         """Kill and remove, anonymous volumes too. False = a removal is under way, and it is not gone yet."""
         try:
-            await self._engine.tell("DELETE", f"containers/{runtime_id}", params={"force": "1", "v": "1"})
+            await self._engine.command("DELETE", f"containers/{runtime_id}", params={"force": "1", "v": "1"})
         except Refused as refused:
             if refused.status == HTTPStatus.NOT_FOUND:
                 return True

@@ -79,7 +79,7 @@ class DockerDriver:
         return msgspec.structs.replace(placed, image_digest=digest)
 
     async def observe(self, ref: Ref) -> Observed | None:
-        """Look at one object."""
+        """Inspect one object."""
         found = await self._containers.ours(ref.object_id)
         if found is None:
             return None
@@ -95,7 +95,7 @@ class DockerDriver:
         refused: Refused | None = None
         try:
             path = f"containers/{before.main.runtime_id}/{verb}"
-            await self._engine.tell("POST", path, limit=self._engine.times.power)
+            await self._engine.command("POST", path, limit=self._engine.times.power)
         except Refused as error:
             refused = error
         after = await self.observe(ref)
@@ -132,7 +132,7 @@ class DockerDriver:
         return await self._pulls.fetch(image, progress)
 
     async def image(self, reference: str) -> FetchedImage | None:
-        """Look for an image."""
+        """Inspect an image."""
         shown = await self._images.show(reference)
         return None if shown is None else self._images.fetched(shown, reference)
 

@@ -4,10 +4,10 @@
 * `RuntimeUnavailable`: no usable answer: no connection, a cut answer, a time limit, something that is not the engine.
 
 The API version is the engine's own, asked for before the first call. An engine that was replaced by another version
-refuses the version that we speak; then we ask anew and repeat the call once.
+refuses the version that we speak; then we negotiate again and repeat the call once.
 
 The client library gives address resolution, TLS and connections. Its verbs are not used, because they neither pass the
-platform at create, nor tell a cut stream from a finished one, nor show the headers of a refusal.
+platform at create, nor distinguish a cut stream from a finished one, nor show the headers of a refusal.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from app.runtime.docker.answers import Version
 from app.runtime.docker.options import Times
 
 T = TypeVar("T")
-CONNECT_TIMEOUT = 30.0
+CONNECT_SECONDS = 30.0
 NOT_NEGOTIATED = "auto"
 _VERSION = re.compile(r"\d+\.\d+\Z")
 _GATEWAY = {HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT}
@@ -119,7 +119,7 @@ class Engine:
         async with self.open("POST", path, params=params, body=data, timeout=timeout) as response:
             return self._decode(await response.read(), answer)
 
-    async def tell(
+    async def command(
         self, method: str, path: str, *, params: Mapping[str, str] | None = None, limit: float | None = None
     ) -> None:
         """Order something; "already so" (304) is success. `limit` in seconds, else that of a change."""
@@ -208,7 +208,7 @@ class Engine:
         return aiohttp.ClientTimeout(total=seconds)
 
     def _unreachable(self, error: BaseException) -> RuntimeUnavailable:
-        """Say what to do about it."""
+        """Say what the operator can do about it."""
         cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
         number = cause.errno if isinstance(cause, OSError) else None
         place = f"the Docker engine at {self.address}"
@@ -219,7 +219,7 @@ class Engine:
         if number in (errno.ENOENT, errno.ECONNREFUSED):
             return RuntimeUnavailable(f"{place} is not running: start it, or set DOCKER_HOST to one that is")
         if isinstance(error, TimeoutError):
-            return Silence(f"{place} did not answer in time: look at its load and its log")
+            return Silence(f"{place} did not answer in time: check its load and its log")
         return RuntimeUnavailable(
             f"the connection to {place} broke ({type(error).__name__}): see whether it is running, and DOCKER_HOST"
         )
@@ -236,7 +236,7 @@ def trouble(what: str, refused: Refused, message: str | None = None) -> RuntimeU
 
 def until_done(*, quiet: float | None = None) -> aiohttp.ClientTimeout:
     """No limit on the whole, for streams; `quiet` = seconds of silence after which the stream counts as dead."""
-    return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=quiet)
+    return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=quiet)
 
 
 async def lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -4,8 +4,9 @@ Protocol. One stream, filtered by our label. The moment of the last event read i
 so what happened while no stream was open is reported late rather than never, as far as the engine remembers it. For the
 first stream that moment is the engine's own clock at its opening (the `Date` of the answer): the clocks need not agree.
 
-A stream that was silent for long is opened anew, because its connection may be dead. That alone is no reason to look at
-everything: most engines are silent at night. A stream that broke is one: an engine that restarts forgets its events.
+A stream that was silent for long is opened again, because its connection may be dead. That alone is no reason to
+inspect everything: most engines are silent at night. A stream that broke is a reason: an engine that restarts loses
+its events.
 
 How it fails. Any failure, end or long silence leads to a new stream after a growing pause. The engine keeps only the
 latest few hundred events: hints are lossy by contract, the sweep makes up for it.
@@ -31,23 +32,23 @@ log = logging.getLogger(__name__)
 
 ACTIONS = ("die", "oom", "pause", "unpause", "restart", "destroy")
 """Not `start`: each of ours would come back as a hint and cost an inspect call. A stranger's is found by the sweep."""
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 5.0
-NANO = 1_000_000_000
+MIN_PAUSE_SECONDS = 0.1
+MAX_PAUSE_SECONDS = 5.0
+NANOS_PER_SECOND = 1_000_000_000
 
 
 async def hints(engine: Engine, installation: UUID, silence: float) -> AsyncIterator[UUID | None]:
     """Ids for ever; None when a stream broke, since the engine may have forgotten what was between."""
     filters = {"type": ["container"], "event": ACTIONS, "label": [f"{names.INSTALLATION}={installation}"]}
     params = {"filters": msgspec.json.encode(filters).decode()}
-    pause, broke = FIRST_PAUSE, False
+    pause, broke = MIN_PAUSE_SECONDS, False
     while True:
         opened = False
         try:
             async with engine.open("GET", "events", params=params, timeout=until_done(quiet=silence)) as response:
                 if broke:
                     yield None
-                opened, broke, pause = True, False, FIRST_PAUSE
+                opened, broke, pause = True, False, MIN_PAUSE_SECONDS
                 params.setdefault("since", _opened(response))
                 async for line in lines(response):
                     event = _event(line)
@@ -64,7 +65,7 @@ async def hints(engine: Engine, installation: UUID, silence: float) -> AsyncIter
             log.info("the engine's event stream ended, opening it again in %.1f s: %s", pause, error)
         broke = broke or "since" in params
         await asyncio.sleep(pause)
-        pause = min(pause * 2, LONGEST_PAUSE)
+        pause = min(pause * 2, MAX_PAUSE_SECONDS)
 
 
 def _opened(response: aiohttp.ClientResponse) -> str:
@@ -76,7 +77,7 @@ def _opened(response: aiohttp.ClientResponse) -> str:
 
 
 def _just_after(moment: int) -> str:
-    seconds, rest = divmod(moment + 1, NANO)
+    seconds, rest = divmod(moment + 1, NANOS_PER_SECOND)
     return f"{seconds}.{rest:09d}"
 
 

@@ -2,7 +2,7 @@
 
 The engine's own id is not enough. Daemons on one host may share it, a copied data directory takes it along, and Podman
 makes a new one for each question. So at first contact we leave a volume with a random word in a label. The engine makes
-a volume only once for a name and answers a second create with the first one's labels: whoever comes first decides, and
+a volume only once for a name and answers a second create with the first one's labels: the first one decides, and
 all others read the same word.
 
 `check` never makes the mark. An engine without it is another one than we left, or its data is gone.
@@ -24,7 +24,7 @@ from app.runtime.docker.answers import Info, Version, Volume
 from app.runtime.docker.engine import Engine, Refused, trouble
 from app.runtime.driver import Capabilities, EngineInfo
 
-OLDEST_API = (1, 41)
+MIN_API_VERSION = (1, 41)
 KIND = "docker"
 NANO = 1_000_000_000
 
@@ -37,7 +37,7 @@ class VolumeConfig(Struct, frozen=True, rename="pascal"):
 
 
 async def leave_mark(engine: Engine, installation: UUID) -> str:
-    """Make the mark unless it is there. The answer is the mark, whoever made it.
+    """Make the mark unless it is there. The answer is the mark, ours or one that another worker made first.
 
     Raises:
         RuntimeRejected: `NAME_TAKEN`, a stranger's volume has its name.
@@ -87,7 +87,7 @@ async def _find_mark(engine: Engine, installation: UUID) -> str | None:
 
 
 def _demand_api(engine: Engine, version: Version) -> None:
-    if tuple(int(part) for part in version.api_version.split(".") if part.isdecimal()) < OLDEST_API:
+    if tuple(int(part) for part in version.api_version.split(".") if part.isdecimal()) < MIN_API_VERSION:
         raise RuntimeUnavailable(
             f"the Docker engine at {engine.address} is too old ({storable(version.version)}): use 20.10 or later"
         )

@@ -17,20 +17,20 @@ from app.runtime.docker.engine import Engine, Refused, trouble
 from app.runtime.driver import FetchedImage
 
 IMAGE_ID = re.compile(r"(sha256:)?[0-9a-f]{64}\Z")
-_REMEMBERED = 1024
+_MAX_REMEMBERED_DIGESTS = 1024
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\-\[\]+]*\Z")
 _DEFAULT_HOSTS = ("docker.io/", "index.docker.io/")
 
 
 class Images:
-    """The images of one engine."""
+    """Inspects and remembers the images of one engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._digests: dict[tuple[str, str], str | None] = {}
 
     async def show(self, reference: str) -> ImageShown | None:
-        """Look at an image, by reference or id. None = it is not there, or the reference names no image at all."""
+        """Inspect an image, by reference or id. None = it is not there, or the reference names no image at all."""
         if not is_reference(reference):
             return None
         try:
@@ -67,7 +67,7 @@ class Images:
     def _store(self, key: tuple[str, str], digest: str | None) -> None:
         self._digests.pop(key, None)
         self._digests[key] = digest
-        while len(self._digests) > _REMEMBERED:
+        while len(self._digests) > _MAX_REMEMBERED_DIGESTS:
             del self._digests[next(iter(self._digests))]
 
 

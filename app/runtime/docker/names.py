@@ -5,7 +5,7 @@ role         name                                 what it is
 ============ ==================================== =======================================================
 `main`       `sandbox-<object id>`                the container that runs the workload
 `egress`     `sandbox-egress-<object id>`         the container that filters its traffic (not made yet)
-`mark`       `sandledger-mark-<installation>`     a volume; its label tells this engine from all others
+`mark`       `sandledger-mark-<installation>`     a volume; its label identifies this engine
 ============ ==================================== =======================================================
 
 `<installation>` is the first eight hex digits of the installation's id, which is random.

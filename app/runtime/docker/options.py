@@ -47,9 +47,9 @@ class Times(Struct, frozen=True):
     inspect: float
     """Inspect calls. This is what notices an engine that hangs."""
     change: float
-    """Create, start, remove, and lists."""
+    """Seconds for create, start, remove and list calls."""
     power: float
-    """Pause and unpause."""
+    """Seconds for pause and unpause calls."""
     volume: float
 
 
@@ -66,13 +66,13 @@ class DockerOptions(Struct, frozen=True, kw_only=True):
     pull_timeout: float = 600.0
     """Seconds for one image."""
     event_silence: float = 300.0
-    """Seconds without an event after which the event stream is opened anew: its connection may be dead."""
+    """Seconds without an event after which the event stream is opened again: its connection may be dead."""
     capabilities: tuple[str, ...] = CAPABILITIES
     """Capabilities that are left; all others are dropped."""
     drop_capabilities: tuple[str, ...] = ()
-    """Taken from `capabilities`."""
+    """Capabilities that are removed from `capabilities`."""
     apparmor_profile: str = ""
-    """Empty = the engine's default."""
+    """Seccomp profile. Empty = the engine's default."""
     seccomp_profile: str = ""
     """Empty = the engine's default; else a word the engine knows, a JSON document, or the path of a file with one."""
     no_new_privileges: bool = True

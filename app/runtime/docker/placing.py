@@ -1,13 +1,13 @@
 """Create or adopt, and start: what `ensure` does to one container.
 
 Protocol. Create is tried at once, without an inspect call before it: three calls (create, start, inspect) when all goes
-well. 409: somebody holds the name; an inspect call tells whether it is ours (adopt) or a stranger's (reject).
+well. 409: somebody holds the name; an inspect call shows whether it is ours (adopt) or not (reject).
 
 Invariants.
 
 * Only an object in the state `created` is started. One that has ended is reported, never run again.
-* After a start that the engine refuses, the container is taken away, so that the next attempt begins anew. Where that
-  fails too, the verdict on the start counts; what is left is removed with the sandbox.
+* After a start that the engine refuses, the container is removed, so that the next attempt begins with a new one.
+  Where that fails too, the verdict on the start counts; what is left is removed with the sandbox.
 
 How it fails. A process that dies between create and start leaves a `created` container; the next `ensure` adopts and
 starts it. A reply that is lost is the same case. Two processes that start one fresh container at the same moment are
@@ -33,7 +33,8 @@ from app.runtime.driver import Observed, Power, Workload
 from app.runtime.faults import AttemptFailed
 
 SETTLE_SECONDS = 5.0
-"""How long the engine may keep a name that nobody holds: a removal under way, or another create not yet visible."""
+"""How long the engine may keep a name that no visible container has: a removal under way, or another create not yet
+visible."""
 POLL_FIRST, POLL_LONGEST = 0.02, 0.5
 
 
@@ -65,7 +66,7 @@ class Placing:
             if holder is not None and holder.state.status != REMOVING:
                 shown = observed(holder, self._identity, adopted=True)
                 return await self._start(holder.id, adopted=True) if shown.power is Power.CREATED else shown
-            # Nobody holds the name any more, or a removal is about to free it, or a create is not visible yet.
+            # No container has the name any more, or a removal is about to free it, or a create is not visible yet.
             await wait.a_little(f"the engine keeps the name of a container that it does not show: {created}")
 
     async def _create(self) -> Created | str:
@@ -82,7 +83,7 @@ class Placing:
     async def _start(self, runtime_id: str, *, adopted: bool) -> Observed:
         conflict, name = "", self._identity.name
         try:
-            await self._engine.tell("POST", f"containers/{runtime_id}/start")
+            await self._engine.command("POST", f"containers/{runtime_id}/start")
         except Refused as refused:
             conflict = await self._start_refused(runtime_id, refused)
         shown = await self._containers.show(runtime_id)

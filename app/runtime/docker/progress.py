@@ -12,7 +12,7 @@ import asyncio
 from app.runtime.docker.answers import Amount, PullLine
 from app.runtime.driver import Progress
 
-SECONDS_BETWEEN = 1.0
+REPORT_SECONDS = 1.0
 MEGABYTE = 1_000_000
 _DONE = ("Pull complete", "Already exists")
 _STATES = (
@@ -91,5 +91,5 @@ class Meter:
         text = str(self._layers)
         if text and text != self._reported:
             self._reported = text
-            self._not_before = self._loop.time() + SECONDS_BETWEEN
+            self._not_before = self._loop.time() + REPORT_SECONDS
             self._report(text)

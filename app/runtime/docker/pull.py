@@ -1,4 +1,4 @@
-"""Fetches: one pull at a time for an image, whoever asks.
+"""Fetches: one pull at a time for an image, however many callers ask.
 
 Protocol. A pull is known by reference, platform and credentials; pulls with different credentials never share a result.
 It inspects the image first, so that a late caller, whose create call failed just before the pull ended, does not pull
@@ -70,7 +70,7 @@ class Pulls:
         raise outcome.error()
 
     async def close(self) -> None:
-        """End what still runs."""
+        """Cancel the pulls that still run."""
         await self._flights.close()
 
     async def _run(self, image: Image, report: Progress) -> Outcome:

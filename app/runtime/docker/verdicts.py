@@ -8,7 +8,7 @@ Three answers are possible.
 * `AttemptFailed`: everything else. Most of it is trouble of the host or of the operator's settings, which looks the
   same for every sandbox; a sandbox waits for it to be mended until its time is up, and then ends with these words.
 
-So a text that nobody has read before delays a verdict, and never invents one.
+So an unknown text delays a final verdict. It never causes one.
 
 Every text that leaves through here has lost the values of the workload's environment and its password, because the
 engine repeats malformed input in its errors; and it has lost its control characters.
@@ -28,7 +28,7 @@ from app.runtime.driver import Power, Workload
 from app.runtime.faults import AttemptFailed, ImageMissing
 
 HIDDEN = "***"
-SHORTEST_SECRET = 4
+MIN_SECRET_CHARS = 4
 """Shorter values are not searched for: they would punch holes into every message and give nothing away."""
 
 NO_IMAGE = ("no such image", "image with reference")
@@ -109,7 +109,7 @@ def remove_verdict(name: str, refused: Refused) -> RuntimeFault:
 def without(text: str, secrets: list[str]) -> str:
     """The text without the secrets, as they are and as they stand inside a quoted string."""
     for secret in sorted(secrets, key=len, reverse=True):  # longest first: one may contain another
-        if len(secret) >= SHORTEST_SECRET:
+        if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, HIDDEN).replace(_quoted(secret), HIDDEN)
     return text
 

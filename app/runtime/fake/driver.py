@@ -35,7 +35,7 @@ from app.runtime.faults import AttemptFailed, ImageMissing
 from app.runtime.flights import Flights
 
 Hook: TypeAlias = Callable[[str], Awaitable[None]]
-RETRY_PAUSE = 0.01
+RETRY_PAUSE_SECONDS = 0.01
 CAPACITY = Capacity(4_000_000_000, 8 << 30)
 
 
@@ -73,7 +73,7 @@ class FakeDriver:
         return placed
 
     async def observe(self, ref: Ref) -> Observed | None:
-        """Look at one object."""
+        """Inspect one object."""
         await self._enter("inspect")
         found = self._ours(ref.object_id)
         await self._leave("inspect")
@@ -97,7 +97,7 @@ class FakeDriver:
         return after
 
     async def remove(self, ref: Ref) -> bool:
-        """Take away."""
+        """Remove the object."""
         observed = await self.observe(ref)
         if observed is None:
             return True
@@ -141,17 +141,17 @@ class FakeDriver:
     async def hints(self) -> AsyncIterator[UUID | None]:
         """Ids that may have changed."""
         stream = self.engine.open_stream()
-        anew = False
+        reopened = False
         try:
             while True:
                 try:
                     await self._enter("events")
                 except RuntimeUnavailable:
-                    await asyncio.sleep(RETRY_PAUSE)
+                    await asyncio.sleep(RETRY_PAUSE_SECONDS)
                     continue
-                if anew:
+                if reopened:
                     yield None
-                anew = True
+                reopened = True
                 while (changed := await stream.get()) is not None:
                     if changed.installation == self.installation and changed.object_id is not None:
                         yield changed.object_id
@@ -166,7 +166,7 @@ class FakeDriver:
         return outcome
 
     async def image(self, reference: str) -> FetchedImage | None:
-        """Look for an image."""
+        """Inspect an image."""
         await self._enter("image")
         found = self.engine.image(reference)
         await self._leave("image")

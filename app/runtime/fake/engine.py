@@ -22,8 +22,8 @@ from app.errors import RuntimeFault
 from app.runtime.driver import Exit, FetchedImage, Leftover, Power, Workload
 
 Clock: TypeAlias = Callable[[], datetime]
-KILLED = 137
-SIZE = 1_000_000
+KILLED_CODE = 137
+IMAGE_BYTES = 1_000_000
 
 
 def name_of(object_id: UUID) -> str:
@@ -102,7 +102,7 @@ class FakeEngine:
 
     def start(self, name: str) -> None:
         """Run what was created."""
-        # No hint: as with the real driver, a start that a driver makes is known to whoever asked for it.
+        # No hint: as with the real driver, a start that a driver makes is known to its caller.
         self._run(name)
         container = self.containers[name]
         ends = self.scripts.get(container.object_id) if container.object_id else None
@@ -117,12 +117,12 @@ class FakeEngine:
 
     def exit(self, object_id: UUID, code: int = 0, *, oom: bool = False, message: str = "") -> None:
         """Let a workload end by itself."""
-        self._end(self.containers[name_of(object_id)], Exit(KILLED if oom else code, oom, message, self._clock()))
+        self._end(self.containers[name_of(object_id)], Exit(KILLED_CODE if oom else code, oom, message, self._clock()))
 
     def restart(self, object_id: UUID) -> None:
-        """From outside, as `docker restart`: the same container, started anew."""
+        """From outside, as `docker restart`: the same container is started again."""
         name = name_of(object_id)
-        self._end(self.containers[name], Exit(KILLED, at=self._clock()))
+        self._end(self.containers[name], Exit(KILLED_CODE, at=self._clock()))
         self._run(name)
         self._publish(self.containers[name])
 
@@ -135,7 +135,7 @@ class FakeEngine:
             if container.power not in (Power.RUNNING, Power.PAUSED):
                 continue
             after = msgspec.structs.replace(
-                container, power=Power.EXITED, exit=Exit(KILLED, at=self._clock()), address=None
+                container, power=Power.EXITED, exit=Exit(KILLED_CODE, at=self._clock()), address=None
             )
             if container.object_id in forgetting:
                 after = msgspec.structs.replace(after, power=Power.CREATED, started_at=None, exit=None)
@@ -160,7 +160,7 @@ class FakeEngine:
         """Take away, or only begin to. False = not gone yet."""
         if self.slow_removals:
             changed = msgspec.structs.replace(
-                self.containers[name], removing=True, power=Power.EXITED, exit=Exit(KILLED, at=self._clock())
+                self.containers[name], removing=True, power=Power.EXITED, exit=Exit(KILLED_CODE, at=self._clock())
             )
             self.containers[name] = changed
             return False
@@ -173,7 +173,7 @@ class FakeEngine:
             self.destroy(container.name)
 
     def destroy(self, name: str) -> None:
-        """Take away."""
+        """Remove a container."""
         self._publish(self.containers.pop(name))
 
     def leave(self, installation: UUID, leftover: Leftover) -> None:
@@ -184,7 +184,7 @@ class FakeEngine:
         """The image, if it is here."""
         if reference.startswith("missing/") or reference in self.to_pull:
             return None
-        return FetchedImage(_digest(f"id of {reference}"), _digest(reference), SIZE)
+        return FetchedImage(_digest(f"id of {reference}"), _digest(reference), IMAGE_BYTES)
 
     def drop_streams(self) -> None:
         """Cut every event stream; the drivers open them again and miss nothing."""
@@ -203,7 +203,7 @@ class FakeEngine:
         return len(self._streams)
 
     def close_stream(self, stream: asyncio.Queue[FakeContainer | None]) -> None:
-        """No more events."""
+        """End an event stream."""
         self._streams.discard(stream)
 
     def _run(self, name: str) -> None:

@@ -8,9 +8,9 @@ the first connection asks for it.
 last, because PostgreSQL otherwise looks there first for tables, whether or not it is named), isolation, time zone, and
 `synchronous_commit`, because an answer means that it is on disk.
 
-**What is checked.** A pooler in between drops settings of the start packet in silence, when it is told to ignore them.
-So each new connection is asked what is in force. A wrong answer refuses the start and says which statements make the
-same settings at the server, where a pooler cannot drop them.
+**What is checked.** A pooler in between drops settings of the start packet without an error, when it is configured to
+ignore them. So each new connection is asked what is in force. A wrong answer refuses the start and says which
+statements make the same settings at the server, where a pooler cannot drop them.
 
 **Several hosts** are tried one by one, each with its own time limit: with one limit for all, a first host that swallows
 packets would use it up.
@@ -91,7 +91,7 @@ SELECT current_user AS role, session_user AS login, r.rolsuper AS superuser,
 
 
 class Login(Struct, frozen=True):
-    """Whom the server has logged in as."""
+    """The login of this server, and what it may do."""
 
     name: str
     role: str
@@ -107,8 +107,8 @@ class Login(Struct, frozen=True):
             return None
         what = "a superuser" if self.superuser else "the owner of the tables"
         return (
-            f"the database login {self.name} is {what}: whoever takes over this server could rewrite the log. Make a "
-            f"login of its own (CREATE ROLE sandledger_server LOGIN PASSWORD '...'; GRANT {self.role} TO "
+            f"the database login {self.name} is {what}: an attacker who takes over this server could rewrite the log. "
+            f"Make a login of its own (CREATE ROLE sandledger_server LOGIN PASSWORD '...'; GRANT {self.role} TO "
             "sandledger_server), put it into store.postgresql.dsn and this one into store.postgresql.migrate_dsn"
         )
 

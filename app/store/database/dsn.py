@@ -2,7 +2,7 @@
 
 Two forms are read: `postgresql://user:password@host:port,host:port/database?key=value`, and `key=value key='a b'`.
 asyncpg reads only the first, has no time limit for each host, and hands every key that it does not know to the server
-as a setting, which then refuses the connection. So the address is taken apart here and written anew, one URL a host.
+as a setting, which then refuses the connection. So the address is parsed here and written again, one URL for each host.
 
 Keys are of four kinds: asyncpg's own; those carried out here (`connect_timeout`, for each host, as libpq does);
 settings of the session; and habits of libpq's sockets, which change nothing about whom we talk to and are left out.

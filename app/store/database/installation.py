@@ -31,14 +31,14 @@ _SWITCH = Statement(
 
 
 class Installation(Struct, frozen=True):
-    """The row."""
+    """The one row of the table `installation`."""
 
     id: UUID
     master_key_id: str | None
 
 
 async def read_installation(database: Database) -> Installation:
-    """The row as it stands."""
+    """Read the row."""
     row = await database.fetch_one(_READ)
     if row is None:
         raise SettingsError("the table installation is empty; restore it from a backup, it names what is ours")

@@ -41,11 +41,11 @@ from app.errors import SettingsError, StoreUnavailable
 from app.store.database.connect import GONE, GRANTED, PINNED, dial, explained
 from app.store.database.dsn import Address, address
 
-_LOCK = 0x53414E444C454447  # 'SANDLEDG'
+_LOCK_KEY = 0x53414E444C454447  # 'SANDLEDG'
 _LOCK_TIMEOUT = "3s"
-_LOCK_ATTEMPTS = 20
-_LOCK_PAUSE_S = 1.0
-_TURN_S = 0.05
+_MAX_LOCK_ATTEMPTS = 20
+_LOCK_PAUSE_SECONDS = 1.0
+_POLL_SECONDS = 0.05
 _SCRAM_ROUNDS = 4096
 _OWNER = {
     **PINNED,
@@ -67,7 +67,7 @@ Say = Callable[[str], None]
 
 
 class Migration(Struct, frozen=True):
-    """What a run did."""
+    """The revisions before and after a run."""
 
     before: str | None
     after: str | None
@@ -119,8 +119,8 @@ async def migrate(
     try:
         if not apply:
             return await _look(driver, script)
-        while not await driver.fetchval("SELECT pg_catalog.pg_try_advisory_lock($1)", _LOCK):  # noqa: ASYNC110
-            await asyncio.sleep(_TURN_S)
+        while not await driver.fetchval("SELECT pg_catalog.pg_try_advisory_lock($1)", _LOCK_KEY):  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_SECONDS)
         seen = await _look(driver, script)
         async with _engine_on(driver) as connection:
             if seen.known and seen.before != seen.head:
@@ -174,17 +174,17 @@ async def _upgrade(connection: AsyncConnection, config: Config, say: Say) -> Non
         config.attributes["connection"] = sync
         command.upgrade(config, "head")
 
-    for attempt in range(1, _LOCK_ATTEMPTS + 1):
+    for attempt in range(1, _MAX_LOCK_ATTEMPTS + 1):
         try:
             await connection.run_sync(run)
         except (exc.DBAPIError, pg.LockNotAvailableError) as error:
-            if _sqlstate(error) != pg.LockNotAvailableError.sqlstate or attempt == _LOCK_ATTEMPTS:
+            if _sqlstate(error) != pg.LockNotAvailableError.sqlstate or attempt == _MAX_LOCK_ATTEMPTS:
                 raise
         else:
             return
         await connection.rollback()
-        say(f"migration waits for a table that others use (attempt {attempt} of {_LOCK_ATTEMPTS})")
-        await asyncio.sleep(_LOCK_PAUSE_S)
+        say(f"migration waits for a table that others use (attempt {attempt} of {_MAX_LOCK_ATTEMPTS})")
+        await asyncio.sleep(_LOCK_PAUSE_SECONDS)
 
 
 async def _name_role(driver: Any) -> None:

@@ -1,4 +1,4 @@
-"""The connections of one process: most of them for everybody, a few kept back for leases and wake-ups.
+"""The connections of one process: most of them shared, a few reserved for leases and wake-ups.
 
 asyncpg's pool holds the connections, `app.store.database.connect` opens and checks them, SQLAlchemy Core only writes
 SQL. Every statement is its own transaction.
@@ -6,14 +6,14 @@ SQL. Every statement is its own transaction.
 **Two pools.** Twelve slow statements of the API may use up the first one. Claims, heartbeats and notifications go
 through `reserved`, so that a busy server keeps its leases. One more connection listens.
 
-**Two errors.** StoreBusy: all connections are in use for longer than `pool_timeout`; PostgreSQL is well. Any other
-StoreUnavailable: it does not answer, or may not write. Only acquiring and the statement itself are translated, never
-the body of a caller who holds a connection: an error of the engine in there is not the database's.
+**Two errors.** StoreBusy: all connections are in use for longer than `pool_timeout`; PostgreSQL itself answers. Any
+other StoreUnavailable: it does not answer, or may not write. Only acquiring and the statement itself are translated,
+never the body of a caller who holds a connection: an error of the engine in there is not the database's.
 
 **Silence.** A statement that is not answered within `command_timeout` counts as a database that is gone: after a
 failover, or a partition that drops packets, an open connection may stay silent for a quarter of an hour. A statement
 that is cancelled or times out is cancelled at the server too, and its connection is closed in the background, so that
-nobody waits for the goodbye.
+no caller waits for the close.
 
 **Smart shutdown.** PostgreSQL then refuses new connections and waits for the open ones, without telling them. So a new
 connection is tried every `knock_every` seconds; when it is refused because the server shuts down, all idle connections
@@ -40,12 +40,12 @@ from app.store.database.statement import Statement
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
-_GOODBYE_S = 2.0
-_IDLE_S = 60.0
-RESERVED = 2
+_CLOSE_SECONDS = 2.0
+_IDLE_SECONDS = 60.0
+RESERVED_CONNECTIONS = 2
 """Connections for leases and wake-ups."""
-KEPT_BACK = RESERVED + 1
-"""Those, and the one that listens."""
+RESERVED_AND_LISTENER_CONNECTIONS = RESERVED_CONNECTIONS + 1
+"""The reserved connections and the one that listens."""
 
 
 class _OneLine(logging.Filter):
@@ -63,25 +63,24 @@ logging.getLogger("asyncpg.pool").addFilter(_OneLine())
 
 
 async def _no_reset(_driver: object) -> None:
-    """Every statement commits by itself, and whoever holds a connection cleans up: nothing to reset."""
+    """Every statement commits by itself, and the holder of a connection cleans up, so there is nothing to reset."""
 
 
 class Connection:
-    """One connection out of the pool."""
+    """One connection that was taken from the pool."""
 
     def __init__(self, driver: Any) -> None:
-        """Wrap it."""
         self._driver = driver
         self.broken = False
         """A statement of unknown fate may still run on it."""
 
     async def fetch(self, statement: Statement, **values: Any) -> Sequence[asyncpg.Record]:
-        """All rows."""
+        """Run a statement and answer all its rows."""
         arguments = statement.arguments(values)
         return await self._translated(self._driver.fetch(statement.sql, *arguments))
 
     async def fetch_one(self, statement: Statement, **values: Any) -> asyncpg.Record | None:
-        """The first row, or None."""
+        """Run a statement and answer its first row. None = it has no row."""
         rows = await self.fetch(statement, **values)
         return rows[0] if rows else None
 
@@ -155,7 +154,7 @@ class Pool:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Connection]:
-        """Several statements, all or none."""
+        """Run several statements in one transaction."""
         async with self.connection() as connection, connection.all_or_none():
             yield connection
 
@@ -196,10 +195,10 @@ class Pool:
             self._slots.release()
 
     async def _part(self, driver: Any) -> None:
-        """Close for good. Closing sends the cancel request of a statement that was given up and waits for it."""
+        """Close the connection. Closing sends the cancel request of a statement that was given up and waits for it."""
         try:
             if not driver.is_closed():
-                await driver.close(timeout=_GOODBYE_S)
+                await driver.close(timeout=_CLOSE_SECONDS)
             await self._pool.release(driver)
         except (*GONE, pg.PostgresError):
             with suppress(pg.InterfaceError):  # it is out of the pool already
@@ -227,7 +226,7 @@ class Pool:
             max_size=maximum,
             connect=self._connector.open,
             reset=_no_reset,
-            max_inactive_connection_lifetime=_IDLE_S,
+            max_inactive_connection_lifetime=_IDLE_SECONDS,
             max_queries=2**62,
         )
 
@@ -251,7 +250,7 @@ class Pool:
         await asyncio.gather(*self._goodbyes, return_exceptions=True)
         if self._pool is not None:
             with suppress(*GONE, pg.PostgresError):
-                async with asyncio.timeout(_GOODBYE_S):
+                async with asyncio.timeout(_CLOSE_SECONDS):
                     await self._pool.close()
 
     def terminate(self) -> None:
@@ -288,7 +287,9 @@ class Database(Pool):
         super().__init__(
             connector, min_size=min(min_size, max_size), max_size=max_size, wait=pool_timeout, on_open=self._attend
         )
-        self.reserved = Pool(connector, min_size=0, max_size=RESERVED, wait=pool_timeout, on_open=self._attend)
+        self.reserved = Pool(
+            connector, min_size=0, max_size=RESERVED_CONNECTIONS, wait=pool_timeout, on_open=self._attend
+        )
         """For claims, heartbeats and notifications only."""
         self._knock_every = knock_every
         self._listening: set[Any] = set()
@@ -308,15 +309,15 @@ class Database(Pool):
             self._listening.add(driver)
             driver.add_termination_listener(listening.end)
             try:
-                for channel, heard in channels.items():
-                    await driver.add_listener(channel, heard)
+                for channel, callback in channels.items():
+                    await driver.add_listener(channel, callback)
             except GONE as error:
                 raise explained(error) from error
             yield listening
         finally:
             self._listening.discard(driver)
             with suppress(*GONE, pg.PostgresError):
-                await asyncio.shield(driver.close(timeout=_GOODBYE_S))
+                await asyncio.shield(driver.close(timeout=_CLOSE_SECONDS))
 
     def _attend(self) -> None:
         if self._attending is None:
@@ -338,7 +339,7 @@ class Database(Pool):
         await self.reserved.retire()
         for driver in list(self._listening):
             with suppress(*GONE, pg.PostgresError):
-                await driver.close(timeout=_GOODBYE_S)
+                await driver.close(timeout=_CLOSE_SECONDS)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -355,10 +356,9 @@ class Database(Pool):
 
 
 class Listening:
-    """A connection that hears a channel."""
+    """A connection that listens on channels."""
 
     def __init__(self, driver: Any) -> None:
-        """Wrap it."""
         self._driver = driver
         self.ended = asyncio.Event()
         """Set when the connection has ended."""

@@ -13,9 +13,9 @@ from app.errors import StoreRefused, StoreUnavailable
 from app.store.database.connect import dial
 from app.store.database.dsn import address
 
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 2.0
-_REPORT_S = 5.0
+_MIN_PAUSE_SECONDS = 0.1
+_MAX_PAUSE_SECONDS = 2.0
+_REPORT_SECONDS = 5.0
 
 
 async def wait_until_there(dsn: str, where: str, seconds: float, say: Callable[[str], None], *, limit: float) -> None:
@@ -26,7 +26,7 @@ async def wait_until_there(dsn: str, where: str, seconds: float, say: Callable[[
     """
     clock = asyncio.get_running_loop().time
     target = address(dsn)
-    begin, pause, reported = clock(), _FIRST_PAUSE_S, float("-inf")
+    begin, pause, reported = clock(), _MIN_PAUSE_SECONDS, float("-inf")
     while True:
         try:
             driver = await dial(target, limit, {"application_name": "sandledger"})
@@ -39,11 +39,11 @@ async def wait_until_there(dsn: str, where: str, seconds: float, say: Callable[[
                     f"waited {seconds:g} s for {where}: {error}. Start it, or correct store.postgresql.dsn "
                     "(OPENSANDBOX_STORE_POSTGRESQL_DSN, DATABASE_URL); sandledger.start_wait_seconds sets the time"
                 ) from error
-            if clock() - reported >= _REPORT_S:
+            if clock() - reported >= _REPORT_SECONDS:
                 reported = clock()
                 say(f"waiting up to {left:.0f} s for {where}: {error}")
             await asyncio.sleep(min(pause, left))
-            pause = min(pause * 2, _LONGEST_PAUSE_S)
+            pause = min(pause * 2, _MAX_PAUSE_SECONDS)
         else:
             driver.terminate()
             return

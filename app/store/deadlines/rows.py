@@ -103,21 +103,21 @@ _POSTPONE = Statement(
     .where(*_MINE)
     .values(
         fires_at=bindparam("fires_at", type_=DateTime(timezone=True)),
-        # Never at once: whoever computed the time and whoever decides could disagree, and would then spin.
+        # Never at once: the code that computed the time and the code that decides may disagree; the row would then
+        # be claimed again without pause.
         next_run_time=func.greatest(bindparam("fires_at", type_=DateTime(timezone=True)), _NOW + _SECOND),
     )
 )
 
 
 class DeadlineRows:
-    """Statements on the rows."""
+    """Reads and claims the rows of `deadlines`."""
 
     def __init__(self, connections: Connections) -> None:
-        """On any connections."""
         self._connections = connections
 
     async def claim(self, limit: int, lease: float) -> list[Deadline]:
-        """Due rows, earliest first; nobody else gets them before the lease (seconds) ends."""
+        """Due rows, earliest first; no other worker gets them before the lease (seconds) ends."""
         rows = await self._connections.fetch(CLAIM, limit=limit, lease=lease)
         return sorted(map(_deadline, rows), key=lambda row: row.fires_at)
 
@@ -127,12 +127,12 @@ class DeadlineRows:
         return None if row is None else row["wait"]
 
     async def lookup(self, stream_id: UUID, name: str) -> Deadline | None:
-        """One row."""
+        """Read one row."""
         row = await self._connections.fetch_one(_LOOKUP, stream_id=stream_id, name=name)
         return None if row is None else _deadline(row)
 
     async def everything(self) -> list[Deadline]:
-        """All rows, earliest first."""
+        """Read all rows, earliest first."""
         return [_deadline(row) for row in await self._connections.fetch(_ALL)]
 
     async def remove(self, stream_id: UUID, name: str) -> None:

@@ -1,1 +1,1 @@
-"""The PostgreSQL that comes with us: its account, its cluster on disk, and who uses it."""
+"""The embedded PostgreSQL: its account, its cluster on disk, and who uses it."""

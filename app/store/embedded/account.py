@@ -99,7 +99,7 @@ class Account(Struct, frozen=True):
 
 
 def account_for(data: Path) -> Account:
-    """Whoever runs the cluster in `data`, which need not exist yet."""
+    """The account that runs the cluster in `data`. It is no error when `data` does not exist yet."""
     me = os.geteuid()
     try:
         owner = data.stat()

@@ -1,10 +1,10 @@
-"""One PostgreSQL cluster on disk: make it, start it, look at it, stop it.
+"""One PostgreSQL cluster on disk: create, start, inspect and stop it.
 
-Knows nothing of who else uses it: callers hold the locks of `app.store.embedded.server`, and `launch` hands the one
-for the postmaster down to whatever it starts.
+This module does not know who else uses the cluster: callers hold the locks of `app.store.embedded.server`, and
+`launch` hands the one for the postmaster down to every process that it starts.
 
 **Invariants.** `data` is complete or absent: initdb works in `data.new`, which is synced and renamed; a `data.new` that
-is met was left by a kill and is made anew. The postmaster has its own session, no standard input, none of our files
+exists was left by a kill and is made again. The postmaster has its own session, no standard input, none of our files
 but the lock and none of our environment. It listens on a socket only, in a folder (0700) that only its account and
 root can enter, which is why `trust` is enough. No statement, parameter or key value reaches its log: errors of clients
 go to the clients only, and details are cut. Configuration lies beside `data`, written at every start; the operator's
@@ -35,10 +35,10 @@ from app.errors import SettingsError, StoreUnavailable
 from app.store.embedded.account import Account, account_for, home_for, programs_for, replace, sync_folder
 
 _SOCKET = ".s.PGSQL.5432"
-_SOCKET_PATH_MAX = 107
-PATIENCE = 600.0
+_MAX_SOCKET_PATH_BYTES = 107
+MAX_WAIT_SECONDS = 600.0
 """Seconds that a start, with recovery, may take."""
-ORPHANS = 5.0
+ORPHAN_EXIT_SECONDS = 5.0
 """Seconds that processes without a postmaster get to notice its death."""
 _STOPPING = ((signal.SIGINT, 60.0), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0))
 """Fast shutdown, immediate shutdown, the kernel's; each with its seconds. All are safe for what was committed."""
@@ -51,7 +51,7 @@ unix_socket_directories = '{sockets}'
 unix_socket_permissions = 0700
 hba_file = '{home}/pg_hba.conf'
 max_connections = 100
-# An idle server should be small.
+# An idle server should use little memory.
 shared_buffers = 32MB
 huge_pages = off
 io_method = sync
@@ -126,7 +126,7 @@ class Cluster(Struct, frozen=True):
         return process if self.occupied_by(process) else None
 
     def ready(self) -> bool:
-        """Whether the postmaster says so."""
+        """Say whether the postmaster reports that it is ready."""
         return [line.strip() for line in self._pid_file()[7:]] == ["ready"]
 
     def _pid_file(self) -> list[str]:
@@ -165,7 +165,7 @@ def _sockets(home: Path, account: Account) -> Path:
     The short one must be what we made: the account's, closed to others, no link. Anything else is replaced.
     """
     near = home / "socket"
-    if re.fullmatch(r"[\w./+-]+", str(near), re.ASCII) and len(str(near / _SOCKET)) <= _SOCKET_PATH_MAX:
+    if re.fullmatch(r"[\w./+-]+", str(near), re.ASCII) and len(str(near / _SOCKET)) <= _MAX_SOCKET_PATH_BYTES:
         return account.own(near)
     record = home / "socket-dir"
     if record.exists():
@@ -225,7 +225,7 @@ def launch(cluster: Cluster, lock: int) -> None:
                 "-s",
                 "-w",
                 "-t",
-                str(int(PATIENCE)),
+                str(int(MAX_WAIT_SECONDS)),
                 "-D",
                 cluster.data,
                 "-l",
@@ -278,10 +278,10 @@ def heal(cluster: Cluster, headless: float) -> None:
         if cluster.ready() and not (cluster.sockets / _SOCKET).exists():
             cluster.say("PostgreSQL has lost its socket; restarting it")
             stop(cluster)
-    elif headless > ORPHANS:
+    elif headless > ORPHAN_EXIT_SECONDS:
         for process in filter(cluster.occupied_by, psutil.process_iter()):
             with suppress(psutil.Error):
-                process.send_signal(signal.SIGQUIT if headless < 2 * ORPHANS else signal.SIGKILL)
+                process.send_signal(signal.SIGQUIT if headless < 2 * ORPHAN_EXIT_SECONDS else signal.SIGKILL)
 
 
 def stop(cluster: Cluster) -> None:

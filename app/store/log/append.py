@@ -74,7 +74,7 @@ class Parts(Struct, frozen=True):
 
     @property
     def position(self) -> ColumnElement[int]:
-        """Of the last event."""
+        """Position of the last event."""
         return select(self.last.c.position).scalar_subquery()
 
 
@@ -90,7 +90,7 @@ class Written(Struct, frozen=True):
 
 
 def create_statement(kind: str, head: Effect, effects: Sequence[Effect] = (), *, keyed: bool = False) -> Statement:
-    """The append that begins a stream. Parameters: id, tenant, facts, meta, those of the effects; keyed: digest,
+    """The append that begins a stream. Parameters: id, tenant, events, meta, those of the effects; keyed: digest,
     fingerprint.
     """
     clock = _clock()
@@ -117,7 +117,7 @@ def create_statement(kind: str, head: Effect, effects: Sequence[Effect] = (), *,
 
 
 def append_statement(kind: str, heads: Table, head: Effect, effects: Sequence[Effect] = ()) -> Statement:
-    """The append to a stream that exists. Parameters: id, expected (version), facts, meta, those of the effects."""
+    """The append to a stream that exists. Parameters: id, expected (version), events, meta, those of the effects."""
     guard = (
         select(heads.c.id, heads.c.tenant)
         .where(heads.c.id == bindparam("id", type_=Uuid), heads.c.version == bindparam("expected", type_=Integer))
@@ -132,26 +132,26 @@ def _clock() -> CTE:
 
 
 def _statement(kind: str, clock: CTE, guard: CTE, effects: Sequence[Effect]) -> Statement:
-    facts = (
-        func.jsonb_to_recordset(cast(bindparam("facts", type_=Text), JSONB))
+    given = (
+        func.jsonb_to_recordset(cast(bindparam("events", type_=Text), JSONB))
         .table_valued(column("v", Integer), column("t", Text), column("s", SmallInteger), column("d", JSONB))
-        .render_derived(name="fact", with_types=True)
+        .render_derived(name="event", with_types=True)
     )
     rows: Any = (
         select(
             guard.c.id,
             literal(kind),
             guard.c.tenant,
-            facts.c.v,
-            facts.c.t,
-            facts.c.s,
-            facts.c.d,
+            given.c.v,
+            given.c.t,
+            given.c.s,
+            given.c.d,
             cast(bindparam("meta", type_=Text), JSONB),
             clock.c.now,
         )
-        .select_from(guard.join(clock, literal_column("true")).join(facts, literal_column("true")))
+        .select_from(guard.join(clock, literal_column("true")).join(given, literal_column("true")))
         # The order of insertion is the order of positions.
-        .order_by(facts.c.v)
+        .order_by(given.c.v)
     )
     names = ["stream_id", "kind", "tenant", "version", "type", "schema", "data", "meta", "recorded_at"]
     written = insert(events).from_select(names, rows).returning(events.c.position, events.c.recorded_at).cte("written")
@@ -228,7 +228,7 @@ async def append(
     row = await database.fetch_one(
         statement,
         id=stream_id,
-        facts=msgspec.json.encode(rows).decode(),
+        events=msgspec.json.encode(rows).decode(),
         meta=msgspec.json.encode(meta).decode(),
         **values,
     )

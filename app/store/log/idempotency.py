@@ -27,10 +27,9 @@ class FirstRequest(Struct, frozen=True):
 
 
 class IdempotencyKeys:
-    """Reads of keys."""
+    """Reads idempotency keys."""
 
     def __init__(self, database: Database) -> None:
-        """On an open database."""
         self._database = database
 
     async def find(self, tenant: str, digest: str) -> FirstRequest | None:

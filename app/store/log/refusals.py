@@ -29,10 +29,9 @@ _RECORD = Statement(
 
 
 class Refusals:
-    """Writes refusals."""
+    """Writes refused commands to the table `refusals`."""
 
     def __init__(self, database: Database) -> None:
-        """On an open database."""
         self._database = database
 
     async def record(

@@ -4,18 +4,18 @@ A transaction that issued NOTIFY holds one cluster-wide lock from before its com
 commits run one at a time; inside the append it cost 85 % of the throughput. Here an append only calls `poke(id)`:
 subscribers in this process wake at once, and one task per process sends at most one statement every 20 ms.
 
-**Two channels.** `news` names the streams that were appended to (or `*` when they are too many) and wakes whoever waits
-for one of them or reads all of them. `work` wakes claimers, and is sent only when a reconciler has something to do: a
-patch of metadata concerns nobody's engine. Every notification begins with a random word of its process, which skips
-its own echo: its subscribers woke at the poke.
+**Two channels.** `news` names the streams that were appended to (or `*` when they are too many) and wakes the
+subscribers of one of them and of all of them. `work` wakes claimers, and is sent only when a reconciler has something
+to do: a patch of metadata needs no work at an engine. Every notification begins with a random word of its process,
+which skips its own echo: its subscribers woke at the poke.
 
-A listener only waits, and a connection that was cut off without a word looks just like one on which nobody speaks; so
-the listener asks something every `check` seconds, and a connection that does not answer is replaced.
+A listener only waits. A connection that was cut without notice looks the same as a quiet one. So the listener sends a
+query every `check` seconds and replaces a connection that does not answer.
 
 When `run` is cancelled it first sends what was poked and not sent yet. Stop it after the last append and before the
 pool closes.
 
-A signal carries no truth. Every waiter also has a timeout and then looks for itself, so a lost notification, a pooler
+A signal carries no truth. Every waiter also has a timeout and then reads the database, so a lost notification, a pooler
 in between or a broken LISTEN costs latency (at most a second), never correctness.
 """
 
@@ -38,15 +38,16 @@ from app.store.database.statement import Statement
 
 NEWS_CHANNEL = "sandledger_news"
 WORK_CHANNEL = "sandledger_work"
-_WINDOW_S = 0.02
+_COLLECT_SECONDS = 0.02
 _MAX_IDS = 200  # 200 * 33 bytes stay below NOTIFY's 8000
-_RECONNECT_S = 1.0
-_LAST_WORDS_S = 1.0
+_RECONNECT_SECONDS = 1.0
+_FINAL_SEND_SECONDS = 1.0
 _news = func.pg_notify(NEWS_CHANNEL, bindparam("news", type_=Text))
 _NEWS = Statement(select(_news))
 _NEWS_AND_WORK = Statement(select(_news, func.pg_notify(WORK_CHANNEL, bindparam("work", type_=Text))))
 _FAILURES = (StoreUnavailable, asyncpg.PostgresError)
-"""A standby after a failover, or a full queue, refuses to notify: PostgreSQL's word, and no reason to stop either."""
+"""A standby after a failover, or a full queue, refuses to notify: PostgreSQL reports it as an error. The tasks go
+on."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -54,11 +55,10 @@ class Subscription:
     """Something to wait on. Set when there may be news."""
 
     def __init__(self) -> None:
-        """Unset."""
         self._event = asyncio.Event()
 
     def wake(self) -> None:
-        """There may be news."""
+        """Record that there may be news."""
         self._event.set()
 
     async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109 - a bounded wait is the point
@@ -73,10 +73,9 @@ class Subscription:
 
 
 class Signal:
-    """One per process. `run` must be running for other processes to hear and be heard."""
+    """One per process. `run` must be running to send to other processes and to receive from them."""
 
     def __init__(self, database: Database, *, check: float = 30) -> None:
-        """Not yet listening."""
         self._database = database
         self._check = check
         self._word = secrets.token_hex(4)
@@ -98,7 +97,7 @@ class Signal:
 
     @contextmanager
     def subscribe(self, stream_id: UUID | None = None) -> Generator[Subscription]:
-        """News of one stream, or of any."""
+        """Subscribe to one stream, or to all."""
         subscription = Subscription()
         here = self._everything if stream_id is None else self._by_id.setdefault(stream_id, set())
         here.add(subscription)
@@ -120,14 +119,14 @@ class Signal:
             self._claimers.discard(subscription)
 
     async def run(self) -> None:
-        """Notify and listen until cancelled; then send the last words."""
+        """Notify and listen until cancelled; then send what was poked and not sent yet."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._notify_forever(), name="signal-notify")
                 tasks.create_task(self._listen_forever(), name="signal-listen")
         finally:
             try:
-                async with asyncio.timeout(_LAST_WORDS_S):
+                async with asyncio.timeout(_FINAL_SEND_SECONDS):
                     while self._outbox:
                         await self._notify()
             except TimeoutError:
@@ -137,14 +136,14 @@ class Signal:
         while True:
             await self._outgoing.wait()
             await self._notify()
-            await asyncio.sleep(_WINDOW_S)
+            await asyncio.sleep(_COLLECT_SECONDS)
 
     async def _notify(self) -> None:
         self._outgoing.clear()
         ids, self._outbox = self._outbox, set()
         work, self._has_work = self._has_work, False
-        told = "*" if len(ids) > _MAX_IDS else ",".join(stream_id.hex for stream_id in ids)
-        news = f"{self._word} {told}"
+        names = "*" if len(ids) > _MAX_IDS else ",".join(stream_id.hex for stream_id in ids)
+        news = f"{self._word} {names}"
         try:
             if work:
                 await self._database.reserved.fetch(_NEWS_AND_WORK, news=news, work=self._word)
@@ -153,7 +152,7 @@ class Signal:
         except _FAILURES as error:
             _LOG.warning("notification lost, readers fall back to polling: %s", error)
         except asyncio.CancelledError:
-            # Nobody knows whether it was sent. Twice is allowed, never is not.
+            # It may have been sent or not. Sending it twice does no harm; not sending it does.
             self._outbox |= ids
             self._has_work |= work
             raise
@@ -164,12 +163,12 @@ class Signal:
                 await self._listen()
             except _FAILURES as error:
                 _LOG.warning("not listening, polling instead: %s", error)
-            await asyncio.sleep(_RECONNECT_S)
+            await asyncio.sleep(_RECONNECT_SECONDS)
 
     async def _listen(self) -> None:
-        channels = {NEWS_CHANNEL: self._heard_news, WORK_CHANNEL: self._heard_work}
+        channels = {NEWS_CHANNEL: self._on_news, WORK_CHANNEL: self._on_work}
         async with self._database.listen(channels) as listening:
-            self._wake_all()  # whatever was said while nobody listened
+            self._wake_all()  # notifications may have been missed while no connection listened
             while not listening.ended.is_set():
                 try:
                     async with asyncio.timeout(self._check):
@@ -177,19 +176,19 @@ class Signal:
                 except TimeoutError:
                     await listening.ping()
 
-    def _heard_news(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
-        word, _, told = payload.partition(" ")
+    def _on_news(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
+        word, _, names = payload.partition(" ")
         if word == self._word:
             return
         try:
-            ids = [UUID(text) for text in told.split(",")]
-        except ValueError:  # `*`, or somebody else's words: either way, let everybody look
+            ids = [UUID(text) for text in names.split(",")]
+        except ValueError:  # `*`, or a text of another sender: wake every subscriber
             self._wake_news()
             return
         for stream_id in ids:
             self._wake(stream_id)
 
-    def _heard_work(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
+    def _on_work(self, _connection: Any, _pid: int, _channel: str, payload: str) -> None:
         if payload != self._word:
             _wake(self._claimers)
 

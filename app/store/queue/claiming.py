@@ -50,7 +50,7 @@ from app.store.database.statement import Statement
 from app.store.tables import reconcile_queue
 
 USER, BACKGROUND = 0, 1
-SPARE = 16
+SPARE_ROWS = 16
 """Rows that are looked at beyond the free slots, for those that other claimers have locked."""
 SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
 _TRUE: ColumnElement[bool] = literal_column("true", Boolean)
@@ -107,7 +107,7 @@ def _due(now: Any, slots: Any) -> CTE:
             _Q.stream_id != all_(bindparam("left_alone", type_=ARRAY(Uuid))),
         )
         .order_by(_Q.due_at)
-        .limit(slots + SPARE)
+        .limit(slots + SPARE_ROWS)
         .lateral("rows")
     )
     return (
@@ -155,7 +155,7 @@ def _claim() -> Statement:
         select(ordered.c.stream_id, ordered.c.order)
         .where(ordered.c.eligible)
         .order_by(ordered.c.order)
-        .limit(slots + SPARE)
+        .limit(slots + SPARE_ROWS)
         .cte("first")
     )
     picked = (

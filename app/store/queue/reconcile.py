@@ -15,8 +15,8 @@ A stream whose claim was given back while something is done for it outside of th
 `app.store.queue.waiting` says.
 
 **Invariants.** At most one holder of a claim: a claim carries a value of its own (`lease_owner`), and every later
-statement names it. No wake-up is lost: whoever has news raises the revision whether or not somebody is at work, so a
-claim that began before the news cannot delete the row. News that only say "look again" (`enqueue`) do not cut a
+statement names it. No wake-up is lost: a writer with news raises the revision whether or not a worker holds the claim,
+so a claim that began before the news cannot delete the row. News that only say "look again" (`enqueue`) do not cut a
 back-off short, or a container that fails at start would be retried at the speed of its own events; what a client wants
 (`touch`) does. `cause` tells the two apart: only a touch changes it.
 
@@ -290,11 +290,11 @@ class Queue:
         return Round(claims, rows[0]["due"], rows[0]["above"])
 
     async def extend(self, claims: Iterable[Claim], lease: float) -> Mapping[UUID, Beat]:
-        """Keep claims. Whoever is missing from the answer is not ours any more."""
+        """Keep claims. A claim that is missing from the answer is not ours any more."""
         return _beats(await self._database.reserved.fetch(_EXTEND, lease=lease, **_pairs(claims)))
 
     async def probe(self, claims: Iterable[Claim]) -> Mapping[UUID, Beat]:
-        """As `extend`, without extending."""
+        """Say which claims are still held, as `extend` does, but do not extend them."""
         return _beats(await self._database.reserved.fetch(_PROBE, **_pairs(claims)))
 
     async def complete(self, claim: Claim, *, closed: bool = False) -> bool:
@@ -353,7 +353,7 @@ class Queue:
         return ids_of([row for row in rows if row["due"]])
 
     async def stats(self) -> Depth:
-        """For operators."""
+        """Read the queue for operators."""
         row = (await self._database.fetch(_STATS, engine=self._engine))[0]
         return Depth(row["rows"], row["leased"], row["due"], row["oldest_due_s"])
 

@@ -7,7 +7,7 @@ is done it wakes the stream; when it fails it puts the row off, with a count and
 **Invariants.** Only a row that nobody holds and that is not due is kept or put off. News (a touch, a hint) make it due,
 and a process that keeps it waiting cannot take that back. So a delete during a pull is handled at once, by any worker.
 
-**How it fails.** A process that dies stops moving the time on; the row is due soon, and whoever claims it plans anew.
+**How it fails.** A process that dies stops moving the time on; the row is due soon, and the next claim plans again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _keep_waiting() -> Statement:
     pairs = (
         func.unnest(bindparam("ids", type_=ARRAY(Uuid)), bindparam("texts", type_=ARRAY(Text)))
         .table_valued(column("id", Uuid), column("text", Text))
-        .render_derived(name="told")
+        .render_derived(name="progress")
     )
     rows = (
         select(_Q.stream_id, pairs.c.text)

@@ -67,7 +67,7 @@ def _make(path: Path) -> None:
     The folder is synced before anybody uses the key: else a power cut could keep what was sealed and lose the key.
     """
     if path.exists():
-        _sync(path.parent)  # whoever linked it may not have come to that yet
+        _sync(path.parent)  # the process that linked it may not have synced the folder yet
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)

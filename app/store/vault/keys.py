@@ -56,7 +56,7 @@ class InstallationKeys(Struct, frozen=True):
     audit: bytes
 
     def __repr__(self) -> str:
-        """Show nothing."""
+        """Keep the keys out of logs and tracebacks."""
         return "InstallationKeys(***)"
 
 

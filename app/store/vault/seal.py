@@ -42,12 +42,12 @@ class Secrets(Struct, frozen=True, omit_defaults=True):
     registry_password: str | None = None
 
     def __repr__(self) -> str:
-        """Names only."""
+        """Show names only, never values."""
         return f"Secrets(env={sorted(self.env)})"
 
 
 class Sealed(Struct, frozen=True):
-    """As stored."""
+    """A row of `sealed_values`, as it is stored."""
 
     key_id: str
     wrapped_key: bytes
@@ -75,7 +75,7 @@ class MasterKeys:
         return tuple(self._wrapping)
 
     def wrap(self, key_id: str, clear: bytes, bound: bytes) -> bytes:
-        """Encrypt a key."""
+        """Wrap a data key by the master key."""
         return _encrypt(self._wrapping[key_id], clear, bound)
 
     def unwrap(self, key_id: str, wrapped: bytes, bound: bytes) -> bytes:
@@ -146,7 +146,7 @@ class Sealer:
         return self._master.wrap(self.key_id, self._master.unwrap(key_id, wrapped_key, bound), bound)
 
     def digest(self, value: bytes, purpose: str) -> str:
-        """HMAC-SHA256, so that equal values can be seen to be equal by whoever has the key, and guessed by nobody."""
+        """HMAC-SHA256, so that a holder of the key can compare values and others cannot guess them."""
         return hmac.new(self._digesting, purpose.encode() + b"\0" + value, hashlib.sha256).hexdigest()
 
 
