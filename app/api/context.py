@@ -8,6 +8,7 @@ from collections.abc import Callable
 from msgspec import Struct, field
 
 from app.api.auth import Authenticate
+from app.domain.sandbox.spec import Bounds
 from app.runtime.driver import Driver
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
@@ -45,6 +46,8 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     body_total_seconds: float = 120
     """How long a body may take altogether."""
     metadata_max_entries: int | None = 256
+    bounds: Bounds = Bounds()
+    """The operator's default and highest limits of a sandbox."""
     worker_alive: Callable[[], bool] | None = None
     """Whether this process's worker runs. None = it has none, and needs no engine."""
     engine_mismatch: Callable[[], str] | None = None

@@ -192,7 +192,7 @@ def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tup
         platform=platform,
         extensions={k: v for k, v in (request.extensions or {}).items() if k.startswith(RESTORED_EXTENSION_PREFIX)},
     )
-    limits = parse_limits(spec.resource_limits)
+    limits = context.bounds.apply(parse_limits(spec.resource_limits))
     gpus = limits.get("gpu")
     event = Requested(
         spec,

@@ -16,6 +16,7 @@ from app.api.app import create_app
 from app.api.context import ApiContext
 from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.quantity import parse_memory, parse_nano_cpus
+from app.domain.sandbox.spec import Bounds
 from app.errors import SettingsError
 from app.runtime.docker import DockerOptions, connect
 from app.runtime.docker.options import CAPABILITIES
@@ -72,7 +73,7 @@ class Opened(Struct, frozen=True):
 
 def docker_driver(settings: Settings, installation: UUID) -> Driver:
     """The driver that the settings ask for."""
-    docker = settings.docker
+    docker, bounds = settings.docker, limit_bounds(settings)
     options = DockerOptions(
         installation=installation,
         network_mode=docker.network_mode,
@@ -81,10 +82,10 @@ def docker_driver(settings: Settings, installation: UUID) -> Driver:
         capabilities=CAPABILITIES if docker.capabilities is None else docker.capabilities,
         drop_capabilities=docker.drop_capabilities,
         init=docker.init,
-        default_cpu_nanos=_quantity("default_cpu", docker.default_cpu, parse_nano_cpus),
-        default_memory_bytes=_quantity("default_memory", docker.default_memory, parse_memory),
-        max_cpu_nanos=_quantity("max_cpu", docker.max_cpu, parse_nano_cpus),
-        max_memory_bytes=_quantity("max_memory", docker.max_memory, parse_memory),
+        default_cpu_nanos=bounds.default_cpu_nanos,
+        default_memory_bytes=bounds.default_memory_bytes,
+        max_cpu_nanos=bounds.max_cpu_nanos,
+        max_memory_bytes=bounds.max_memory_bytes,
         apparmor_profile=docker.apparmor_profile,
         seccomp_profile=docker.seccomp_profile,
         no_new_privileges=docker.no_new_privileges,
@@ -94,6 +95,22 @@ def docker_driver(settings: Settings, installation: UUID) -> Driver:
         log_max_files=docker.log_max_files,
     )
     return connect(options, docker.host)
+
+
+def limit_bounds(settings: Settings) -> Bounds:
+    """The operator's default and highest limits. The API applies them, so that the log has what holds; the driver does
+    it again for sandboxes that were accepted under other settings.
+
+    Raises:
+        SettingsError: names the key.
+    """
+    docker = settings.docker
+    return Bounds(
+        _quantity("default_cpu", docker.default_cpu, parse_nano_cpus),
+        _quantity("default_memory", docker.default_memory, parse_memory),
+        _quantity("max_cpu", docker.max_cpu, parse_nano_cpus),
+        _quantity("max_memory", docker.max_memory, parse_memory),
+    )
 
 
 def _quantity(key: str, text: str | None, parse: Callable[[str], int]) -> int | None:
@@ -240,6 +257,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
             wait_seconds_max=settings.sandledger.api.wait_seconds_max,
             body_limit=settings.sandledger.api.body_limit_bytes,
             metadata_max_entries=settings.sandledger.api.metadata_max_entries,
+            bounds=limit_bounds(settings),
             worker_alive=None if worker is None else lambda: worker.alive,
             engine_mismatch=None if worker is None else lambda: worker.station.mismatch,
             stopping=stopping,

@@ -12,6 +12,8 @@ import pytest
 from sqlalchemy import func, select
 
 from app.api.app import create_app
+from app.domain.sandbox import events as ev
+from app.domain.sandbox.spec import Bounds
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
@@ -287,3 +289,32 @@ async def test_a_key_with_another_body_is_refused(http: httpx.AsyncClient, datab
 async def test_a_malformed_key_is_400(http: httpx.AsyncClient, key: str):
     answer = await http.post("/v1/sandboxes", json=body(), headers=[("Idempotency-Key", key.encode())])
     assert (answer.status_code, answer.json()["code"]) == (400, "GENERAL::INVALID_HEADER")
+
+
+BOUNDS = Bounds(default_cpu_nanos=10**9, default_memory_bytes=2**28, max_cpu_nanos=2 * 10**9, max_memory_bytes=2**29)
+
+
+async def test_the_operators_bounds_hold_before_the_append_and_stand_in_the_log(
+    make_context: MakeContext, service: Service
+):
+    """A limit that only the driver knew would be missing from the log, and from all usage."""
+    async with client(create_app(make_context(bounds=BOUNDS)), **{"OPEN-SANDBOX-API-KEY": KEY}) as http:
+        for limits, cpu, memory in (
+            ({}, 10**9, 2**28),
+            ({"cpu": "1500m"}, 1_500_000_000, 2**28),
+            ({"cpu": "2", "memory": "512Mi"}, 2 * 10**9, 2**29),
+        ):
+            made = await create(http, resourceLimits=limits)
+            begun = (await service.history(UUID(made["id"]), "default"))[0].event
+            assert isinstance(begun, ev.Requested)
+            assert (begun.cpu_nanos, begun.memory_bytes) == (cpu, memory)
+        for limits in ({"cpu": "2001m"}, {"memory": "513Mi"}):
+            answer = await http.post("/v1/sandboxes", json=body(resourceLimits=limits))
+            assert (answer.status_code, answer.json()["code"]) == (400, "SANDBOX::INVALID_PARAMETER")
+            assert "operator's maximum" in answer.json()["message"]
+
+
+def test_a_maximum_is_also_the_default():
+    assert Bounds(max_cpu_nanos=5).apply({}) == {"cpu": 5}
+    assert Bounds(default_cpu_nanos=9, max_cpu_nanos=5).apply({"gpu": 1}) == {"gpu": 1, "cpu": 5}
+    assert Bounds().apply({"cpu": 7}) == {"cpu": 7}

@@ -23,7 +23,7 @@ from app.domain.stream import Actor, ActorKind
 from app.errors import Rejected, StoreUnavailable
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
-from app.store.deadlines.rows import CLAIM, EARLIEST, Deadline, DeadlineRows
+from app.store.deadlines.rows import CLAIM, EARLIEST, NAMES, Deadline, DeadlineRows
 from app.store.log.signal import Signal
 from app.work.fire import Deadlines
 from app.work.scheduler import DeadlineStore
@@ -240,10 +240,14 @@ async def test_a_row_that_the_state_does_not_want_is_deleted(ready: Field, deadl
 async def test_a_row_of_a_newer_version_is_left_to_it(ready: Field, deadlines: Deadlines, until):
     stream_id = uuid4()
     await _insert(ready, stream_id, "idle", "pool")
-    due = await claimed(deadlines, "idle")
+    assert await deadlines.rows.claim(10, 30) == []
+    assert await deadlines.rows.earliest() is None, "nobody here wakes for it"
+    row = await ready.deadline(stream_id, "idle")
+    assert row["attempts"] == 0, "a worker of the newer version finds it due"
+    (due,) = await DeadlineRows(ready.database, ["idle"]).claim(10, 30)
     await deadlines.fire(due)
     row = await ready.deadline(stream_id, "idle")
-    assert row["next_run_time"] == due.leased_until, "it rests for the lease, so it does not spin"
+    assert row["next_run_time"] == due.leased_until, "whoever got it all the same lets it rest for the lease"
     await ready.sql("DELETE FROM deadlines WHERE stream_id = $1", stream_id)
 
 
@@ -635,7 +639,10 @@ async def test_due_rows_are_found_by_index(ready: Field):
         await connection.execute("ANALYZE deadlines")
         for mode in ("force_custom_plan", "force_generic_plan"):
             await connection.execute(f"SET plan_cache_mode = {mode}")
-            for statement, values in ((CLAIM, {"limit": 200, "lease": 30.0}), (EARLIEST, {})):
+            for statement, values in (
+                (CLAIM, {"limit": 200, "lease": 30.0, "names": list(NAMES)}),
+                (EARLIEST, {"names": list(NAMES)}),
+            ):
                 rows = await connection.fetch("EXPLAIN " + statement.sql, *statement.arguments(values))
                 plan = "\n".join(row[0] for row in rows)
                 assert "deadlines_due" in plan

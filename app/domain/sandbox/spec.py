@@ -78,6 +78,39 @@ def parse_limits(limits: Mapping[str, str]) -> dict[str, int]:
     return parsed
 
 
+class Bounds(Struct, frozen=True):
+    """What the operator decides about the limits of every sandbox. None = not decided."""
+
+    default_cpu_nanos: int | None = None
+    default_memory_bytes: int | None = None
+    max_cpu_nanos: int | None = None
+    max_memory_bytes: int | None = None
+
+    def apply(self, limits: Mapping[str, int]) -> dict[str, int]:
+        """The limits that hold, for `parse_limits`' answer.
+
+        A request without a limit gets the default, and at most the maximum.
+
+        Raises:
+            Invalid: a limit is above the maximum.
+        """
+        found = dict(limits)
+        rules = (
+            ("cpu", self.default_cpu_nanos, self.max_cpu_nanos),
+            ("memory", self.default_memory_bytes, self.max_memory_bytes),
+        )
+        for name, default, most in rules:
+            if most is not None and found.get(name, 0) > most:
+                raise Invalid(
+                    "SANDBOX::INVALID_PARAMETER",
+                    f"resourceLimits.{name} is above the operator's maximum (docker.max_{name})",
+                )
+            chosen = [value for value in (default, most) if value is not None]
+            if name not in found and chosen:
+                found[name] = min(chosen)
+        return found
+
+
 def check_timeout(timeout_s: int | None, max_s: int | None = None) -> None:
     """Check the upper bounds of a timeout: the operator's (`max_s`, None = none) and the calendar's.
 

@@ -1,6 +1,7 @@
 """The rows of `deadlines`, as the scheduler takes them.
 
-**Protocol.** A claim takes due rows of any name and kind in one statement and moves their `next_run_time` by a lease.
+**Protocol.** A claim takes due rows of the names that this version knows, in one statement, and moves their
+`next_run_time` by a lease. Rows of other names belong to workers of a newer version.
 What the claimer then appends rewrites or deletes the row in the same statement (`app.store.deadlines.effects`). Every
 other write names the end of the claimer's own lease, so a row that was rewritten meanwhile is never touched.
 
@@ -9,6 +10,7 @@ other write names the end of the claimer's own lease, so a row that was rewritte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -29,10 +31,14 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 
+from app.domain.sandbox.deadlines import EXPIRY, TRANSITION
 from app.store.database.statement import Connections, Statement
 from app.store.tables import deadlines, reconcile_queue
 
+NAMES = (EXPIRY, TRANSITION)
+"""The deadlines that this version can fire."""
 _D, _Q = deadlines.c, reconcile_queue.c
 _NOW = select(func.clock_timestamp()).scalar_subquery()
 _PLACE = literal_column("deadlines.ctid", Text)
@@ -63,6 +69,7 @@ _COLUMNS: tuple[Any, ...] = (
     _last(_Q.last_reason),
     _last(_Q.last_error),
 )
+_KNOWN = _D.name == any_(bindparam("names", type_=ARRAY(Text)))
 _KEY = (_D.stream_id == bindparam("stream_id", type_=Uuid), _D.name == bindparam("name", type_=Text))
 _MINE = (*_KEY, _D.next_run_time == bindparam("leased_until", type_=DateTime(timezone=True)))
 
@@ -70,7 +77,7 @@ _MINE = (*_KEY, _D.next_run_time == bindparam("leased_until", type_=DateTime(tim
 def _claim() -> Statement:
     due = (
         select(_PLACE.label("ctid"))
-        .where(_D.next_run_time <= _NOW)
+        .where(_D.next_run_time <= _NOW, _KNOWN)
         .order_by(_D.next_run_time)
         .limit(bindparam("limit", type_=Integer))
         .with_for_update(skip_locked=True)
@@ -88,6 +95,7 @@ CLAIM = _claim()
 EARLIEST = Statement(
     # The wait is taken off the row that an index scan finds first; an aggregate over all rows would read them all.
     select(func.greatest(0.0, func.extract("epoch", _D.next_run_time - _NOW)).cast(Double).label("wait"))
+    .where(_KNOWN)
     .order_by(_D.next_run_time)
     .limit(1)
 )
@@ -113,17 +121,19 @@ _POSTPONE = Statement(
 class DeadlineRows:
     """Reads and claims the rows of `deadlines`."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, names: Sequence[str] = NAMES) -> None:
+        """Claims deadlines of these names only."""
         self._connections = connections
+        self._names = list(names)
 
     async def claim(self, limit: int, lease: float) -> list[Deadline]:
         """Due rows, earliest first; no other worker gets them before the lease (seconds) ends."""
-        rows = await self._connections.fetch(CLAIM, limit=limit, lease=lease)
+        rows = await self._connections.fetch(CLAIM, limit=limit, lease=lease, names=self._names)
         return sorted(map(_deadline, rows), key=lambda row: row.fires_at)
 
     async def earliest(self) -> float | None:
         """Seconds until the earliest row is due."""
-        row = await self._connections.fetch_one(EARLIEST)
+        row = await self._connections.fetch_one(EARLIEST, names=self._names)
         return None if row is None else row["wait"]
 
     async def lookup(self, stream_id: UUID, name: str) -> Deadline | None:

@@ -29,6 +29,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 from uuid import UUID
 
+import asyncpg
 from msgspec import Struct
 from msgspec.structs import replace
 from sqlalchemy import Integer, LargeBinary, Text, Uuid, bindparam, column, func, literal, select, update
@@ -186,7 +187,8 @@ async def follow_master_key(database: Database, sealer: Sealer, *, every: float 
             if found is not None and found != sealer.key_id:
                 sealer.use(found)
                 _LOG.warning("the master key in use is now %s", found)
-        except StoreUnavailable:
-            continue
+        except (StoreUnavailable, asyncpg.PostgresError) as error:
+            # Nothing that PostgreSQL says here is a reason to end the server.
+            _LOG.info("which master key is in use is not known now: %s", type(error).__name__)
         except SettingsError as error:
             _LOG.error("%s; creates with values to seal are answered 503 here when the rotation has ended", error)
