@@ -139,7 +139,9 @@ class Overview(Struct, frozen=True):
             for line in self.deadlines
             if line.oldest_overdue_s > LATE_AFTER_SECONDS
         ]
-        if self.stuck:
+        if len(self.stuck) >= MAX_SHOWN:
+            found.append(f"{MAX_SHOWN} or more sandboxes are stuck or failing; the oldest {MAX_SHOWN} are listed below")
+        elif self.stuck:
             found.append(f"{len(self.stuck)} sandboxes are stuck or failing; they are listed below")
         return found
 

@@ -26,7 +26,7 @@ from app.settings import Settings
 from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.queue.reconcile import Failed, Queue
-from app.views.overview import MAX_HELD_POSITIONS
+from app.views.overview import MAX_HELD_POSITIONS, MAX_SHOWN
 from tests.cli.test_commands import run
 from tests.conftest import INSTALLATION, SIGHTING, STATION
 from tests.support.sql import connected, insert_event
@@ -230,6 +230,19 @@ async def test_stuck_sandboxes_are_listed_with_why(
     )
     assert f"{line['id']} Pending for " in text
     assert "3 attempts; START_FAILED: no such device [/dev/kvm] \\x1b[31m" in text
+
+
+async def test_more_than_are_listed_are_not_counted_as_the_listed_ones(
+    world: World, settings: Settings, capsys: pytest.CaptureFixture[str]
+):
+    queue = Queue(world.database, ENGINE)
+    for _ in range(MAX_SHOWN + 2):
+        await world.create()
+    for claim in (await queue.claim(MAX_SHOWN + 2, lease=60, tenant_slots=MAX_SHOWN + 2)).claims:
+        await queue.defer(claim, 60, failed=Failed(3, "START_FAILED", "x"))
+    _, found, text = await told(settings, capsys)
+    assert len(found["stuck"]) == MAX_SHOWN
+    assert f"problem: {MAX_SHOWN} or more sandboxes are stuck or failing" in text
 
 
 async def test_a_stopping_sandbox_has_the_operators_time(
