@@ -15,6 +15,7 @@
     │   └── RuntimeRejected      the engine's final word on this workload: the sandbox fails with this reason
     ├── StoreUnavailable         PostgreSQL cannot be reached, or may not write
     │   ├── StoreBusy            every connection of this process is in use
+    │   ├── KeyRetired           the database takes nothing sealed by this server's master key: it is out of use
     │   └── StoreRefused         PostgreSQL answers and refuses: waiting does not help
     ├── IllegalTransition        an event that the declared table does not allow; a bug, never appended
     ├── UnknownEvent             a stored event this version cannot read; reading stops loudly
@@ -98,6 +99,10 @@ class StoreUnavailable(SandledgerError):
 
 class StoreBusy(StoreUnavailable):
     """Every connection of this process is in use. PostgreSQL is well."""
+
+
+class KeyRetired(StoreUnavailable):
+    """PostgreSQL does not take values that this server sealed: its master key is not in use any more."""
 
 
 class StoreRefused(StoreUnavailable):

@@ -22,6 +22,7 @@ from app.domain.text import printable
 from app.errors import (
     Conflict,
     Invalid,
+    KeyRetired,
     KeyReused,
     NotFound,
     PreconditionFailed,
@@ -50,6 +51,10 @@ STATUSES: Final[Mapping[type[Rejected], int]] = {
     Unsupported: 501,
 }
 """Every kind of refusal of the core, and its status."""
+_UNAVAILABLE: Final[Mapping[type[StoreUnavailable], str]] = {
+    StoreBusy: "This server is busy: all its database connections are in use; try again.",
+    KeyRetired: "This server seals by a master key that is no longer in use; try again, or call another server.",
+}
 
 
 class Issue(Struct, frozen=True):
@@ -169,9 +174,7 @@ def problem_of(error: BaseException, request_id: str, fields: Mapping[str, Field
             return Problem(
                 503,
                 "GENERAL::STORE_UNAVAILABLE",
-                "This server is busy: all its database connections are in use; try again."
-                if isinstance(error, StoreBusy)
-                else "The database is not reachable at the moment; try again.",
+                _UNAVAILABLE.get(type(error), "The database is not reachable at the moment; try again."),
                 headers=[("retry-after", "2")],
             )
         case UnknownEvent():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TypeAlias
 from uuid import UUID
 
@@ -34,7 +35,7 @@ from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
 from app.store.vault.keyfile import master_keys
 from app.store.vault.keys import open_keys
-from app.store.vault.seal import Sealer
+from app.store.vault.seal import MasterKeys, Sealer
 from app.views.listing import Listing
 from app.work.policy import WorkPolicy
 from app.work.worker import Worker
@@ -65,6 +66,8 @@ class Opened(Struct, frozen=True):
     store: Store
     installation: UUID
     sealer: Sealer
+    read_keys: Callable[[], MasterKeys]
+    """Reads the master keys again from where they came. Blocking."""
     driver: Driver
     signal: Signal
     service: Service
@@ -221,10 +224,8 @@ async def opened(
         check_schema(store)
         database = database_of(settings, store)
         stack.push_async_callback(database.close)
-        ours = settings.sandledger
-        keys, _ = await asyncio.to_thread(
-            master_keys, ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir
-        )
+        read_keys = partial(_read_keys, settings)
+        keys = await asyncio.to_thread(read_keys)
         found = await claim_master_key(database, keys.ids)
         installation, in_use = found.id, found.master_key_id or keys.ids[0]
         own_keys = await open_keys(database, keys, in_use)
@@ -236,7 +237,12 @@ async def opened(
         news = Signal(database)
         service = Service(database, news, deadline_limits(settings))
         engines = Engines(database, news, installation, service.engines)
-        yield Opened(settings, database, store, installation, sealer, driver, news, service, engines)
+        yield Opened(settings, database, store, installation, sealer, read_keys, driver, news, service, engines)
+
+
+def _read_keys(settings: Settings) -> MasterKeys:
+    ours = settings.sandledger
+    return master_keys(ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir)[0]
 
 
 def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Litestar:

@@ -38,7 +38,7 @@ from app.domain.sandbox.observed import Capabilities, Pausing
 from app.domain.sandbox.spec import check_timeout
 from app.domain.sandbox.state import Sandbox, evolve
 from app.domain.stream import Meta
-from app.errors import KeyReused, PreconditionFailed, StoreUnavailable, Unsupported
+from app.errors import KeyRetired, KeyReused, PreconditionFailed, Unsupported
 from app.service.streams import UNSET, Draft, StaleVersion, advance, decoded, refuse_newer
 from app.store.database.pool import Database
 from app.store.database.statement import Executor, Statement
@@ -138,7 +138,7 @@ class Service:
 
         Raises:
             KeyReused: the key came with another body before.
-            StoreUnavailable: the values were sealed by a master key that is not in use any more.
+            KeyRetired: the values were sealed by a master key that is not in use any more.
             Invalid: the expiry would lie beyond the calendar.
         """
         check_timeout(event.timeout_s)
@@ -164,7 +164,7 @@ class Service:
             )
         except asyncpg.ObjectNotInPrerequisiteStateError as error:
             # The trigger on sealed_values: a rotation of the master key ended and this server has not noticed it.
-            raise StoreUnavailable(f"{error}; repeat the request, or call another server") from None
+            raise KeyRetired(f"{error}; repeat the request, or call another server") from None
         if written is None:
             assert key is not None, "only a key can be there before its stream"
             return await self._replay(tenant, key, event)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -12,10 +14,11 @@ import msgspec
 import pytest
 
 from app.domain.sandbox import commands as cmd
-from app.errors import SettingsError, StoreUnavailable
+from app.errors import KeyRetired, SettingsError
 from app.service.sandboxes import Service
 from app.store.database.installation import claim_master_key, read_installation
 from app.store.database.pool import Database
+from app.store.vault.keyfile import master_keys, prepend_new_key
 from app.store.vault.keys import NAMES, open_keys, other_master_keys
 from app.store.vault.rotation import BATCH_ROWS, Rotated, follow_master_key, is_due, remaining, rotate
 from app.store.vault.seal import MasterKeys, Sealed, Sealer, Secrets, Unsealable
@@ -118,7 +121,7 @@ async def test_an_older_backup_opens_with_the_old_key_only(dsn: str, installed: 
 async def test_creates_go_on_while_it_runs(dsn: str, installed: Database, service: Service):
     sealer = Sealer(BOTH, key_id=OLD_ID)
     await fill(dsn, service, sealer, MANY)
-    following = asyncio.create_task(follow_master_key(installed, sealer, every=0.05))
+    following = asyncio.create_task(follow_master_key(installed, sealer, lambda: BOTH, every=0.05))
     ended = asyncio.Event()
     made: list[UUID] = []
 
@@ -245,7 +248,7 @@ async def test_a_server_that_has_not_noticed_cannot_seal_by_the_old_key_once_it_
     await rotate(installed, BOTH, silent, nothing, notice=0)
     async with connected(dsn) as connection:
         events = await connection.fetchval("SELECT count(*) FROM events")
-        with pytest.raises(StoreUnavailable, match=f"{OLD_ID} is not in use any more; repeat"):
+        with pytest.raises(KeyRetired, match=f"{OLD_ID} is not in use any more; repeat"):
             await create(service, late)
         assert await connection.fetchval("SELECT count(*) FROM events") == events
     assert await remaining(installed, NEW_ID) == 0
@@ -307,7 +310,10 @@ async def test_erasure_and_rotation_meet(dsn: str, installed: Database, service:
 
 async def test_a_server_follows(installed: Database, until: Until, caplog: pytest.LogCaptureFixture):
     knows, lacks = Sealer(BOTH, key_id=OLD_ID), Sealer(BEFORE)
-    following = [asyncio.create_task(follow_master_key(installed, sealer, every=0.02)) for sealer in (knows, lacks)]
+    following = [
+        asyncio.create_task(follow_master_key(installed, sealer, lambda: BEFORE, every=0.02))
+        for sealer in (knows, lacks)
+    ]
     await rotate(installed, BOTH, silent, nothing, notice=0)
 
     async def noticed() -> bool:
@@ -319,6 +325,38 @@ async def test_a_server_follows(installed: Database, until: Until, caplog: pytes
     for task in following:
         task.cancel()
     await asyncio.gather(*following, return_exceptions=True)
+
+
+async def test_a_running_server_reads_the_key_that_was_put_into_its_file(
+    dsn: str, installed: Database, service: Service, until: Until, tmp_path: Path
+):
+    """`rotate-master --generate` beside a server that runs. Without a second look it would refuse every secret."""
+    path = tmp_path / "key"
+    path.write_text(base64.b64encode(OLD).decode())
+    sealer = Sealer(OLD)
+    before = await create(service, sealer)
+
+    def reread() -> MasterKeys:
+        return master_keys(None, None, path, tmp_path)[0]
+
+    following = asyncio.create_task(follow_master_key(installed, sealer, reread, every=0.02))
+    prepend_new_key(path)
+    generated = reread().ids[0]
+
+    async def followed(_: Rotated) -> None:
+        async def noticed() -> bool:
+            return sealer.key_id == generated
+
+        await until(noticed)
+
+    await rotate(installed, reread(), silent, followed, notice=0)
+    made = await create(service, sealer)
+    rows = await stored(dsn)
+    assert {row.key_id for row in rows.values()} == {generated}
+    assert all(sealer.unseal(one, rows[one]) == VALUES for one in (before, made))
+    assert not following.done()
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
 
 
 async def test_servers_that_start_at_once_make_one_set_of_keys(dsn: str, database: Database):

@@ -1,7 +1,8 @@
 """Rotation of the master key: every data key is wrapped again, online and resumable.
 
-**Protocol.** Every server gets the new key as its first and the old one as its previous key, and is restarted; they go
-on sealing by the key that `installation.master_key_id` names. Then `rotate`:
+**Protocol.** Every server gets the new key as its first and the old one as its previous key: in its key file, which it
+reads again when it meets a key that it does not have, or in its environment, by a restart. They go on sealing by the
+key that `installation.master_key_id` names. Then `rotate`:
 
 1. `installation.master_key_id` becomes the new key. Each server asks for it every few seconds (`follow_master_key`) and
    seals by it from then on.
@@ -178,13 +179,21 @@ async def _pass(database: Database, sealer: Sealer, report: Callable[[int], None
     return done
 
 
-async def follow_master_key(database: Database, sealer: Sealer, *, every: float = NOTICE_SECONDS) -> None:
-    """Ask every few seconds which master key is in use, for as long as the server runs."""
+async def follow_master_key(
+    database: Database, sealer: Sealer, reread: Callable[[], MasterKeys], *, every: float = NOTICE_SECONDS
+) -> None:
+    """Ask every few seconds which master key is in use, for as long as the server runs.
+
+    A key that is not here is looked for where the keys came from (`reread`, blocking): `rotate-master --generate` has
+    put it into the file of a server that is running.
+    """
     while True:
         await asyncio.sleep(every)
         try:
             found = (await read_installation(database)).master_key_id
             if found is not None and found != sealer.key_id:
+                if found not in sealer.known_key_ids:
+                    sealer.learn(await asyncio.to_thread(reread))
                 sealer.use(found)
                 _LOG.warning("the master key in use is now %s", found)
         except (StoreUnavailable, asyncpg.PostgresError) as error:

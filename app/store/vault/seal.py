@@ -74,6 +74,10 @@ class MasterKeys:
         """Digests that name the keys, the wanted one first."""
         return tuple(self._wrapping)
 
+    def add(self, others: MasterKeys) -> None:
+        """Have those keys too. None is forgotten: rows may still be wrapped by a key that nobody offers any more."""
+        self._wrapping = others._wrapping | self._wrapping
+
     def wrap(self, key_id: str, clear: bytes, bound: bytes) -> bytes:
         """Wrap a data key by the master key."""
         return _encrypt(self._wrapping[key_id], clear, bound)
@@ -103,6 +107,15 @@ class Sealer:
         self._master = MasterKeys(master) if isinstance(master, bytes) else master
         self._digesting = digesting or os.urandom(_KEY_BYTES)
         self.key_id = key_id or self._master.ids[0]
+
+    @property
+    def known_key_ids(self) -> tuple[str, ...]:
+        """The master keys that open here."""
+        return self._master.ids
+
+    def learn(self, master: MasterKeys) -> None:
+        """Have these master keys too."""
+        self._master.add(master)
 
     def use(self, key_id: str) -> None:
         """Wrap by this master key from now on.
