@@ -137,7 +137,11 @@ async def test_a_backend_killed_while_it_holds_the_lock_leaves_nothing_and_lets_
     other = Database(dsn)
     victim = Service(other, Signal(other))
     try:
-        async with connected(dsn, owner=True) as owner, held(dsn, sandbox_id) as hold:
+        async with (
+            connected(dsn, owner=True) as owner,
+            connected(dsn, owner=True) as watcher,
+            held(dsn, sandbox_id) as hold,
+        ):
             # The second attempt finds the row free and waits for the deadline's row instead, head row locked.
             await owner.execute("BEGIN")
             await owner.execute("SELECT FROM deadlines WHERE stream_id = $1 FOR UPDATE", sandbox_id)
@@ -147,10 +151,11 @@ async def test_a_backend_killed_while_it_holds_the_lock_leaves_nothing_and_lets_
             await hold.let_go()
 
             async def waits_in_transaction() -> bool:
-                return bool(await owner.fetchval(f"SELECT count(*) FROM ({HOLDERS}) AS holders"))
+                # Not by the owner: a transaction keeps the first view of pg_stat_activity that it reads.
+                return bool(await watcher.fetchval(f"SELECT count(*) FROM ({HOLDERS}) AS holders"))
 
             await until(waits_in_transaction)
-            killed = await owner.fetch(f"SELECT pg_terminate_backend(pid) FROM ({HOLDERS}) AS holders")
+            killed = await watcher.fetch(f"SELECT pg_terminate_backend(pid) FROM ({HOLDERS}) AS holders")
             assert len(killed) == 1
             with pytest.raises(StoreUnavailable):
                 await losing
