@@ -206,7 +206,6 @@ _DEADLINES = Statement(
     .order_by(_D.name)
 )
 _PHASES = Statement(select(_S.phase, func.count()).where(_S.closed_at.is_(None)).group_by(_S.phase))
-_LATE = deadlines.alias("late")
 _STUCK = Statement(
     select(
         _S.id,

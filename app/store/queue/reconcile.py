@@ -37,7 +37,6 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     DateTime,
-    Double,
     Integer,
     SmallInteger,
     Text,
@@ -46,7 +45,6 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
-    extract,
     func,
     literal,
     select,
@@ -60,7 +58,7 @@ from app.store.database.statement import Statement
 from app.store.queue.claiming import BACKGROUND, CLAIM, USER, clock, later
 from app.store.tables import reconcile_queue, sandboxes
 
-__all__ = ["BACKGROUND", "UNPLACED", "USER", "Claim", "Depth", "Failed", "Queue", "Round"]
+__all__ = ["BACKGROUND", "UNPLACED", "USER", "Claim", "Failed", "Queue", "Round"]
 
 UNPLACED = ""
 """The engine of a stream that no engine has taken yet. Any worker claims it."""
@@ -114,16 +112,6 @@ class Deferred(Struct, frozen=True):
 
     due: bool
     """News came meanwhile, so it is due at once."""
-
-
-class Depth(Struct, frozen=True):
-    """How the queue of one engine stands."""
-
-    rows: int
-    leased: int
-    due: int
-    oldest_due_s: float
-    """How long the oldest due row has been due."""
 
 
 def _held() -> Any:
@@ -212,21 +200,6 @@ def _enqueue(named: ColumnElement[Any]) -> Statement:
     )
 
 
-def _stats() -> Statement:
-    now = clock()
-    late = _Q.due_at <= now
-    return Statement(
-        select(
-            func.count().label("rows"),
-            func.count().filter(_Q.lease_until > now).label("leased"),
-            func.count().filter(late).label("due"),
-            func.coalesce(extract("epoch", now - func.min(_Q.due_at).filter(late)), 0.0)
-            .cast(Double)
-            .label("oldest_due_s"),
-        ).where(_Q.engine == bindparam("engine", type_=Text))
-    )
-
-
 _EXTEND = _extend()
 _PROBE = Statement(select(_Q.stream_id, _Q.revision, _Q.cause).where(_held()))
 _COMPLETE = Statement(
@@ -245,7 +218,6 @@ _AGAIN = Statement(
 _DEFER = {awaiting: _defer(awaiting=awaiting) for awaiting in (False, True)}
 _ENQUEUE = _enqueue(sandboxes.c.id)
 _ENQUEUE_OBJECTS = _enqueue(sandboxes.c.object_id)
-_STATS = _stats()
 
 
 class Queue:
@@ -351,11 +323,6 @@ class Queue:
         """As `enqueue`, for the sandboxes that have these objects. Says which of those are due now."""
         rows = await self._database.fetch(_ENQUEUE_OBJECTS, engine=self._engine, ids=list(ids), priority=priority)
         return ids_of([row for row in rows if row["due"]])
-
-    async def stats(self) -> Depth:
-        """Read the queue for operators."""
-        row = (await self._database.fetch(_STATS, engine=self._engine))[0]
-        return Depth(row["rows"], row["leased"], row["due"], row["oldest_due_s"])
 
 
 def _claim(row: Any, owner: UUID) -> Claim:
