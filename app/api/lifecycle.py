@@ -95,13 +95,13 @@ class Lifecycle(ApiController):
         if_match: str | None,
         prefer: str | None,
     ) -> Answer[None]:
-        wishes = preferences(prefer, self.context.wait_seconds_max)
+        preferred = preferences(prefer, self.context.wait_seconds_max)
         sandbox = (await execute(self.context, request, sandbox_id, command, if_match)).sandbox
-        seconds: float = 0 if wishes.respond_async else self.context.power_wait_seconds
-        if wishes.wait is not None:
-            seconds = wishes.wait
+        seconds: float = 0 if preferred.respond_async else self.context.power_wait_seconds
+        if preferred.wait is not None:
+            seconds = preferred.wait
         sandbox = await until(self.context, request.call, sandbox, lambda read: read.phase is not under_way, seconds)
-        return Answer(None, etag(sandbox), *wishes.applied)
+        return Answer(None, etag(sandbox), *preferred.applied)
 
     @post(
         "/renew-expiration",

@@ -86,16 +86,16 @@ class Sandboxes(ApiController):
         prefer: Prefer = None,
     ) -> Answer[wire.CreatedSandbox]:
         """The answer comes as soon as the request is committed, with state `Pending`. The container follows."""
-        wishes = preferences(prefer, self.context.wait_seconds_max)
+        preferred = preferences(prefer, self.context.wait_seconds_max)
         outcome = await begin(self.context, request.call, data, idempotency_key)
         sandbox = outcome.sandbox
-        if wishes.wait:
-            sandbox = await until(self.context, request.call, sandbox, _provisioned, wishes.wait)
+        if preferred.wait:
+            sandbox = await until(self.context, request.call, sandbox, _provisioned, preferred.wait)
         replayed = [("idempotency-replayed", "true")] if outcome.replayed else []
         location = ("location", f"{request.mount}/sandboxes/{sandbox.id}")
-        pending = sandbox.phase is Phase.PENDING and bool(wishes.wait)
+        pending = sandbox.phase is Phase.PENDING and bool(preferred.wait)
         attempt = await self.context.service.view.attempt(sandbox.id) if pending else None
-        return Answer(wire.created_body(sandbox, attempt), location, etag(sandbox), *wishes.applied, *replayed)
+        return Answer(wire.created_body(sandbox, attempt), location, etag(sandbox), *preferred.applied, *replayed)
 
     @get(
         operation_id="listSandboxes",
