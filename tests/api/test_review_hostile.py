@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import func, select
 
 from app.api.app import create_app
+from app.api.context import ApiContext
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.tables import sandboxes
@@ -233,54 +234,45 @@ async def test_a_database_that_hangs_does_not_prolong_a_wait(http: httpx.AsyncCl
     assert (answer.status_code, answer.json()["status"]["state"]) == (202, "Pending")
 
 
+async def _times_out(context: ApiContext, receive: Callable[[], Awaitable[Any]]) -> None:
+    """A create whose body comes from `receive` is answered 408, and its connection is closed."""
+    said: list[Any] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    headers = [(b"open-sandbox-api-key", KEY.encode()), (b"content-type", b"application/json")]
+    scope: Any = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": "/v1/sandboxes", "raw_path": b"/v1/sandboxes", "query_string": b"", "root_path": "",
+        "headers": headers, "client": ("192.0.2.7", 4711), "server": ("api.test", 80), "state": {},
+    }  # fmt: skip
+    # In-process transports collect a body before they send it, so the application is asked directly.
+    async with asyncio.timeout(20):
+        await create_app(context)(scope, receive, send)
+    assert said[0]["status"] == 408
+    assert (b"connection", b"close") in said[0]["headers"]
+    assert msgspec.json.decode(said[1]["body"])["code"] == "GENERAL::REQUEST_TIMEOUT"
+
+
 async def test_a_body_that_stops_coming(make_context: MakeContext, database: Database):
     async def stalling() -> AsyncIterator[bytes]:
         yield b'{"image":'
         await asyncio.Event().wait()
 
-    # In-process transports collect a body before they send it, so the application is asked directly.
     pieces = stalling()
-    said: list[Any] = []
 
     async def receive() -> Any:
         return {"type": "http.request", "body": await anext(pieces), "more_body": True}
 
-    async def send(message: Any) -> None:
-        said.append(message)
-
-    headers = [(b"open-sandbox-api-key", KEY.encode()), (b"content-type", b"application/json")]
-    scope: Any = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "path": "/v1/sandboxes", "raw_path": b"/v1/sandboxes", "query_string": b"", "root_path": "",
-        "headers": headers, "client": ("192.0.2.7", 4711), "server": ("api.test", 80), "state": {},
-    }  # fmt: skip
-    async with asyncio.timeout(20):
-        await create_app(make_context(body_idle_seconds=0.2))(scope, receive, send)
-    assert said[0]["status"] == 408
-    assert (b"connection", b"close") in said[0]["headers"]
-    assert msgspec.json.decode(said[1]["body"])["code"] == "GENERAL::REQUEST_TIMEOUT"
+    await _times_out(make_context(body_idle_seconds=0.2), receive)
     assert await _rows(database) == 0
 
 
 async def test_a_body_that_comes_drop_by_drop_has_an_end(make_context: MakeContext, database: Database):
-    said: list[Any] = []
-
     async def receive() -> Any:
         await asyncio.sleep(0.01)  # a slow client
         return {"type": "http.request", "body": b" ", "more_body": True}
 
-    async def send(message: Any) -> None:
-        said.append(message)
-
-    headers = [(b"open-sandbox-api-key", KEY.encode()), (b"content-type", b"application/json")]
-    scope: Any = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "path": "/v1/sandboxes", "raw_path": b"/v1/sandboxes", "query_string": b"", "root_path": "",
-        "headers": headers, "client": ("192.0.2.7", 4711), "server": ("api.test", 80), "state": {},
-    }  # fmt: skip
-    async with asyncio.timeout(20):
-        await create_app(make_context(body_total_seconds=0.3))(scope, receive, send)
-    assert said[0]["status"] == 408
-    assert (b"connection", b"close") in said[0]["headers"]
-    assert msgspec.json.decode(said[1]["body"])["code"] == "GENERAL::REQUEST_TIMEOUT"
+    await _times_out(make_context(body_total_seconds=0.3), receive)
     assert await _rows(database) == 0
