@@ -28,6 +28,7 @@ from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer
 from tests.support import clusters, drift
+from tests.support.needs import refuse_or_skip
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLATION = uuid.UUID("0198f000-0000-7000-8000-00000000aaaa")
@@ -179,9 +180,7 @@ def docker_host() -> str:
         host = lines.get("DOCKER_HOST", "").strip("'\"") or None
     host = host or "unix:///var/run/docker.sock"
     if trouble := asyncio.run(_silence(host)):
-        if os.environ.get("REQUIRE_ENGINE") == "1":
-            pytest.fail(f"REQUIRE_ENGINE=1 and no engine answers at {host}: {trouble}; run make engine")
-        pytest.skip(f"no engine answers at {host}: {trouble}; run make engine")
+        refuse_or_skip(f"no engine answers at {host}: {trouble}; run make engine")
     return host
 
 

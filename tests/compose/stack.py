@@ -13,21 +13,15 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
-import pytest
 
 from tests.compose import images
 from tests.conftest import ROOT
+from tests.support.needs import refuse_or_skip
 
 KEY = "compose-test-key-0123456789"
 SANDBOX_IMAGE = "sandledger-test:1"
 DEADLINE_S = 90.0
 PROJECT_LABEL = "com.docker.compose.project"
-
-
-def refuse_or_skip(why: str) -> None:
-    if os.environ.get("REQUIRE_ENGINE") == "1":
-        pytest.fail(f"REQUIRE_ENGINE=1 and {why}")
-    pytest.skip(why)
 
 
 def compose_command() -> list[str]:

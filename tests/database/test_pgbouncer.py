@@ -25,6 +25,7 @@ from app.store.embedded.account import account_for
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.signal import NEWS_CHANNEL, Signal
 from tests.support.cluster import free_port
+from tests.support.needs import refuse_or_skip
 from tests.support.sql import connected
 from tests.support.stream import META, requested
 
@@ -83,9 +84,7 @@ class Bouncer:
 @pytest.fixture
 def bouncer(postgres: EmbeddedPostgres) -> Iterator[Bouncer]:
     if BINARY is None:
-        if os.environ.get("REQUIRE_ENGINE") == "1":
-            pytest.fail("REQUIRE_ENGINE=1 and there is no pgbouncer; run .ci/apt pgbouncer")
-        pytest.skip("there is no pgbouncer; .ci/apt pgbouncer installs it")
+        refuse_or_skip("there is no pgbouncer; .ci/apt pgbouncer installs it")
     home = Path(tempfile.mkdtemp(prefix="sandledger-bouncer-"))
     home.chmod(0o711)
     made = Bouncer(postgres, home)

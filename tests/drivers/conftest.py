@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -17,6 +16,7 @@ from app.errors import RuntimeUnavailable
 from tests.drivers.registry import Registry
 from tests.drivers.rig import BUSYBOX, Rig
 from tests.drivers.rigs import DockerRig, FakeRig
+from tests.support.needs import refuse_or_skip
 
 PATIENCE = 30.0
 
@@ -36,9 +36,7 @@ def engine(docker_host: str) -> str:
     try:
         asyncio.run(prepare(docker_host))
     except RuntimeUnavailable as error:
-        if os.environ.get("REQUIRE_ENGINE") == "1":
-            pytest.fail(f"REQUIRE_ENGINE=1, and no engine can be used: {error}")
-        pytest.skip(f"no container engine: {error}")
+        refuse_or_skip(f"no engine can be used: {error}")
     return docker_host
 
 

@@ -17,14 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.needs import refuse_or_skip
 
 SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
-
-
-def refuse_or_skip(why: str) -> None:
-    if os.environ.get("REQUIRE_ENGINE") == "1":
-        pytest.fail(f"REQUIRE_ENGINE=1 and {why}")
-    pytest.skip(why)
 
 
 class OwnEngine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from uuid import UUID, uuid4
 
@@ -24,6 +23,7 @@ from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer, Secrets
 from app.work.policy import WorkPolicy
+from tests.support.needs import refuse_or_skip
 from tests.work.stage import BEGUN, Stage
 
 IMAGE = "sandledger-demo:1"
@@ -35,9 +35,7 @@ async def docker(docker_host: str) -> AsyncIterator[aiodocker.Docker]:
         try:
             await ensure_busybox_image(docker, IMAGE)
         except RuntimeUnavailable as error:
-            if os.environ.get("REQUIRE_ENGINE") == "1":
-                pytest.fail(f"REQUIRE_ENGINE=1, and no engine can be used: {error}")
-            pytest.skip(f"no container engine: {error}")
+            refuse_or_skip(f"no engine can be used: {error}")
         yield docker
 
 
