@@ -16,6 +16,8 @@ import pytest
 from app.cli.local_image import ensure_busybox_image
 from tests.chaos.harness import Engine, ServerProcess, write_config
 from tests.conftest import ROOT, as_server
+from tests.drivers.proxy import EngineProxy
+from tests.engine.own import OwnEngine
 
 IMAGE = "sandledger-test:1"
 
@@ -83,3 +85,22 @@ def serve(home: Path, dsn: str, docker_host: str) -> Iterator[Callable[..., Awai
     yield start
     for process in started:
         process.kill()
+
+
+@pytest.fixture
+def own() -> Iterator[OwnEngine]:
+    """An engine that the test may kill."""
+    engine = OwnEngine()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture
+async def proxy(docker_host: str) -> AsyncIterator[EngineProxy]:
+    """The engine behind a proxy that can refuse, delay and go away."""
+    made = EngineProxy(docker_host)
+    await made.up()
+    yield made
+    await made.close()

@@ -133,6 +133,13 @@ def body(image: str, timeout: int | None = 600, **more: Any) -> dict[str, Any]:
     return made
 
 
+async def running(client: httpx.AsyncClient, image: str, **more: Any) -> str:
+    """Create a sandbox that runs; its id."""
+    answer = await client.post("/sandboxes", json=body(image, **more), headers={"Prefer": "wait=60"})
+    assert answer.json()["status"]["state"] == "Running", answer.text
+    return answer.json()["id"]
+
+
 async def until(condition: Any, what: str, deadline_s: float = 45) -> Any:
     """Poll an async condition; its first true answer."""
     try:

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from uuid import UUID
 
-import httpx
 import pytest
 
-from tests.chaos.harness import Engine, ServerProcess, body, command, events, history, reaches, until
+from tests.chaos.harness import Engine, ServerProcess, body, command, events, history, reaches, running, until
 from tests.drivers.proxy import EngineProxy, Refusal
 from tests.drivers.registry import Registry
 from tests.drivers.registry import serve as serve_registry
@@ -27,23 +26,9 @@ def limits(**seconds: float) -> str:
 
 
 @pytest.fixture
-async def proxy(docker_host: str) -> AsyncIterator[EngineProxy]:
-    made = EngineProxy(docker_host)
-    await made.up()
-    yield made
-    await made.close()
-
-
-@pytest.fixture
 async def registry() -> AsyncIterator[Registry]:
     async with serve_registry() as running:
         yield running
-
-
-async def running(client: httpx.AsyncClient, image: str) -> str:
-    answer = await client.post("/sandboxes", json=body(image), headers={"Prefer": "wait=60"})
-    assert answer.json()["status"]["state"] == "Running", answer.text
-    return answer.json()["id"]
 
 
 async def test_a_pause_that_is_refused_for_good_comes_back_to_running(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from uuid import UUID, uuid4
 
 import aiodocker
@@ -14,7 +14,7 @@ import pytest
 from app.cli.local_image import ensure_busybox_image
 from app.store.embedded.server import EmbeddedPostgres
 from tests.chaos.conftest import IMAGE
-from tests.chaos.harness import Engine, ServerProcess, body, command, history, reaches, until
+from tests.chaos.harness import Engine, ServerProcess, body, command, history, reaches, running, until
 from tests.conftest import cloned, on_database
 from tests.drivers.proxy import EngineProxy
 from tests.engine.own import OwnEngine
@@ -24,29 +24,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 Serve = Callable[..., Awaitable[ServerProcess]]
 QUICK = "lease_seconds = 2\nmissing_grace_seconds = 0.5\nsweep_seconds = 0.5\norphan_grace_seconds = 0"
 HARM = {"sandbox.failed", "sandbox.runtime_lost", "sandbox.runtime_exited", "sandbox.runtime_removed"}
-
-
-@pytest.fixture
-def own() -> Iterator[OwnEngine]:
-    engine = OwnEngine()
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-@pytest.fixture
-async def proxy(docker_host: str) -> AsyncIterator[EngineProxy]:
-    made = EngineProxy(docker_host)
-    await made.up()
-    yield made
-    await made.close()
-
-
-async def running(client: httpx.AsyncClient, image: str) -> str:
-    answer = await client.post("/sandboxes", json=body(image), headers={"Prefer": "wait=60"})
-    assert answer.json()["status"]["state"] == "Running", answer.text
-    return answer.json()["id"]
 
 
 async def unharmed(client: httpx.AsyncClient, engine: Engine, *ids: str) -> None:

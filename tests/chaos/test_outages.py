@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import aiodocker
-import httpx
 import pytest
 from aiohttp import web
 
 from app.cli.local_image import ensure_busybox_image
 from tests.chaos.conftest import IMAGE
-from tests.chaos.harness import Engine, ServerProcess, body, events, history, reaches, state, until
+from tests.chaos.harness import Engine, ServerProcess, body, events, history, reaches, running, state, until
 from tests.drivers.proxy import EngineProxy, call_name
 from tests.engine.own import OwnEngine
 
@@ -42,21 +41,6 @@ async def proxy(docker_host: str) -> AsyncIterator[OrderedProxy]:
     await made.up()
     yield made
     await made.close()
-
-
-@pytest.fixture
-def own() -> Iterator[OwnEngine]:
-    engine = OwnEngine()
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-async def running(client: httpx.AsyncClient, image: str, **more: object) -> str:
-    answer = await client.post("/sandboxes", json=body(image, **more), headers={"Prefer": "wait=60"})  # pyright: ignore[reportArgumentType]
-    assert answer.json()["status"]["state"] == "Running", answer.text
-    return answer.json()["id"]
 
 
 @pytest.mark.proof
