@@ -65,6 +65,10 @@ class Rig(Protocol):
         """End the workload from outside."""
         ...
 
+    async def end_by_id(self, ref: Ref) -> None:
+        """The same where the object has another name."""
+        ...
+
     def hold(self, call: str) -> Gate: ...
     def lose_reply(self, call: str) -> None:
         """Once: the engine acts, nobody hears of it."""
@@ -88,6 +92,10 @@ class Rig(Protocol):
 
     async def forget_mark(self) -> None:
         """Somebody removes our mark, or it is another engine."""
+        ...
+
+    async def rename(self, object_id: UUID, name: str) -> None:
+        """A person gives the object's container another name."""
         ...
 
     async def restart(self, object_id: UUID) -> None:

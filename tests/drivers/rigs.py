@@ -13,7 +13,7 @@ import msgspec
 
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect, names
-from app.runtime.driver import Driver, Exit, Leftover, Limits, Workload
+from app.runtime.driver import Driver, Exit, Leftover, Limits, Ref, Workload
 from app.runtime.fake import FakeDriver, FakeEngine, Pull
 from app.runtime.faults import AttemptFailed
 from tests.drivers.proxy import EngineProxy, Gate, Refusal
@@ -79,6 +79,11 @@ class FakeRig:
     async def kill(self, object_id: UUID) -> None:
         self.engine.exit(object_id, 137)
 
+    async def end_by_id(self, ref: Ref) -> None:
+        found = self.engine.with_id(ref.runtime_id)
+        assert found is not None
+        self.engine.end(found, Exit(137))
+
     def hold(self, call: str) -> Gate:
         return self._gates.setdefault(call, Gate())
 
@@ -121,6 +126,9 @@ class FakeRig:
 
     async def forget_mark(self) -> None:
         self.engine.marks.clear()
+
+    async def rename(self, object_id: UUID, name: str) -> None:
+        self.engine.rename(object_id, name)
 
     async def restart(self, object_id: UUID) -> None:
         self.engine.restart(object_id)
@@ -226,6 +234,10 @@ class DockerRig:
     async def kill(self, object_id: UUID) -> None:
         await self.direct.containers.container(f"sandbox-{object_id}").kill()
 
+    async def end_by_id(self, ref: Ref) -> None:
+        assert ref.runtime_id is not None
+        await self.direct.containers.container(ref.runtime_id).kill()
+
     def hold(self, call: str) -> Gate:
         return self.proxy.gates.setdefault(call, Gate())
 
@@ -252,6 +264,9 @@ class DockerRig:
     async def forget_mark(self) -> None:
         volume = await self.direct.volumes.get(names.mark_name(self._installations[0]))
         await volume.delete()
+
+    async def rename(self, object_id: UUID, name: str) -> None:
+        await self.direct.containers.container(names.container_name(object_id)).rename(name)
 
     async def restart(self, object_id: UUID) -> None:
         await self.direct.containers.container(names.container_name(object_id)).restart(t=0)

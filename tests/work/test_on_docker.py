@@ -123,6 +123,30 @@ async def test_a_restart_from_outside_is_recorded(stage: Stage, docker: aiodocke
     assert await left(driver) == 0
 
 
+async def test_a_renamed_container_is_neither_lost_nor_left(
+    stage: Stage, docker: aiodocker.Docker, driver: DockerDriver, until
+):
+    """Without its id in the log it would be judged lost by a sweep, and removed by a delete while it runs on."""
+    async with stage.working(worker := stage.worker(driver)):
+        sandbox_id, other = await asyncio.gather(*(stage.create(image=IMAGE) for _ in range(2)))
+        await until(stage.is_phase(Phase.RUNNING, sandbox_id, other))
+        await until(stage.is_idle())
+        found = await container(docker, await stage.sandbox(sandbox_id))
+        await found.rename(f"renamed-{sandbox_id}")
+        assert (await worker.sweeper.sweep()).enqueued == 1, "the listing does not show it"
+        await until(stage.is_idle())
+        assert await stage.phase(sandbox_id) is Phase.RUNNING
+        await stage.ask(sandbox_id, cmd.Pause())
+        await until(stage.is_phase(Phase.PAUSED, sandbox_id))
+        await stage.ask(sandbox_id, cmd.Terminate())
+        await until(stage.is_phase(Phase.TERMINATED, sandbox_id))
+        with pytest.raises(aiodocker.DockerError, match="No such container"):
+            await found.show()
+        await stage.ask(other, cmd.Terminate())
+        await until(stage.is_phase(Phase.TERMINATED, other))
+    assert "runtime_lost" not in await stage.told(sandbox_id)
+
+
 async def test_one_image_that_is_nowhere_fails_and_leaves_nothing(stage: Stage, driver: DockerDriver, until):
     """On an engine without a way out the registry is unreachable, which is retried; a bad reference is final."""
     async with stage.working(stage.worker(driver)):

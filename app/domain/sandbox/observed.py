@@ -50,11 +50,13 @@ class Ref(Struct, frozen=True):
     """An object of an engine, as verbs name it.
 
     `object_id` equals the sandbox id for a sandbox that was made for its request. `place` is a namespace, and empty on
-    Docker.
+    Docker. `runtime_id` is the engine's own id of the part `main`, once the log knows it: it finds an object whose name
+    somebody changed.
     """
 
     object_id: UUID
     place: str = ""
+    runtime_id: str | None = None
 
 
 class Part(Struct, frozen=True, omit_defaults=True):

@@ -12,7 +12,7 @@ from app.runtime.docker import names
 from app.runtime.docker.answers import Inspected, Listed, listed, made_at
 from app.runtime.docker.engine import Engine, Refused, trouble
 from app.runtime.docker.verdicts import remove_verdict
-from app.runtime.driver import Leftover, Observed
+from app.runtime.driver import Leftover, Observed, Ref
 
 
 class Containers:
@@ -31,11 +31,22 @@ class Containers:
                 return None
             raise trouble("show a container", refused) from None
 
-    async def ours(self, object_id: UUID) -> tuple[Inspected, names.Identity] | None:
-        """The part `main` of an object. None = there is none, or it is a stranger's."""
-        shown = await self.show(names.container_name(object_id))
+    async def ours(self, ref: Ref) -> tuple[Inspected, names.Identity] | None:
+        """The part `main` of an object, by its name, else by the id that the log knows. None = none of ours."""
+        shown = await self.show(names.container_name(ref.object_id))
         identity = None if shown is None else shown.identity(self._installation)
-        return (shown, identity) if shown is not None and identity is not None else None
+        return (shown, identity) if shown is not None and identity is not None else await self.known(ref)
+
+    async def known(self, ref: Ref) -> tuple[Inspected, names.Identity] | None:
+        """The container that bears the id that the log knows, whatever its name is now."""
+        shown = None if ref.runtime_id is None else await self.show(ref.runtime_id)
+        identity = None if shown is None else names.labelled(shown.labels, self._installation)
+        # The engine resolves names as well as ids: a stranger's container may be called like the id.
+        if shown is None or shown.id != ref.runtime_id or identity is None:
+            return None
+        if (identity.object_id, identity.role) != (ref.object_id, names.MAIN):
+            return None
+        return shown, msgspec.structs.replace(identity, name=shown.name.removeprefix("/"))
 
     async def delete(self, runtime_id: str, name: str) -> bool:
         """Kill and remove, anonymous volumes too. False = a removal is under way, and it is not gone yet."""

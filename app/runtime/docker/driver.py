@@ -2,7 +2,8 @@
 
 Invariants.
 
-* Verbs act on the container id that an inspect call has shown to be ours, never on a name.
+* Verbs act on the container id that an inspect call has shown to be ours, never on a name. A container that a person
+  has renamed is found by the id that the log knows.
 * "None" was answered by the engine; anything less raises `RuntimeUnavailable`.
 * No verb waits for what the engine does by itself: `ensure` never pulls, `remove` answers False while a removal that
   somebody else asked for is under way.
@@ -24,8 +25,8 @@ import msgspec
 
 from app.errors import SettingsError
 from app.runtime.completion import to_completion
-from app.runtime.docker import events, identity
-from app.runtime.docker.answers import REMOVING, observed
+from app.runtime.docker import events, identity, names
+from app.runtime.docker.answers import REMOVING, Inspected, observed
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused
 from app.runtime.docker.images import Images
@@ -80,7 +81,7 @@ class DockerDriver:
 
     async def observe(self, ref: Ref) -> Observed | None:
         """Inspect one object."""
-        found = await self._containers.ours(ref.object_id)
+        found = await self._containers.ours(ref)
         if found is None:
             return None
         shown, whose = found
@@ -106,10 +107,15 @@ class DockerDriver:
 
     async def remove(self, ref: Ref) -> bool:
         """Kill and remove, anonymous volumes too."""
-        found = await self._containers.ours(ref.object_id)
-        if found is None:
-            return True
-        shown, whose = found
+        found = await self._containers.ours(ref)
+        gone = found is None or await self._remove(*found)
+        if found is None or found[0].id == ref.runtime_id:
+            return gone
+        # Another one has the name. The one that the log knows may still run under a name that a person gave it.
+        known = await self._containers.known(ref)
+        return (known is None or await self._remove(*known)) and gone
+
+    async def _remove(self, shown: Inspected, whose: names.Identity) -> bool:
         # A container that the engine is removing would answer a second request with "in progress".
         return shown.state.status != REMOVING and await self._containers.delete(shown.id, whose.name)
 

@@ -90,6 +90,6 @@ def _event(line: bytes) -> Event | None:
 
 
 def _object(event: Event, installation: UUID) -> UUID | None:
-    attributes = event.actor.attributes
-    identity = names.identify(attributes, (attributes.get("name", ""),), installation)
+    # By labels alone: a renamed container counts too, and a hint about a stranger's copy costs one inspect call.
+    identity = names.labelled(event.actor.attributes, installation)
     return None if identity is None else identity.object_id

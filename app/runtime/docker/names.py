@@ -14,7 +14,9 @@ Labels are ours only (`sandledger.io/`). The public server lists and removes wha
 object of ours bears a label of that prefix, and no label of that prefix makes an object ours.
 
 Labels travel: a container that somebody commits to an image hands all its labels to whatever is made from that image.
-Therefore an object is ours only when installation label, object label, role label and the derived name agree.
+Therefore an object is ours only when installation label, object label, role label and the derived name agree. One
+exception: where the log knows the engine's own id of a container, that id stands for the name, because a person may
+rename a container and nobody can copy an id.
 """
 
 from __future__ import annotations
@@ -72,6 +74,13 @@ def labels_of(
 
 def identify(labels: Mapping[str, str], names: Iterable[str], installation: UUID) -> Identity | None:
     """Which part this container is; None = a stranger's. `names` as the engine gives them, with or without a slash."""
+    identity = labelled(labels, installation)
+    known = identity is not None and identity.name in {given.removeprefix("/") for given in names}
+    return identity if known else None
+
+
+def labelled(labels: Mapping[str, str], installation: UUID) -> Identity | None:
+    """Which part the labels speak of, under the name that it was made with. A copy of the container says the same."""
     role = labels.get(ROLE, "")
     if labels.get(INSTALLATION) != str(installation) or role not in PREFIXES:
         return None
@@ -79,8 +88,7 @@ def identify(labels: Mapping[str, str], names: Iterable[str], installation: UUID
         object_id = UUID(labels.get(OBJECT, ""))
     except ValueError:
         return None
-    name = container_name(object_id, role)
-    return Identity(object_id, role, name) if name in {given.removeprefix("/") for given in names} else None
+    return Identity(object_id, role, container_name(object_id, role))
 
 
 def mark_labels(installation: UUID, mark: str) -> dict[str, str]:

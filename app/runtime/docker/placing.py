@@ -6,6 +6,7 @@ well. 409: somebody holds the name; an inspect call shows whether it is ours (ad
 Invariants.
 
 * Only an object in the state `created` is started. One that has ended is reported, never run again.
+* Where the log knows a container already, it is looked for by its id first: under another name it would not be met.
 * After a start that the engine refuses, the container is removed, so that the next attempt begins with a new one.
   Where that fails too, the verdict on the start counts; what is left is removed with the sandbox.
 
@@ -24,7 +25,7 @@ from uuid import UUID
 
 from app.errors import RuntimeFault, RuntimeRejected, RuntimeUnavailable
 from app.runtime.docker import names
-from app.runtime.docker.answers import REMOVING, Created, observed
+from app.runtime.docker.answers import REMOVING, Created, Inspected, observed
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused
 from app.runtime.docker.spec import ContainerConfig
@@ -56,6 +57,8 @@ class Placing:
     async def place(self) -> Observed:
         """Create or adopt, start, inspect. The caller sees to it that a cancellation does not cut this."""
         wait, name = Patience(), self._identity.name
+        if (known := await self._containers.known(self._work.ref)) and known[0].state.status != REMOVING:
+            return await self._adopt(*known)
         while True:
             created = await self._create()
             if isinstance(created, Created):
@@ -64,10 +67,13 @@ class Placing:
             if holder is not None and holder.identity(self._installation) != self._identity:
                 raise RuntimeRejected("NAME_TAKEN", f"{name} is somebody else's: {created}")
             if holder is not None and holder.state.status != REMOVING:
-                shown = observed(holder, self._identity, adopted=True)
-                return await self._start(holder.id, adopted=True) if shown.power is Power.CREATED else shown
+                return await self._adopt(holder, self._identity)
             # No container has the name any more, or a removal is about to free it, or a create is not visible yet.
             await wait.a_little(f"the engine keeps the name of a container that it does not show: {created}")
+
+    async def _adopt(self, holder: Inspected, identity: names.Identity) -> Observed:
+        shown = observed(holder, identity, adopted=True)
+        return await self._start(holder.id, adopted=True) if shown.power is Power.CREATED else shown
 
     async def _create(self) -> Created | str:
         """What was made, or the engine's words about who has the name."""

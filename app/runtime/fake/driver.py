@@ -75,7 +75,7 @@ class FakeDriver:
     async def observe(self, ref: Ref) -> Observed | None:
         """Inspect one object."""
         await self._enter("inspect")
-        found = self._ours(ref.object_id)
+        found = self._ours(ref)
         await self._leave("inspect")
         return None if found is None else self._observed(found, ref.object_id)
 
@@ -86,7 +86,7 @@ class FakeDriver:
         if before is None or before.power is not needed:
             return before
         await self._enter(verb)
-        found = self._ours(ref.object_id)
+        found = self._ours(ref)
         refusal = self.engine.refusals.get(verb)
         if found is not None and found.power is needed and refusal is None:
             self.engine.set_power(found.name, power)
@@ -101,17 +101,18 @@ class FakeDriver:
         observed = await self.observe(ref)
         if observed is None:
             return True
-        found = self._ours(ref.object_id)
+        found = self._ours(ref)
         if found is not None and found.removing:
             return False
         await self._enter("remove")
         self._refuse("remove")
-        found = self._ours(ref.object_id)
+        found = self._ours(ref)
         gone = True
         if found is not None and observed.main is not None and found.runtime_id == observed.main.runtime_id:
             gone = self.engine.remove(found.name)
         await self._leave("remove")
-        return gone
+        # Where two were there, the one that the log knows is left.
+        return gone and (self._recorded(ref) is None or await self.remove(ref))
 
     async def inventory(self) -> AsyncIterator[Observed | Leftover]:
         """Everything of ours, without exits and addresses, from one listing."""
@@ -120,8 +121,9 @@ class FakeDriver:
         leftovers = [] if self.engine.empty_listing else list(self.engine.leftovers.values())
         await self._leave("list")
         for row in rows:
-            if row.installation == self.installation and row.object_id is not None:
-                observed = self._observed(row, row.object_id)
+            object_id = row.object_id
+            if object_id is not None and row is self.engine.of(object_id) and row.installation == self.installation:
+                observed = self._observed(row, object_id)
                 yield replace(observed, exit=None, started_at=None, address=None, image_digest=None, waiting=None)
         for installation, leftover in leftovers:
             if installation == self.installation:
@@ -224,13 +226,13 @@ class FakeDriver:
             self._refuse("create")
             if self.engine.image(reference) is None:
                 raise ImageMissing(reference, f"No such image: {reference}")
-            if name not in self.engine.containers:
+            if name not in self.engine.containers and self._ours(work.ref) is None:
                 self.engine.make(name, work, self.installation)
                 await self._leave("create")
                 return await self._start(work, adopted=False)
             await self._leave("create")
             await self._enter("inspect")
-            holder = self._ours(object_id)
+            holder = self._ours(work.ref)
             if holder is not None and holder.removing:
                 raise AttemptFailed("START_FAILED", f"{name} is being removed")
             if holder is not None and holder.power is Power.CREATED:
@@ -243,7 +245,7 @@ class FakeDriver:
     async def _start(self, work: Workload, *, adopted: bool) -> Observed:
         object_id = work.ref.object_id
         await self._enter("start")
-        created = self._ours(object_id)
+        created = self._ours(work.ref)
         if created is not None and created.power is Power.CREATED and object_id not in self.engine.waiting:
             try:
                 self._refuse("start")
@@ -256,15 +258,22 @@ class FakeDriver:
             self.engine.start(created.name)
         await self._leave("start")
         await self._enter("inspect")
-        found = self._ours(object_id)
+        found = self._ours(work.ref)
         if found is None:
             raise AttemptFailed("START_FAILED", f"{name_of(object_id)} was removed while it was started")
         return self._observed(found, object_id, adopted=adopted)
 
-    def _ours(self, object_id: UUID) -> FakeContainer | None:
-        found = self.engine.of(object_id)
-        mine = found is not None and found.installation == self.installation and found.object_id == object_id
-        return found if mine else None
+    def _ours(self, ref: Ref) -> FakeContainer | None:
+        """By its name, else by the id that the log knows."""
+        found = self.engine.of(ref.object_id)
+        return found if found is not None and self._is_of(found, ref) else self._recorded(ref)
+
+    def _recorded(self, ref: Ref) -> FakeContainer | None:
+        found = self.engine.with_id(ref.runtime_id)
+        return found if found is not None and self._is_of(found, ref) else None
+
+    def _is_of(self, found: FakeContainer, ref: Ref) -> bool:
+        return found.installation == self.installation and found.object_id == ref.object_id
 
     def _refuse(self, call: str) -> None:
         if (refusal := self.engine.refusals.get(call)) is not None:

@@ -92,6 +92,15 @@ class FakeEngine:
         """The container that has this object's name."""
         return self.containers.get(name_of(object_id))
 
+    def with_id(self, runtime_id: str | None) -> FakeContainer | None:
+        """The container that the engine knows by this id, whatever its name is."""
+        return next((one for one in self.containers.values() if one.runtime_id == runtime_id), None)
+
+    def rename(self, object_id: UUID, name: str) -> None:
+        """From outside, as `docker rename`."""
+        renamed = self.containers.pop(name_of(object_id))
+        self.containers[name] = msgspec.structs.replace(renamed, name=name)
+
     def make(self, name: str, work: Workload | None = None, installation: UUID | None = None) -> FakeContainer:
         """Create without start. Without `work` it is a stranger's."""
         self._made += 1
@@ -107,7 +116,7 @@ class FakeEngine:
         container = self.containers[name]
         ends = self.scripts.get(container.object_id) if container.object_id else None
         if ends is not None:
-            self._end(container, msgspec.structs.replace(ends, at=ends.at or self._clock()))
+            self.end(container, msgspec.structs.replace(ends, at=ends.at or self._clock()))
 
     def settle(self, object_id: UUID) -> None:
         """What was waiting is up now, as when the engine itself starts it."""
@@ -117,12 +126,12 @@ class FakeEngine:
 
     def exit(self, object_id: UUID, code: int = 0, *, oom: bool = False, message: str = "") -> None:
         """Let a workload end by itself."""
-        self._end(self.containers[name_of(object_id)], Exit(KILLED_CODE if oom else code, oom, message, self._clock()))
+        self.end(self.containers[name_of(object_id)], Exit(KILLED_CODE if oom else code, oom, message, self._clock()))
 
     def restart(self, object_id: UUID) -> None:
         """From outside, as `docker restart`: the same container is started again."""
         name = name_of(object_id)
-        self._end(self.containers[name], Exit(KILLED_CODE, at=self._clock()))
+        self.end(self.containers[name], Exit(KILLED_CODE, at=self._clock()))
         self._run(name)
         self._publish(self.containers[name])
 
@@ -215,7 +224,8 @@ class FakeEngine:
             address=Address("fake", f"10.0.0.{self._made % 250 + 1}"),
         )
 
-    def _end(self, container: FakeContainer, end: Exit) -> None:
+    def end(self, container: FakeContainer, end: Exit) -> None:
+        """Let this container's workload end, whatever its name is."""
         changed = msgspec.structs.replace(container, power=Power.EXITED, exit=end, address=None)
         self.containers[container.name] = changed
         self._publish(changed)

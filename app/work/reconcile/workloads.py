@@ -37,7 +37,8 @@ _SEALED = Statement(
 def ref_of(sandbox: Sandbox) -> Ref:
     """The object of the engine that belongs to it."""
     assert sandbox.object_id is not None, "a sandbox is placed before an engine is asked about it"
-    return Ref(sandbox.object_id, sandbox.place)
+    main = None if sandbox.runtime is None else sandbox.runtime.main
+    return Ref(sandbox.object_id, sandbox.place, None if main is None else main.runtime_id)
 
 
 class Workloads:
