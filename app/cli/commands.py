@@ -146,6 +146,16 @@ def trust_engine(config: Path | None, name: str) -> None:
     go(lambda: engine_commands.trust(settings, name, say))
 
 
+@engines.command(name="restore-mark")
+@_CONFIG
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Without proof that it is the engine of the log.")
+def restore_mark(config: Path | None, name: str, *, force: bool) -> None:
+    """Make the volume again by which engine NAME is known, e.g. after `docker volume prune`."""
+    settings = settings_of(config)
+    go(lambda: engine_commands.restore_mark(settings, name, say, force=force))
+
+
 @cli.group()
 def keys() -> None:
     """The master key that seals secrets."""

@@ -168,8 +168,11 @@ class Driver(Protocol):
         """Ask the engine who it is. RuntimeUnavailable, with a message that says what to do, when it is not there."""
         ...
 
-    async def prepare(self) -> EngineInfo:
-        """First contact: make our mark unless another worker has made it; then `check`."""
+    async def prepare(self, mark: str | None = None) -> EngineInfo:
+        """First contact: make our mark unless another worker has made it; then `check`.
+
+        `mark` is the word to make it with, for an engine that has lost it; None = a new random one.
+        """
         ...
 
     async def close(self) -> None:

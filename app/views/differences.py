@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -114,8 +114,16 @@ class Known(Struct, frozen=True):
     queued: bool
 
 
-async def open_page(connections: Connections, engine: str, after: UUID, limit: int) -> Sequence[Known]:
-    """Open sandboxes of an engine by id. Empty = there are no more."""
+async def open_sandboxes(connections: Connections, engine: str, page: int = 1000) -> AsyncIterator[Known]:
+    """Open sandboxes of an engine by id, read `page` at a time."""
+    after = UUID(int=0)
+    while found := await _open_page(connections, engine, after, page):
+        for sandbox in found:
+            yield sandbox
+        after = found[-1].id
+
+
+async def _open_page(connections: Connections, engine: str, after: UUID, limit: int) -> Sequence[Known]:
     rows = await connections.fetch(_OPEN, engine=engine, after=after, limit=limit)
     return [
         Known(

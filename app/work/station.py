@@ -303,11 +303,13 @@ class Station:
         if self.state is not State.WRONG or self.trouble != trouble:
             _LOG.error(
                 "engine %s at %s is not used, because it does not fit this log: %s. Nothing is concluded about its "
-                "sandboxes, and nothing is removed. Correct the address of the engine or of the database; if the "
-                "database is a restored copy that is to be followed, run: sandledger engines trust %s",
+                "sandboxes, and nothing is removed. Correct the address of the engine or of the database. If the "
+                "database is a restored copy that is to be followed, run `sandledger engines trust %s`. If the engine "
+                "is the right one and has lost our mark, run `sandledger engines restore-mark %s`",
                 self.name,
                 info.address,
                 trouble,
+                self.name,
                 self.name,
             )
         self.state, self.trouble = State.WRONG, trouble

@@ -32,7 +32,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -196,18 +196,11 @@ class Sweeper:
     async def _compare(self, objects: Mapping[UUID, Observed]) -> tuple[list[UUID], set[UUID]]:
         differing: list[UUID] = []
         known: set[UUID] = set()
-        async for sandbox in self._open():
+        async for sandbox in differences.open_sandboxes(self._connections, self._driver.name, self._policy.sweep_page):
             known.add(sandbox.object_id)
             if contradicts(sandbox, objects.get(sandbox.object_id)):
                 differing.append(sandbox.id)
         return differing, known
-
-    async def _open(self) -> AsyncIterator[Known]:
-        after = UUID(int=0)
-        while page := await differences.open_page(self._connections, self._driver.name, after, self._policy.sweep_page):
-            for sandbox in page:
-                yield sandbox
-            after = page[-1].id
 
     async def _remove_strays(self, strays: Sequence[Found]) -> tuple[str, ...]:
         """Remove those that were there before; remember the others."""

@@ -68,7 +68,14 @@ class RecordLeftover(Struct, frozen=True):
     position: int | None = None
 
 
-Command: TypeAlias = RecordSighting | RecordSilence | RecordLogWentBack | Trust | RecordLeftover
+class RestoreMark(Struct, frozen=True):
+    """An operator says that an engine without our mark is the one that the log knows, and has it made again."""
+
+    expected: int
+    found: int
+
+
+Command: TypeAlias = RecordSighting | RecordSilence | RecordLogWentBack | Trust | RecordLeftover | RestoreMark
 
 
 def begin(sighting: Sighting) -> Events:
@@ -110,6 +117,8 @@ def decide(engine: Engine, command: Command, now: datetime) -> Events:
             return (_back(engine, now),) if _is_mismatch(engine, LOG_WENT_BACK) else ()
         case RecordLeftover(role=role, name=name, object_id=object_id, position=position):
             return (ev.LeftoverRemoved(role, storable(name), object_id, position),)
+        case RestoreMark(expected=expected, found=found):
+            return (ev.MarkRestored(engine.mark, expected, found),)
 
 
 def _sighted(engine: Engine, sighting: Sighting, now: datetime) -> Events:

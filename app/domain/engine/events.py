@@ -1,4 +1,8 @@
-"""What happened to an engine (catalogue, part 4). `registered` also has the name, because the stream's id hides it."""
+"""What happened to an engine (catalogue, part 4).
+
+`registered` also has the name, because the stream's id hides it. `mark_restored` is an addition to the catalogue: the
+act of an operator whose engine lost our mark.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +80,18 @@ class LeftoverRemoved(Struct, frozen=True, omit_defaults=True):
     position: int | None = None
 
 
-Event: TypeAlias = Registered | Seen | Dark | Back | Mismatch | LeftoverRemoved
+class MarkRestored(Struct, frozen=True, omit_defaults=True):
+    """An operator had the mark made again on an engine that had lost it. Written just before it is made.
+
+    `expected` is how many sandboxes should have an object there, `found` how many of these objects the engine showed.
+    """
+
+    mark: str
+    expected: int = 0
+    found: int = 0
+
+
+Event: TypeAlias = Registered | Seen | Dark | Back | Mismatch | LeftoverRemoved | MarkRestored
 Recorded: TypeAlias = stream.Recorded[Event]
 
 REGISTRY: stream.Registry[Event] = stream.Registry(
@@ -88,6 +103,7 @@ REGISTRY: stream.Registry[Event] = stream.Registry(
         "engine.back": Back,
         "engine.mismatch": Mismatch,
         "engine.leftover_removed": LeftoverRemoved,
+        "engine.mark_restored": MarkRestored,
     },
 )
 EVENT_CLASSES: tuple[type[Event], ...] = get_args(Event)

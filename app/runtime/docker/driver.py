@@ -146,9 +146,9 @@ class DockerDriver:
         """Ask the engine who it is."""
         return await identity.check(self._engine, self._options.installation, self.can)
 
-    async def prepare(self) -> EngineInfo:
+    async def prepare(self, mark: str | None = None) -> EngineInfo:
         """Leave our mark unless it is there, then check."""
-        await identity.leave_mark(self._engine, self._options.installation)
+        await identity.leave_mark(self._engine, self._options.installation, mark)
         return await self.check()
 
     async def close(self) -> None:

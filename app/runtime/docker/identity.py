@@ -36,13 +36,13 @@ class VolumeConfig(Struct, frozen=True, rename="pascal"):
     labels: dict[str, str]
 
 
-async def leave_mark(engine: Engine, installation: UUID) -> str:
+async def leave_mark(engine: Engine, installation: UUID, word: str | None = None) -> str:
     """Make the mark unless it is there. The answer is the mark, ours or one that another worker made first.
 
     Raises:
         RuntimeRejected: `NAME_TAKEN`, a stranger's volume has its name.
     """
-    name, labels = names.mark_name(installation), names.mark_labels(installation, secrets.token_hex(16))
+    name, labels = names.mark_name(installation), names.mark_labels(installation, word or secrets.token_hex(16))
     try:
         volume = await engine.create("volumes/create", VolumeConfig(name, labels), Volume, limit=engine.times.volume)
     except Refused as refused:

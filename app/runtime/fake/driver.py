@@ -184,10 +184,10 @@ class FakeDriver:
         mark = self.engine.marks.get(self.installation)
         return EngineInfo(self.kind, "1", "1.0", self.engine.engine_id, "memory", mark, self.can, CAPACITY, True)
 
-    async def prepare(self) -> EngineInfo:
+    async def prepare(self, mark: str | None = None) -> EngineInfo:
         """Leave our mark unless it is there, then check."""
         await self._enter("make_mark")
-        self.engine.marks.setdefault(self.installation, uuid4().hex)
+        self.engine.marks.setdefault(self.installation, mark or uuid4().hex)
         await self._leave("make_mark")
         return await self.check()
 
