@@ -146,7 +146,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
         await _banner(parts, worker, address, say)
         await stop.asked.wait()
         if http is not None and serving is not None:
-            http.should_exit = True
+            http.leave()
             await serving
         if worker is not None and working is not None:
             await worker.stop(parts.settings.server.timeout_graceful_shutdown)

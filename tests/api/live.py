@@ -97,6 +97,6 @@ def serving(dsn: str, **changes: Any) -> Iterator[Live]:
     finally:
         if made:
             made[0].context.stopping.set()
-            made[0].server.should_exit = True
+            made[0].server.leave()
         runner.join(30)
     assert not failures, failures

@@ -23,6 +23,7 @@ from app.domain.stream import Actor, ActorKind
 from app.errors import Rejected, StoreUnavailable
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
+from app.store.database.statement import Statement
 from app.store.deadlines.rows import CLAIM, EARLIEST, NAMES, Deadline, DeadlineRows
 from app.store.log.signal import Signal
 from app.work.fire import Deadlines
@@ -467,6 +468,47 @@ async def test_the_next_question_is_soon_and_never_long_ago(ready: Field, deadli
     assert await wait() >= 0.05, "due and not found: somebody else has it locked, so do not spin"
     assert len(await thread.ask("get_due_jobs", datetime.now(UTC))) == 2
     assert await wait() >= 0.0
+
+
+class Counted:
+    """Passes statements on and remembers which they were."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.sent: list[Statement] = []
+
+    async def fetch(self, statement: Statement, **values: Any) -> Any:
+        self.sent.append(statement)
+        return await self._database.fetch(statement, **values)
+
+    async def fetch_one(self, statement: Statement, **values: Any) -> Any:
+        self.sent.append(statement)
+        return await self._database.fetch_one(statement, **values)
+
+
+async def test_an_idle_round_is_one_statement(ready: Field):
+    """A worker with nothing to do asks once a second what is next, and claims only when something is due."""
+    counted = Counted(ready.database)
+    deadlines = ready.deadlines()
+    deadlines.rows = DeadlineRows(counted)
+    thread = Thread(deadlines)
+
+    async def round_() -> list[Statement]:
+        """As APScheduler's thread: what is due, then when to ask again."""
+        counted.sent.clear()
+        await thread.ask("get_due_jobs", datetime.now(UTC))
+        await thread.ask("get_next_run_time")
+        return list(counted.sent)
+
+    assert await round_() == [EARLIEST]
+    await ready.create(timeout_s=600)
+    assert await round_() == [EARLIEST]
+    await make_due(ready)
+    assert await round_() == [EARLIEST, CLAIM, EARLIEST], "it became due while nobody expected it"
+    await ready.sql("UPDATE deadlines SET next_run_time = clock_timestamp() + interval '300 ms'")
+    assert await round_() == [EARLIEST]
+    await make_due(ready)
+    assert await round_() == [CLAIM, EARLIEST], "it was expected"
 
 
 async def test_the_store_behaves_like_a_job_store(ready: Field, deadlines: Deadlines):

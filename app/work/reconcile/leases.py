@@ -89,16 +89,20 @@ class Leases:
         self._policy = policy
         self._watchdog = watchdog
         self._held: set[Held] = set()
+        self._holding = asyncio.Event()
 
     def hold(self, claim: Claim, claimed_at: float) -> Held:
         """Watch it. `claimed_at` is the loop's time from before the claim was asked for."""
         held = Held(claim, claimed_at + self._policy.lease)
         self._held.add(held)
+        self._holding.set()
         return held
 
     def drop(self, held: Held) -> None:
         """It has ended."""
         self._held.discard(held)
+        if not self._held:
+            self._holding.clear()
 
     def leave(self) -> None:
         """Let the claims that are still held run out."""
@@ -127,6 +131,7 @@ class Leases:
 
     async def _watch_trust(self) -> None:
         while True:
+            await self._holding.wait()
             await asyncio.sleep(self._policy.lease / _TRUST_CHECKS)
             self.distrust()
 
