@@ -9,6 +9,7 @@
     │   ├── Conflict             the sandbox is not in a state that allows it
     │   ├── PreconditionFailed   If-Match names another version
     │   ├── KeyReused            Idempotency-Key seen with another body
+    │   ├── CursorExpired        the log was restored since the cursor was given out
     │   └── Unsupported          part of the contract that is not served yet, or not by this engine
     ├── RuntimeFault             the engine side
     │   ├── RuntimeUnavailable   cannot be reached or answers 5xx: retried, never counted, never a verdict
@@ -62,6 +63,10 @@ class KeyReused(Rejected):
     def __init__(self, code: str, message: str, stream_id: UUID) -> None:
         super().__init__(code, message)
         self.stream_id = stream_id
+
+
+class CursorExpired(Rejected):
+    """A cursor belongs to another epoch of the log. The reader has to begin anew."""
 
 
 class Unsupported(Rejected):

@@ -21,6 +21,7 @@ from msgspec import UNSET, Struct, UnsetType
 from app.domain.text import printable
 from app.errors import (
     Conflict,
+    CursorExpired,
     Invalid,
     KeyRetired,
     KeyReused,
@@ -46,6 +47,7 @@ STATUSES: Final[Mapping[type[Rejected], int]] = {
     Invalid: 400,
     NotFound: 404,
     Conflict: 409,
+    CursorExpired: 410,
     PreconditionFailed: 412,
     KeyReused: 422,
     Unsupported: 501,

@@ -44,7 +44,10 @@ PageSize: TypeAlias = Annotated[
 ]
 CursorText: TypeAlias = Annotated[
     str | None,
-    QueryParameter(name="cursor", description="`nextCursor` of the page before, instead of `page`."),
+    QueryParameter(
+        name="cursor",
+        description="`nextCursor` of the page before, instead of `page`. 410 when the log was restored since.",
+    ),
 ]
 Limit: TypeAlias = Annotated[
     int, QueryParameter(ge=1, le=MAX_PAGE_SIZE, description="How many on a page, beside `cursor`.")

@@ -15,16 +15,19 @@ from app.api.answers import Answer
 from app.api.auth import Principal
 from app.api.commands import sandbox_of
 from app.api.controller import ApiController
-from app.api.openapi import Documented, may_refuse
+from app.api.openapi import Documented, header, may_refuse
 from app.api.parameters import SandboxId
 from app.api.sandbox_wire import Instant
 from app.domain.sandbox.decide import unknown
 from app.domain.stream import read_meta
 from app.domain.text import printable
+from app.store.log.epoch import check_epoch
 from app.store.log.store import StoredEvent
 
 _MAX_VERSION = 2**31 - 1
+_MAX_EPOCH = 2**31 - 1
 _MAX_EVENTS = 1000
+_EPOCH_HEADER = "Sandledger-Epoch"
 
 
 class ActorBody(Struct, frozen=True):
@@ -65,6 +68,8 @@ class EventList(Struct, frozen=True):
     """A page of history, oldest first."""
 
     items: tuple[EventBody, ...]
+    epoch: int
+    """The log's; it rises when the database was restored. Give it back with `next`, or with a version of your own."""
     next: int | UnsetType = UNSET
     """Give it back as `after`. Absent when there is no more at the moment."""
 
@@ -80,7 +85,8 @@ class History(ApiController):
         operation_class=Documented,
         summary="Read a sandbox's history",
         response_description="A page of history.",
-        responses=may_refuse("DOCKER::SANDBOX_NOT_FOUND", "GENERAL::VALIDATION_ERROR"),
+        response_headers=[header(_EPOCH_HEADER, "The log's epoch, as in the page.")],
+        responses=may_refuse("DOCKER::SANDBOX_NOT_FOUND", "SANDLEDGER::CURSOR_EXPIRED", "GENERAL::VALIDATION_ERROR"),
     )
     async def events(
         self,
@@ -90,16 +96,30 @@ class History(ApiController):
             int, QueryParameter(ge=0, le=_MAX_VERSION, description="Only events with a higher version.")
         ] = 0,
         limit: Annotated[int, QueryParameter(ge=1, le=_MAX_EVENTS, description="How many events at most.")] = 100,
+        epoch: Annotated[
+            int | None,
+            QueryParameter(
+                ge=1,
+                le=_MAX_EPOCH,
+                description="`epoch` of the page that `after` comes from. 410 when the log was restored since.",
+            ),
+        ] = None,
     ) -> Answer[EventList]:
         """Oldest first, also of a sandbox that has ended. Not in the public contract."""
         identity, tenant = sandbox_of(sandbox_id), principal.tenant
-        since = await self.context.service.view.since(identity, tenant)
-        if since is None:
+        beginning = await self.context.service.view.beginning(identity, tenant)
+        if beginning is None:
             raise unknown(identity)
+        present = beginning.epoch
+        if epoch is not None:
+            check_epoch(epoch, present)
         log = self.context.service.log
-        found = await log.history(identity, tenant, after=after, since=since, limit=limit + 1)
+        found = await log.history(identity, tenant, after=after, since=beginning.since, limit=limit + 1)
         page = found[:limit]
-        return Answer(EventList(tuple(map(event_body, page)), page[-1].version if len(found) > limit else UNSET))
+        following = page[-1].version if len(found) > limit else UNSET
+        return Answer(
+            EventList(tuple(map(event_body, page)), present, following), (_EPOCH_HEADER.lower(), str(present))
+        )
 
 
 def event_body(stored: StoredEvent) -> EventBody:

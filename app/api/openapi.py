@@ -48,6 +48,7 @@ _STATUSES: Final = {
     404: "There is no such sandbox, or it has ended. The message says when and why.",
     408: "The body did not arrive in time.",
     409: "The sandbox is not in a state that allows it.",
+    410: "The cursor belongs to another epoch of the log. Begin with the first page.",
     412: "`If-Match` names another version.",
     413: "The body is too large.",
     415: "The body does not come as JSON.",
@@ -74,6 +75,7 @@ _CODES: Final[Mapping[str, tuple[int, str]]] = {
     "DOCKER::SANDBOX_NOT_RUNNING": (409, "The sandbox is Paused; only a running sandbox can be paused."),
     "DOCKER::SANDBOX_NOT_PAUSED": (409, "The sandbox is Running; only a paused sandbox can be resumed."),
     "SANDLEDGER::CONCURRENT_CHANGE": (409, "The sandbox is being changed by too many callers at once. Try again."),
+    "SANDLEDGER::CURSOR_EXPIRED": (410, "The cursor belongs to another epoch of the log."),
     "SANDLEDGER::VERSION_MISMATCH": (
         412,
         "If-Match names version 3, the sandbox is at version 4; read its ETag again.",

@@ -102,7 +102,12 @@ class Sandboxes(ApiController):
         operation_class=Documented,
         summary="List sandboxes, newest first",
         response_description="A page.",
-        responses=may_refuse("INVALID_METADATA_FORMAT", "GENERAL::VALIDATION_ERROR", "SANDBOX::API_NOT_SUPPORTED"),
+        responses=may_refuse(
+            "INVALID_METADATA_FORMAT",
+            "SANDLEDGER::CURSOR_EXPIRED",
+            "GENERAL::VALIDATION_ERROR",
+            "SANDBOX::API_NOT_SUPPORTED",
+        ),
     )
     async def list(
         self,

@@ -186,8 +186,9 @@ class Service:
                 "This Idempotency-Key was used before with a different body; use a new key for a new request.",
                 first.stream_id,
             )
-        since = await self.view.since(first.stream_id, tenant)
-        begun = await self.log.history(first.stream_id, tenant, since=since or 0, limit=2)
+        beginning = await self.view.beginning(first.stream_id, tenant)
+        since = 0 if beginning is None else beginning.since
+        begun = await self.log.history(first.stream_id, tenant, since=since, limit=2)
         recorded = [decoded(ev.REGISTRY, stored) for stored in begun]
         # What the first answer said: all that stands in the first append.
         original = advance(evolve, None, [one for one in recorded if one.at == recorded[0].at])
@@ -292,10 +293,10 @@ class Service:
 
     async def history(self, sandbox_id: UUID, tenant: str) -> list[ev.Recorded]:
         """Every event of a sandbox, live or gone. Empty when this tenant never had it."""
-        since = await self.view.since(sandbox_id, tenant)
-        if since is None:
+        beginning = await self.view.beginning(sandbox_id, tenant)
+        if beginning is None:
             return []
-        stored = self.log.whole_history(sandbox_id, tenant, since=since)
+        stored = self.log.whole_history(sandbox_id, tenant, since=beginning.since)
         return [decoded(ev.REGISTRY, one) async for one in stored]
 
 

@@ -16,6 +16,7 @@ from uuid import UUID
 
 import asyncpg
 import msgspec
+from msgspec import Struct
 from sqlalchemy import (
     Boolean,
     ColumnElement,
@@ -43,6 +44,7 @@ from app.errors import UnknownEvent
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.log.append import Effect, Parts, head_columns, insert_head, update_head
+from app.store.log.epoch import EPOCH
 from app.store.tables import engines, reconcile_queue, sandboxes
 
 _SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
@@ -199,7 +201,18 @@ _ATTEMPTS = Statement(
 )
 
 
-_SINCE = Statement(select(_S.since_position).where(_BY_ID, _S.tenant == bindparam("tenant", type_=Text)))
+_BEGINNING = Statement(
+    select(_S.since_position, EPOCH.label("epoch")).where(_BY_ID, _S.tenant == bindparam("tenant", type_=Text))
+)
+
+
+class Beginning(Struct, frozen=True):
+    """Where the history of a sandbox begins in the log."""
+
+    since: int
+    """A position below all of its events."""
+    epoch: int
+    """The log's, read before any event is."""
 
 
 class CurrentView:
@@ -213,10 +226,10 @@ class CurrentView:
         row = await self._database.fetch_one(_LOAD, id=sandbox_id)
         return _loaded(row, tenant)
 
-    async def since(self, sandbox_id: UUID, tenant: str) -> int | None:
-        """A position below all events of a sandbox, also of one that has ended. None = this tenant never had it."""
-        row = await self._database.fetch_one(_SINCE, id=sandbox_id, tenant=tenant)
-        return None if row is None else row["since_position"]
+    async def beginning(self, sandbox_id: UUID, tenant: str) -> Beginning | None:
+        """Of a sandbox that is live or has ended. None = this tenant never had it."""
+        row = await self._database.fetch_one(_BEGINNING, id=sandbox_id, tenant=tenant)
+        return None if row is None else Beginning(row["since_position"], row["epoch"])
 
     async def attempt(self, sandbox_id: UUID) -> Attempt | None:
         """How the queue stands about a Pending sandbox. None = it is not in the queue."""

@@ -2,7 +2,8 @@
 
 Order is (created_at, id) descending, which the indexes have (visible, all, by phase), so a page is an index scan that
 stops after `size` rows, whatever the table's size; the metadata filter uses the GIN index. `offset` pages as the public
-API does, up to `MAX_OFFSET`; `after` is a keyset, for which rows that come and go between pages shift nothing.
+API does, up to `MAX_OFFSET`; `after` is a keyset, for which rows that come and go between pages shift nothing. A cursor
+carries the epoch of the log (`app.store.log.epoch`), which the statement reads beside the page.
 
 The total comes with the page, from the same snapshot: for unfiltered lists by `app.views.totals`, else by counting the
 matching rows up to `MAX_COUNTED`; beyond that it is a lower bound. Rows are ordered again here, few as they are,
@@ -29,6 +30,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from app.domain.sandbox.state import Sandbox
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
+from app.store.log.epoch import EPOCH, check_epoch
 from app.store.log.store import EventLog
 from app.store.tables import sandboxes
 from app.views.current import COLUMNS, from_row
@@ -40,34 +42,32 @@ MAX_COUNTED = 10_000
 """Filtered lists are counted exactly up to here (decision 34)."""
 MAX_OFFSET = 100_000
 """Page numbers reach this many rows; a cursor has no such bound."""
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_CURSOR = struct.Struct(">qI16s")
+_YEAR_1970 = datetime(1970, 1, 1, tzinfo=UTC)
+_CURSOR = struct.Struct(">qII16s")
 _MAX_PAGES = 2**32 - 1
 
 
 class Cursor(Struct, frozen=True):
-    """The last row of a page, and how many pages lie before the next."""
+    """The last row of a page, the log's epoch, and how many pages lie before the next."""
 
     created_at: datetime
     id: UUID
+    epoch: int
     page: int = 1
 
     def __str__(self) -> str:
         """Opaque to clients."""
-        micros = (self.created_at - _EPOCH) // timedelta(microseconds=1)
-        return (
-            base64.urlsafe_b64encode(_CURSOR.pack(micros, min(self.page, _MAX_PAGES), self.id.bytes))
-            .decode()
-            .rstrip("=")
-        )
+        micros = (self.created_at - _YEAR_1970) // timedelta(microseconds=1)
+        packed = _CURSOR.pack(micros, self.epoch, min(self.page, _MAX_PAGES), self.id.bytes)
+        return base64.urlsafe_b64encode(packed).decode().rstrip("=")
 
     @classmethod
     def parse(cls, text: str) -> Cursor:
         """ValueError when it is none of ours."""
         try:
             packed = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-            micros, page, raw = _CURSOR.unpack(packed)
-            return cls(_EPOCH + timedelta(microseconds=micros), UUID(bytes=raw), page)
+            micros, epoch, page, raw = _CURSOR.unpack(packed)
+            return cls(_YEAR_1970 + timedelta(microseconds=micros), UUID(bytes=raw), epoch, page)
         except (binascii.Error, struct.error, OverflowError, ValueError):
             raise ValueError("is not a cursor that this server gave out") from None
 
@@ -133,7 +133,7 @@ def _conditions(shape: Shape) -> list[Any]:
 
 @lru_cache
 def page_statement(shape: Shape) -> Statement:
-    """Total and rows. Parameters: tenant, size, offset, and those of the shape."""
+    """Epoch, total and rows. Parameters: tenant, size, offset, and those of the shape."""
     conditions = _conditions(shape)
     page = select(*COLUMNS).where(*conditions)
     if shape.keyset:
@@ -158,7 +158,9 @@ def page_statement(shape: Shape) -> Statement:
         counted = some.limit(literal_column(str(MAX_COUNTED + 1), BigInteger)).subquery("counted")
         total = select(func.count().label("total")).select_from(counted).subquery("total")
         numbers = [total.c.total.label("d_total")]
-    return Statement(select(*numbers, *page.c).select_from(total.outerjoin(page, literal_column("true"))))
+    return Statement(
+        select(EPOCH.label("d_epoch"), *numbers, *page.c).select_from(total.outerjoin(page, literal_column("true")))
+    )
 
 
 _Found: TypeAlias = tuple[Sequence[asyncpg.Record], int, bool]
@@ -178,13 +180,17 @@ class Listing:
 
         Raises:
             TooFar: `offset` is above `MAX_OFFSET`, and there are rows there.
+            CursorExpired: the cursor is of another epoch of the log.
         """
-        if wanted.phases == ():
+        if wanted.phases == () and after is None:
             return Page((), 0)
         offset = 0 if after is not None else offset
         near = min(offset, MAX_OFFSET)
         shape, values = shape_of(wanted, near, after), _values(wanted, size, near, after)
         rows, total, is_counted = await (self._summed(shape, values) if shape.summed else self._counted(shape, values))
+        epoch = rows[0]["d_epoch"]
+        if after is not None:
+            check_epoch(after.epoch, epoch)
         is_lower_bound = is_counted and total > MAX_COUNTED
         if offset > MAX_OFFSET:
             if is_lower_bound or total > offset:
@@ -198,7 +204,7 @@ class Listing:
         shown = tuple(found[:size])
         last = shown[-1] if len(found) > size else None
         page = 1 + (after.page if after is not None else offset // size)
-        cursor = None if last is None else Cursor(last.created_at, last.id, page)
+        cursor = None if last is None else Cursor(last.created_at, last.id, epoch, page)
         return Page(shown, min(total, MAX_COUNTED) if is_lower_bound else total, cursor, is_lower_bound)
 
     async def _summed(self, shape: Shape, values: dict[str, Any]) -> _Found:
@@ -237,7 +243,9 @@ def shape_of(wanted: Wanted, offset: int, after: Cursor | None) -> Shape:
 def _values(wanted: Wanted, size: int, offset: int, after: Cursor | None) -> dict[str, Any]:
     values: dict[str, Any] = {"tenant": wanted.tenant, "size": size + 1, "offset": offset}
     if wanted.phases is not None:
-        values |= {"phase": wanted.phases[0], "phases": list(wanted.phases)}
+        values["phases"] = list(wanted.phases)
+    if wanted.phases:
+        values["phase"] = wanted.phases[0]
     if wanted.metadata:
         values["metadata"] = msgspec.json.encode(wanted.metadata).decode()
     if after is not None:

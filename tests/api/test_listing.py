@@ -32,9 +32,9 @@ from app.views.listing import MAX_COUNTED, Cursor, Listing, Wanted, page_stateme
 from tests.api.conftest import create, observe
 from tests.support.sql import connected
 
-BEYOND = base64.urlsafe_b64encode(b"\x7f" * 28).decode().rstrip("=")
+BEYOND = base64.urlsafe_b64encode(b"\x7f" * 32).decode().rstrip("=")
 """A cursor of the right length whose time no calendar has."""
-LATE = Cursor(datetime(2100, 1, 1, tzinfo=UTC), UUID("6f1c2a5e-0b7d-4c39-9a57-d1e0c4b8a263"))
+LATE = Cursor(datetime(2100, 1, 1, tzinfo=UTC), UUID("6f1c2a5e-0b7d-4c39-9a57-d1e0c4b8a263"), 1)
 BY_TIME = "sandboxes_tenant_created_at_id_idx"
 META = Meta(Actor(ActorKind.API_KEY, "t", "t"), "0")
 
