@@ -104,7 +104,8 @@ class Driver(Protocol):
         """Create or adopt, and start. Never pulls.
 
         An object that has already exited is returned as it is, never started a second time; one that is paused is
-        returned paused. One that is not up yet is returned with power `CREATED` and the reason in `waiting`.
+        returned paused. One that is not up yet is returned with power `CREATED` and the reason in `waiting`. `gpus` is
+        what the engine gave; of "all" it is the number only if the engine says it.
 
         Raises:
             ImageMissing: the engine does not have the image.

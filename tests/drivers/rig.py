@@ -19,6 +19,8 @@ BUSYBOX = "sandledger-demo:1"
 class Rig(Protocol):
     driver: Driver
     calls: Counter[str]
+    all_gpus: int | None
+    """How many "all" GPUs are; None = this engine does not say."""
 
     def another(self) -> Driver:
         """A second server of the same installation."""

@@ -22,8 +22,11 @@ from tests.drivers.rig import BUSYBOX, SlowImage, workload
 
 
 class FakeRig:
+    all_gpus: int | None = 4
+
     def __init__(self) -> None:
         self.engine = FakeEngine()
+        self.engine.gpus = self.all_gpus
         self.calls = self.engine.calls
         self._installation = uuid4()
         self._gates: dict[str, Gate] = {}
@@ -147,6 +150,8 @@ class FakeRig:
 
 class DockerRig:
     """A real engine behind a proxy, and a client of its own to look past it."""
+
+    all_gpus: int | None = None
 
     def __init__(self, engine: str) -> None:
         self.proxy = EngineProxy(engine)

@@ -181,6 +181,19 @@ async def test_observe_does_not_see_strangers(rig: Rig):
     assert await rig.driver.observe(work.ref) is None
 
 
+@pytest.mark.parametrize("asked", [Limits(), Limits(gpus=2), Limits(gpus_all=True)])
+async def test_an_object_tells_how_many_gpus_it_has(rig: Rig, asked: Limits):
+    """It is created and not started: no machine that runs this needs a GPU."""
+    work = rig.work(limits=asked)
+    rig.refuse("start")
+    with pytest.raises(RuntimeUnavailable):
+        await rig.driver.ensure(work)
+    seen = await rig.driver.observe(work.ref)
+    assert seen is not None
+    assert (seen.power, seen.gpus) == (Power.CREATED, rig.all_gpus if asked.gpus_all else asked.gpus)
+    assert [row.gpus for row in await inventory(rig.driver)] == [None], "a listing does not say"
+
+
 @pytest.mark.parametrize("code", [0, 3])
 async def test_an_exit_tells_its_code_and_time(rig: Rig, eventually: Eventually, code: int):
     work = rig.ending(code)

@@ -12,7 +12,7 @@ import pytest
 
 from app.domain.sandbox.observed import Address
 from app.runtime.docker import names
-from app.runtime.docker.answers import Amount, ImageShown, Inspected, PullLine, observed
+from app.runtime.docker.answers import Amount, HostPart, ImageShown, Inspected, PullLine, observed
 from app.runtime.docker.images import digest_in, has_platform, repository
 from app.runtime.docker.progress import Layers, Meter
 
@@ -60,6 +60,23 @@ def test_the_message_of_an_exit_has_no_control_characters():
     seen = observed(shown(None, "exited"), WHOSE)
     assert seen.exit is not None
     assert seen.exit.message == "\\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    ("devices", "gpus"),
+    [
+        (None, None),
+        ([], None),
+        ([{"Count": 2, "Capabilities": [["gpu"]]}], 2),
+        ([{"Driver": "nvidia", "Count": 1, "DeviceIDs": None, "Capabilities": [["compute"], ["gpu", "utility"]]}], 1),
+        ([{"Count": -1, "Capabilities": [["gpu"]]}], None),
+        ([{"Count": 2, "Capabilities": [["gpu"]]}, {"Count": -1, "Capabilities": [["gpu"]]}], None),
+        ([{"Count": 3, "Capabilities": [["tpu"]]}, {"Count": 3, "Capabilities": None}], None),
+    ],
+)
+def test_gpus_are_counted_when_the_engine_says_how_many(devices: list[dict[str, Any]] | None, gpus: int | None):
+    document = msgspec.structs.replace(shown(None), host_config=msgspec.convert({"DeviceRequests": devices}, HostPart))
+    assert observed(document, WHOSE).gpus == gpus
 
 
 def line(layer: str, status: str, current: int = 0, total: int = 0) -> PullLine:

@@ -14,7 +14,7 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Address, Exit, Part, Power, Verdict, Waiting
 from app.domain.sandbox.state import Phase, RuntimeState
 from app.domain.sandbox.status import status_of
-from tests.support.stream import BEGIN, SECOND, Stream, in_phase, parts, seen
+from tests.support.stream import BEGIN, SECOND, Stream, in_phase, parts, requested, seen
 
 LATER = BEGIN + SECOND
 UP = (Phase.RUNNING, Phase.PAUSING, Phase.PAUSED, Phase.RESUMING)
@@ -83,6 +83,22 @@ def test_an_object_that_vanished_before_it_ran_is_created_anew_and_not_adopted()
     again = replace(seen(Power.CREATED, "r2"), generation=2)
     assert stream.do(cmd.RecordSeen(again)) == (ev.RuntimeCreated(2, parts("r2")),)
     assert stream.sandbox.generation == 2
+
+
+@pytest.mark.parametrize(("asked", "found", "known"), [(None, 4, 4), (2, 2, 2), (2, None, 2), (None, None, None)])
+def test_the_object_says_how_many_gpus_it_has(asked: int | None, found: int | None, known: int | None):
+    """Of "all" only the engine knows how many they are."""
+    shown = replace(seen(Power.RUNNING), gpus=found)
+    for report, kind in (
+        (cmd.RecordSeen(shown), ev.RuntimeCreated),
+        (cmd.RecordSeen(shown, "sweep"), ev.RuntimeAdopted),
+        (cmd.RecordSeen(replace(shown, adopted=True)), ev.RuntimeAdopted),
+    ):
+        stream = Stream(replace(requested(), gpus=asked, gpus_all=asked is None))
+        made, *_ = stream.do(report)
+        assert isinstance(made, kind)
+        assert made.gpus == found
+        assert stream.sandbox.gpus == known
 
 
 # Ready

@@ -102,7 +102,8 @@ class RuntimeCreated(Struct, frozen=True, omit_defaults=True):
     generation: int
     parts: tuple[Part, ...]
     gpus: int | None = None
-    """How many GPUs "all" was."""
+    """How many GPUs it has got. Absent: it has none; or "all" were asked for, and the engine does not say how many
+    that was, as Docker does not."""
 
 
 class RuntimeAdopted(Struct, frozen=True, omit_defaults=True):
@@ -113,6 +114,7 @@ class RuntimeAdopted(Struct, frozen=True, omit_defaults=True):
     found_by: str
     """`create_conflict`, `observe` or `sweep`."""
     gpus: int | None = None
+    """As in `RuntimeCreated`."""
 
 
 class Started(Struct, frozen=True, omit_defaults=True):

@@ -53,10 +53,10 @@ def _made(sandbox: Sandbox, shown: Observed, found_by: str) -> Events:
     if not runtime.parts and runtime.image_id is None and shown.image_id is not None:
         image = (ev.Fetched(shown.image_id, shown.image_digest, cached=True),)
     if shown.adopted:
-        return (*image, ev.RuntimeAdopted(shown.generation, shown.parts, "create_conflict"))
+        return (*image, ev.RuntimeAdopted(shown.generation, shown.parts, "create_conflict", shown.gpus))
     if found_by != "ensure":
-        return (*image, ev.RuntimeAdopted(shown.generation, shown.parts, found_by))
-    return (*image, ev.RuntimeCreated(shown.generation, shown.parts))
+        return (*image, ev.RuntimeAdopted(shown.generation, shown.parts, found_by, shown.gpus))
+    return (*image, ev.RuntimeCreated(shown.generation, shown.parts, shown.gpus))
 
 
 def _begun(sandbox: Sandbox, shown: Observed, known: RuntimeState, *, another: bool) -> Events:

@@ -112,6 +112,8 @@ class Observed(Struct, frozen=True):
     node: str | None = None
     waiting: Waiting | None = None
     verdict: Verdict | None = None
+    gpus: int | None = None
+    """How many GPUs the object has got. None: it has none, or the engine does not say how many."""
 
     @property
     def main(self) -> Part | None:

@@ -23,6 +23,8 @@ POWERS = {
     "removing": Power.EXITED,  # still there, holding its name, and never to run again
 }
 REMOVING = "removing"
+GPU = "gpu"
+"""What a device that is a GPU can do, as requests for devices name it."""
 HOST_NETWORK = "host"
 """Containers on it have no address of their own."""
 
@@ -72,6 +74,20 @@ class Network(Struct, frozen=True, rename="pascal"):
     ports: dict[str, list[Binding] | None] | None = None
 
 
+class Devices(Struct, frozen=True, rename="pascal"):
+    """Devices that the container was made with, by what they can do."""
+
+    count: int = 0
+    """-1 = all of them."""
+    capabilities: list[list[str]] | None = None
+
+
+class HostPart(Struct, frozen=True, rename="pascal"):
+    """What the container was given of its host."""
+
+    device_requests: list[Devices] | None = None
+
+
 class Inspected(Struct, frozen=True, rename="pascal"):
     """Answer of an inspect call."""
 
@@ -82,6 +98,7 @@ class Inspected(Struct, frozen=True, rename="pascal"):
     state: State
     config: Config
     network_settings: Network | None = None
+    host_config: HostPart | None = None
 
     @property
     def labels(self) -> dict[str, str]:
@@ -205,6 +222,7 @@ def observed(
         exit=_exit(shown.state) if now is Power.EXITED else None,
         adopted=adopted,
         address=_address(shown.network_settings) if now in (Power.RUNNING, Power.PAUSED) else None,
+        gpus=_gpus(shown.host_config),
     )
 
 
@@ -252,6 +270,18 @@ def _published(port: tuple[str, list[Binding] | None]) -> tuple[str, str] | None
             host = f"[{binding.host_ip}]" if ":" in binding.host_ip else binding.host_ip
             return number.removesuffix("/tcp"), f"{host}:{binding.host_port}"
     return None
+
+
+def _gpus(host: HostPart | None) -> int | None:
+    """How many GPUs a container has got; None = none, or all of them.
+
+    The engine repeats the count that was asked for, and does not start a container that it cannot give as many. How
+    many "all" are it says nowhere: `info` lists the devices of CDI, where one GPU has several names, and resources that
+    an operator wrote down for another purpose. A guess would stay in the log for ever, so there is none.
+    """
+    requests = (host.device_requests if host else None) or []
+    counts = [each.count for each in requests if any(GPU in group for group in each.capabilities or ())]
+    return sum(counts) if counts and min(counts) >= 0 else None
 
 
 def _moment(value: datetime) -> datetime | None:

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from app.errors import RuntimeRejected
 from app.runtime.docker import names
+from app.runtime.docker.answers import GPU
 from app.runtime.docker.options import DockerOptions, Ulimit
 from app.runtime.driver import Workload
 
@@ -124,7 +125,7 @@ def _limit(what: str, asked: int | None, default: int | None, largest: int | Non
 
 def _devices(work: Workload) -> tuple[DeviceRequest, ...]:
     count = -1 if work.limits.gpus_all else work.limits.gpus
-    return () if count is None else (DeviceRequest(count, (("gpu",),)),)
+    return () if count is None else (DeviceRequest(count, ((GPU,),)),)
 
 
 def _security(options: DockerOptions) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ class FakeDriver:
         return gone and (self._recorded(ref) is None or await self.remove(ref))
 
     async def inventory(self) -> AsyncIterator[Observed | Leftover]:
-        """Everything of ours, without exits and addresses, from one listing."""
+        """Everything of ours, without exits, addresses and GPUs, from one listing."""
         await self._enter("list")
         rows = [] if self.engine.empty_listing else list(self.engine.containers.values())
         leftovers = [] if self.engine.empty_listing else list(self.engine.leftovers.values())
@@ -124,7 +124,8 @@ class FakeDriver:
             object_id = row.object_id
             if object_id is not None and row is self.engine.of(object_id) and row.installation == self.installation:
                 observed = self._observed(row, object_id)
-                yield replace(observed, exit=None, started_at=None, address=None, image_digest=None, waiting=None)
+                bare = replace(observed, exit=None, started_at=None, address=None, image_digest=None)
+                yield replace(bare, waiting=None, gpus=None)
         for installation, leftover in leftovers:
             if installation == self.installation:
                 yield leftover
@@ -296,6 +297,7 @@ class FakeDriver:
             adopted=adopted,
             address=found.address,
             waiting=self.engine.waiting.get(object_id) if found.power is Power.CREATED else None,
+            gpus=self.engine.gpus if work and work.limits.gpus_all else work and work.limits.gpus,
         )
 
     async def _enter(self, call: str) -> None:

@@ -80,6 +80,8 @@ class FakeEngine:
         """Objects that are created and not started before `settle`."""
         self.refusals: dict[str, RuntimeFault] = {}
         """Calls that a healthy engine refuses, by name: `pause`, `unpause`, `remove`, `create`, `start`, `pull`."""
+        self.gpus: int | None = None
+        """How many GPUs "all" are. None = the engine does not say."""
         self.slow_removals = False
         """A removal is only begun; `finish_removals` ends it."""
         self.down = False
