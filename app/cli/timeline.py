@@ -51,6 +51,8 @@ def _describe_observation(event: ev.Event) -> str:
             return f"run {run}{_at(address)}"
         case ev.Restarted(run=run, by=by, address=address):
             return f"run {run}, by {by}{_at(address)}"
+        case ev.Ready(via="runtime"):
+            return "as soon as it ran"
         case ev.Ready(after_ms=after, via=via):
             return f"{after / 1000:.1f} s after the start, says the {via}"
         case ev.Paused(kept=kept):

@@ -120,6 +120,14 @@ def test_a_restart_makes_it_ready_anew():
     assert (stream.sandbox.phase, stream.sandbox.ready_at) == (Phase.PENDING, None)
 
 
+def test_a_run_that_nothing_probes_is_ready_at_once_however_late_it_is_noticed():
+    """The gap between the engine's time of the start and our record of it is no time that the sandbox needed."""
+    stream = Stream().pass_time(90)
+    assert stream.do(cmd.RecordSeen(seen(Power.RUNNING, started_at=BEGIN)))[-1] == ev.Ready(0, "runtime")
+    again = stream.pass_time(90).do(cmd.RecordSeen(seen(Power.RUNNING, started_at=LATER)))
+    assert again[-1] == ev.Ready(0, "runtime")
+
+
 # Waiting
 
 
