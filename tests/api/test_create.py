@@ -253,6 +253,17 @@ async def test_the_longest_timeout_is_the_operators(make_context: MakeContext):
         assert "3600" in answer.json()["message"]
 
 
+async def test_a_maximum_is_no_default(make_context: MakeContext):
+    """As the public server: without a timeout it never expires, whatever the maximum. So the log must not name it."""
+    async with client(
+        create_app(make_context(max_sandbox_timeout_seconds=3600)), **{"open-sandbox-api-key": KEY}
+    ) as http:
+        made = await create(http, timeout=None)
+        assert "expiresAt" not in made
+        first = (await http.get(f"/v1/sandboxes/{made['id']}/events")).json()["items"][0]
+        assert first["data"].keys().isdisjoint({"timeout_s", "timeout_from"})
+
+
 # Idempotency
 
 

@@ -36,7 +36,9 @@ class Requested(Struct, frozen=True, omit_defaults=True):
     timeout_s: int | None = None
     """None = it never expires by itself."""
     timeout_from: str = "request"
-    """`request`, or `cap` when the operator's maximum was put in its place."""
+    """`request`. The word `cap` is kept for an end that the operator's maximum gives. This version never writes it:
+    `max_sandbox_timeout_seconds` refuses a longer timeout, and a sandbox that was asked for without one never expires,
+    as on the public server."""
     cpu_nanos: int | None = None
     memory_bytes: int | None = None
     gpus: int | None = None
