@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime
+from enum import StrEnum
 from typing import Protocol, TypeAlias
 from uuid import UUID
 
@@ -33,10 +34,12 @@ from app.runtime.workload import Image, Limits, RegistryAuth, Workload
 
 __all__ = [
     "Capabilities",
+    "Change",
     "Driver",
     "EngineInfo",
     "Exit",
     "FetchedImage",
+    "Hint",
     "Image",
     "Leftover",
     "Limits",
@@ -92,6 +95,26 @@ class Leftover(Struct, frozen=True):
     position: int | None = None
 
 
+class Change(StrEnum):
+    """What a hint says of a part."""
+
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    REMOVED = "removed"
+    OTHER = "other"
+
+
+class Hint(Struct, frozen=True):
+    """A part of an object changed."""
+
+    object_id: UUID
+    runtime_id: str
+    """The engine's own id of the part; never used for another one."""
+    change: Change = Change.OTHER
+    at: datetime | None = None
+    """By the engine's clock. None = the engine did not say."""
+
+
 class Driver(Protocol):
     """One engine."""
 
@@ -143,8 +166,9 @@ class Driver(Protocol):
         """Take away what `inventory` showed as a leftover. Absent is success."""
         ...
 
-    def hints(self) -> AsyncIterator[UUID | None]:
-        """Ids of objects that may have changed, for ever, reconnecting by itself. Lossy by contract; carries no truth.
+    def hints(self) -> AsyncIterator[Hint | None]:
+        """Objects that may have changed, for ever, reconnecting by itself. Lossy by contract: what an object does now
+        is only known from `observe`. The hints of one part come in the order of their times, some of them twice.
 
         None = the stream broke and began again (an engine that restarts loses its events): inspect everything.
         """

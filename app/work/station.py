@@ -54,6 +54,7 @@ from app.store.log.store import EventLog, LogIdentity
 from app.store.queue.wake import make_engine_due
 from app.views.engines import Standing
 from app.work.beyond import beyond
+from app.work.moments import Moments
 from app.work.outages import Outages
 from app.work.policy import WorkPolicy
 
@@ -85,6 +86,7 @@ class Station:
         self.trouble = ""
         """Why it cannot be used, in words for people."""
         self.outages = Outages()
+        self.moments = Moments()
         self.alive_at = time.monotonic()
         """When `run` last made a contact or tried to: its sign of life."""
         self._engines = engines

@@ -23,7 +23,8 @@ is given back. A worker that dies in a sweep leaves it to its own next start, or
 **Safety nets**, which must always find nothing and complain if they do: open sandboxes that want work and have no queue
 row (they get one), deadlines that should have fired two minutes ago, and sandboxes of engines that no worker reaches.
 
-**Hints** come from the engine's events: ids, gathered for a moment, put in the user lane. Lossy by contract.
+**Hints** come from the engine's events: ids, gathered for a moment, put in the user lane. Lossy by contract. The
+times that they tell are kept in `app.work.moments`.
 """
 
 from __future__ import annotations
@@ -273,15 +274,17 @@ class Sweeper:
         """The stream broke: what happened meanwhile is for the sweep, and it may be another engine now."""
         self.mark_due()
         self._station.doubt()
+        self._station.moments.missed()
 
     async def _gather(self, changed: set[UUID], news: asyncio.Event) -> None:
         while True:
             try:
-                async for object_id in self._driver.hints():
-                    if object_id is None:
+                async for hint in self._driver.hints():
+                    if hint is None:
                         self._missed()
                         continue
-                    changed.add(object_id)
+                    self._station.moments.note(hint)
+                    changed.add(hint.object_id)
                     news.set()
             except Exception as error:  # noqa: BLE001 - hints may fail in any way, the sweep makes up for it
                 _LOG.warning("hints of %s ended, following them again: %s", self._driver.name, type(error).__name__)

@@ -60,9 +60,9 @@ async def heard(rig: Rig, eventually: Eventually) -> AsyncIterator[set[UUID]]:
     ids: set[UUID] = set()
 
     async def listen() -> None:
-        async for object_id in rig.driver.hints():
-            if object_id is not None:
-                ids.add(object_id)
+        async for hint in rig.driver.hints():
+            if hint is not None:
+                ids.add(hint.object_id)
 
     task = asyncio.create_task(listen())
     try:

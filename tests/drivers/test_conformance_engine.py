@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from uuid import UUID, uuid4
+from datetime import timedelta
+from uuid import uuid4
 
 import pytest
 
 from app.errors import RuntimeUnavailable
-from app.runtime.driver import Driver, Power, Workload
+from app.runtime.driver import Change, Driver, Hint, Power, Workload
 from tests.drivers.looks import Eventually, exited, heard, id_of, inventory, leftovers
 from tests.drivers.rig import Rig
 
@@ -101,6 +102,32 @@ async def test_hints_tell_exit_pause_restart_and_removal(rig: Rig, eventually: E
         await after(rig.driver.remove(work.ref))
 
 
+async def test_hints_tell_what_happened_to_which_part_and_when(rig: Rig, eventually: Eventually):
+    work, told = rig.work(), list[Hint]()
+
+    async def listen() -> None:
+        async for hint in rig.driver.hints():
+            if hint is not None and hint.change is not Change.OTHER:
+                told.append(hint)
+
+    task = asyncio.create_task(listen())
+    try:
+        await eventually(rig.listening)
+        seen = await rig.driver.ensure(work)
+        await rig.driver.set_power(work.ref, Power.PAUSED)
+        await rig.driver.set_power(work.ref, Power.RUNNING)
+        await rig.driver.remove(work.ref)
+        await eventually(lambda: len(told) == 3)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert [hint.change for hint in told] == [Change.PAUSED, Change.RESUMED, Change.REMOVED]
+    assert {(hint.object_id, hint.runtime_id) for hint in told} == {(work.ref.object_id, id_of(seen))}
+    times = [at for at in (seen.started_at, *(hint.at for hint in told)) if at is not None]
+    assert [at.utcoffset() for at in times] == [timedelta(0)] * 4
+    assert sorted(times) == times, "by the clock that also tells the start"
+
+
 async def test_hints_pass_over_strangers(rig: Rig, eventually: Eventually):
     async with heard(rig, eventually) as ids:
         stranger, work = rig.work(), rig.work()
@@ -126,7 +153,7 @@ async def test_hints_survive_a_dropped_stream(rig: Rig, eventually: Eventually):
 
 async def test_a_broken_stream_says_that_anything_may_have_happened(rig: Rig, eventually: Eventually):
     """An engine that restarts forgets its events; whoever follows hints must know that some may be missing."""
-    told: list[UUID | None] = []
+    told: list[Hint | None] = []
 
     async def listen() -> None:
         async for hint in rig.driver.hints():

@@ -12,9 +12,11 @@ import pytest
 
 from app.domain.sandbox.observed import Address
 from app.runtime.docker import names
-from app.runtime.docker.answers import Amount, HostPart, ImageShown, Inspected, PullLine, observed
+from app.runtime.docker.answers import Actor, Amount, Event, HostPart, ImageShown, Inspected, PullLine, observed
+from app.runtime.docker.events import hint_in
 from app.runtime.docker.images import digest_in, has_platform, repository
 from app.runtime.docker.progress import Layers, Meter
+from app.runtime.driver import Change, Hint
 
 WHOSE = names.Identity(uuid4(), "main", "sandbox-x")
 
@@ -77,6 +79,24 @@ def test_the_message_of_an_exit_has_no_control_characters():
 def test_gpus_are_counted_when_the_engine_says_how_many(devices: list[dict[str, Any]] | None, gpus: int | None):
     document = msgspec.structs.replace(shown(None), host_config=msgspec.convert({"DeviceRequests": devices}, HostPart))
     assert observed(document, WHOSE).gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("action", "nanos", "change", "at"),
+    [
+        ("pause", 1_767_225_600_123_456_999, Change.PAUSED, datetime(2026, 1, 1, 0, 0, 0, 123456, UTC)),
+        ("unpause", 1_767_225_600_000_000_001, Change.RESUMED, datetime(2026, 1, 1, tzinfo=UTC)),
+        ("destroy", 0, Change.REMOVED, None),
+        ("die", 1_767_225_600_999_999_999, Change.OTHER, datetime(2026, 1, 1, 0, 0, 0, 999999, UTC)),
+        ("a word of a newer engine", -5, Change.OTHER, None),
+    ],
+)
+def test_an_event_says_what_changed_and_when(action: str, nanos: int, change: Change, at: datetime | None):
+    installation, object_id = uuid4(), uuid4()
+    labels = names.labels_of(installation, object_id, names.MAIN, tenant="t", generation=1, position=7)
+    actor = Actor("c1", labels | {"name": names.container_name(object_id)})
+    assert hint_in(Event(action, actor, nanos), installation) == Hint(object_id, "c1", change, at)
+    assert hint_in(Event(action, actor, nanos), uuid4()) is None, "a stranger's"
 
 
 def line(layer: str, status: str, current: int = 0, total: int = 0) -> PullLine:

@@ -176,7 +176,7 @@ async def test_a_quiet_event_stream_is_no_reason_to_look_at_everything(docker_ri
 
     async def listen() -> None:
         async for hint in driver.hints():
-            told.append(hint)
+            told.append(None if hint is None else hint.object_id)
 
     task = asyncio.create_task(listen())
     try:

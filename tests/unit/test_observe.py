@@ -128,6 +128,35 @@ def test_a_run_that_nothing_probes_is_ready_at_once_however_late_it_is_noticed()
     assert again[-1] == ev.Ready(0, "runtime")
 
 
+# When it was paused and resumed
+
+
+def power_events(
+    stream: Stream, power: Power, since: datetime | None, **details: datetime | None
+) -> tuple[ev.Event, ...]:
+    """What such an observation adds to a fork of the stream."""
+    return stream.fork().do(cmd.RecordSeen(replace(seen(power, **details), power_since=since), "observe"))
+
+
+def test_a_pause_and_a_resume_have_the_time_that_the_engine_told():
+    running, paused = ran_since().pass_time(60), ran_since(paused=True).pass_time(60)
+    assert power_events(running, Power.PAUSED, LATER) == (ev.Paused(LATER),)
+    assert power_events(paused, Power.RUNNING, LATER) == (ev.Resumed(LATER),)
+    assert power_events(running, Power.PAUSED, None) == (ev.Paused(),)
+
+
+def test_a_time_from_before_the_present_phase_or_run_is_an_earlier_pause():
+    """Paused, resumed by us, and paused again, of which the engine's word is still on its way."""
+    resumed = ran_since(paused=True).pass_time(2).after(cmd.Resume()).pass_time(2).observe(Power.RUNNING)
+    assert resumed.sandbox.changed_at == BEGIN + 4 * SECOND
+    for early in (BEGIN, LATER, BEGIN + 4 * SECOND):
+        assert power_events(resumed, Power.PAUSED, early) == (ev.Paused(),)
+    true = BEGIN + 5 * SECOND
+    assert power_events(resumed, Power.PAUSED, true) == (ev.Paused(true),)
+    *_, last = power_events(resumed, Power.PAUSED, true, started_at=BEGIN + 6 * SECOND)
+    assert last == ev.Paused(), "it was restarted after that"
+
+
 # Waiting
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import aiodocker
@@ -183,6 +186,51 @@ async def test_a_container_taken_away_is_lost_after_two_looks(
     last = (await stage.history(sandbox_id))[-1].event
     # Whoever looks between the kill and the removal sees an exit.
     assert isinstance(last, ev.RuntimeLost) or (isinstance(last, ev.RuntimeExited) and last.exit_code == 137)
+
+
+async def engine_times(docker: aiodocker.Docker, runtime_id: str, action: str) -> list[datetime]:
+    """When the engine says that it happened to a container, cut to microseconds as in the log."""
+    filters = json.dumps({"container": [runtime_id], "event": [action]})
+    params = {"since": "0", "until": f"{time.time():.6f}", "filters": filters}
+    async with docker._query("events", params=params) as answer:
+        moments = [json.loads(line)["timeNano"] for line in (await answer.text()).splitlines()]
+    return [datetime.fromtimestamp(at // 10**9, UTC) + timedelta(microseconds=at % 10**9 // 1000) for at in moments]
+
+
+async def test_what_is_done_from_outside_has_the_time_of_the_engines_event(
+    stage: Stage, docker: aiodocker.Docker, driver: DockerDriver, until
+):
+    async def told(kind: type[ev.Paused | ev.Resumed]) -> list[datetime | None]:
+        return [one.event.occurred_at for one in await stage.history(sandbox_id) if isinstance(one.event, kind)]
+
+    async def paused_three_times() -> bool:
+        return len(await told(ev.Paused)) == 3
+
+    async with stage.working(stage.worker(driver, exit_settle=WorkPolicy().exit_settle)):
+        sandbox_id = await stage.create(image=IMAGE)
+        await until(stage.is_phase(Phase.RUNNING, sandbox_id))
+        await until(stage.is_idle())
+        there = await container(docker, await stage.sandbox(sandbox_id))
+
+        await there.pause()
+        await until(stage.is_told(sandbox_id, "resumed"))  # by us: nobody had asked for a pause
+        await until(stage.is_idle())
+        await stage.ask(sandbox_id, cmd.Pause())
+        await until(stage.is_phase(Phase.PAUSED, sandbox_id))
+        await until(stage.is_idle())
+        await there.unpause()
+        await until(paused_three_times)  # by us again
+        await until(stage.is_idle())
+        outside, *_ = await engine_times(docker, there.id, "pause")
+        assert await told(ev.Paused) == [outside, None, None]
+        _, outside = await engine_times(docker, there.id, "unpause")
+        assert await told(ev.Resumed) == [None, outside]
+
+        await there.delete(force=True)
+        await until(stage.is_phase(Phase.FAILED, sandbox_id))
+        lost = (await stage.history(sandbox_id))[-1].event
+        assert isinstance(lost, ev.RuntimeLost)
+        assert [lost.occurred_at] == await engine_times(docker, there.id, "destroy")
 
 
 async def test_an_orphan_on_docker_is_swept(stage: Stage, driver: DockerDriver, until):

@@ -95,6 +95,8 @@ class RecordLost(Struct, frozen=True):
 
     missing_since: datetime
     reason: str = "MISSING"
+    occurred_at: datetime | None = None
+    """When the engine said that it was removed."""
 
 
 class RecordRemoved(Struct, frozen=True):

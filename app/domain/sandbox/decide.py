@@ -191,7 +191,7 @@ def _removed(sandbox: Sandbox) -> Events:
 def _lost(sandbox: Sandbox, observation: cmd.RecordLost) -> Events:
     if sandbox.failure is not None or sandbox.observed in (RuntimeState.NONE, *GONE):
         return ()
-    return (ev.RuntimeLost(observation.reason, observation.missing_since),)
+    return (ev.RuntimeLost(observation.reason, observation.missing_since, observation.occurred_at),)
 
 
 def _placed(sandbox: Sandbox, placed: cmd.RecordPlaced) -> Events:

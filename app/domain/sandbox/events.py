@@ -154,14 +154,16 @@ class Ready(Struct, frozen=True, omit_defaults=True):
 
 
 class Paused(Struct, frozen=True, omit_defaults=True):
-    """The sandbox is paused."""
+    """The sandbox is paused. `occurred_at` is the engine's time of a pause from outside, if the engine told it. Of one
+    that we asked for there is none: its record follows at once.
+    """
 
     occurred_at: datetime | None = None
     kept: str = "memory"
 
 
 class Resumed(Struct, frozen=True, omit_defaults=True):
-    """The sandbox runs again after a pause."""
+    """The sandbox runs again after a pause. `occurred_at` is as in `Paused`."""
 
     occurred_at: datetime | None = None
 
@@ -214,7 +216,9 @@ class RuntimeLost(Struct, frozen=True, omit_defaults=True):
 
     reason: str = "MISSING"
     missing_since: datetime | None = None
+    """When the engine first said that there is none, by the database's clock."""
     occurred_at: datetime | None = None
+    """When the object was removed, by the engine's clock. Absent: the engine did not tell it to this worker."""
 
 
 class Failed(Struct, frozen=True, omit_defaults=True):

@@ -7,6 +7,8 @@ what is still there.
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Exit, Observed, Power
 from app.domain.sandbox.state import GONE, Phase, Runtime, RuntimeState, Sandbox
@@ -37,9 +39,9 @@ def seen(sandbox: Sandbox, shown: Observed, found_by: str) -> Events:
     found += begun
     known = RuntimeState.RUNNING if begun else known
     if shown.power is Power.PAUSED and known is RuntimeState.RUNNING:
-        found.append(ev.Paused())
+        found.append(ev.Paused(_power_since(sandbox, shown)))
     elif shown.power is Power.RUNNING and known is RuntimeState.PAUSED:
-        found.append(ev.Resumed())
+        found.append(ev.Resumed(_power_since(sandbox, shown)))
     elif shown.power is Power.EXITED:
         found.append(_exited(shown.exit or Exit(), sandbox.run + bool(begun)))
     elif known is RuntimeState.CREATED:
@@ -79,6 +81,19 @@ def _begun(sandbox: Sandbox, shown: Observed, known: RuntimeState, *, another: b
         ev.Restarted(run, shown.generation, kept=kept, occurred_at=shown.started_at, address=shown.address),
         ev.Ready(),
     )
+
+
+def _power_since(sandbox: Sandbox, shown: Observed) -> datetime | None:
+    """When it was paused or resumed, if that is what ended the phase that the log knows.
+
+    A wrong time is worse than none. A pause from before this run, or from before the present phase, is an earlier one:
+    its resume is known to the log, and the engine's word about the later pause is still on its way. The phase began by
+    the database's clock; where the engine's is behind, a true time may be dropped here.
+    """
+    at = shown.power_since
+    if at is None or at <= sandbox.changed_at or (shown.started_at is not None and at < shown.started_at):
+        return None
+    return at
 
 
 def _waits(sandbox: Sandbox, shown: Observed, *, another: bool) -> Events:

@@ -128,12 +128,14 @@ class Listed(Struct, frozen=True, rename="pascal"):
 class Actor(Struct, frozen=True, rename="pascal"):
     """Whom an event is about; attributes are labels, name and image together."""
 
+    id: str = msgspec.field(name="ID", default="")
     attributes: dict[str, str] = {}
 
 
 class Event(Struct, frozen=True):
     """One line of the event stream."""
 
+    action: str = msgspec.field(name="Action", default="")
     actor: Actor = msgspec.field(name="Actor", default=Actor())
     time_nano: int = msgspec.field(name="timeNano", default=0)
 

@@ -17,7 +17,6 @@ that run into it within their first milliseconds, about one in ten is reported w
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from uuid import UUID
 
 import aiodocker
 import aiohttp
@@ -39,6 +38,7 @@ from app.runtime.driver import (
     Capabilities,
     EngineInfo,
     FetchedImage,
+    Hint,
     Image,
     Leftover,
     Observed,
@@ -128,10 +128,10 @@ class DockerDriver:
         """Take away what the inventory showed."""
         await self._containers.delete_leftover(leftover)
 
-    async def hints(self) -> AsyncIterator[UUID | None]:
-        """Ids that may have changed."""
-        async for object_id in events.hints(self._engine, self._options.installation, self._options.event_silence):
-            yield object_id
+    async def hints(self) -> AsyncIterator[Hint | None]:
+        """Objects that may have changed."""
+        async for hint in events.hints(self._engine, self._options.installation, self._options.event_silence):
+            yield hint
 
     async def fetch(self, image: Image, progress: Progress) -> FetchedImage:
         """Pull unless it is there."""

@@ -1,4 +1,4 @@
-"""Hints: ids of objects whose containers changed, read from the engine's event stream.
+"""Hints: objects whose containers changed, what happened and when, read from the engine's event stream.
 
 Protocol. One stream, filtered by our label. The moment of the last event read is kept, and a new stream starts there,
 so what happened while no stream was open is reported late rather than never, as far as the engine remembers it. For the
@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from uuid import UUID
 
@@ -27,18 +28,20 @@ from app.errors import RuntimeUnavailable
 from app.runtime.docker import names
 from app.runtime.docker.answers import Event
 from app.runtime.docker.engine import Engine, Refused, Silence, lines, until_done
+from app.runtime.driver import Change, Hint
 
 log = logging.getLogger(__name__)
 
 ACTIONS = ("die", "oom", "pause", "unpause", "restart", "destroy")
 """Not `start`: each of ours would come back as a hint and cost an inspect call. A stranger's is found by the sweep."""
+CHANGES = {"pause": Change.PAUSED, "unpause": Change.RESUMED, "destroy": Change.REMOVED}
 MIN_PAUSE_SECONDS = 0.1
 MAX_PAUSE_SECONDS = 5.0
 NANOS_PER_SECOND = 1_000_000_000
 
 
-async def hints(engine: Engine, installation: UUID, silence: float) -> AsyncIterator[UUID | None]:
-    """Ids for ever; None when a stream broke, since the engine may have forgotten what was between."""
+async def hints(engine: Engine, installation: UUID, silence: float) -> AsyncIterator[Hint | None]:
+    """Hints for ever; None when a stream broke, since the engine may have forgotten what was between."""
     filters = {"type": ["container"], "event": ACTIONS, "label": [f"{names.INSTALLATION}={installation}"]}
     params = {"filters": msgspec.json.encode(filters).decode()}
     pause, broke = MIN_PAUSE_SECONDS, False
@@ -56,8 +59,8 @@ async def hints(engine: Engine, installation: UUID, silence: float) -> AsyncIter
                         continue
                     if event.time_nano:
                         params["since"] = _just_after(event.time_nano)
-                    if object_id := _object(event, installation):
-                        yield object_id
+                    if hint := hint_in(event, installation):
+                        yield hint
         except Silence:
             if opened:
                 continue
@@ -89,7 +92,19 @@ def _event(line: bytes) -> Event | None:
         return None
 
 
-def _object(event: Event, installation: UUID) -> UUID | None:
+def hint_in(event: Event, installation: UUID) -> Hint | None:
+    """The hint that an event is. None: it is about a stranger."""
     # By labels alone: a renamed container counts too, and a hint about a stranger's copy costs one inspect call.
     identity = names.labelled(event.actor.attributes, installation)
-    return None if identity is None else identity.object_id
+    if identity is None:
+        return None
+    change = CHANGES.get(event.action, Change.OTHER)
+    return Hint(identity.object_id, event.actor.id, change, _moment(event.time_nano))
+
+
+def _moment(nanos: int) -> datetime | None:
+    """Cut to microseconds, which is what an event of the log can hold. No float: it could not hold them."""
+    if nanos <= 0:
+        return None
+    seconds, rest = divmod(nanos, NANOS_PER_SECOND)
+    return datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=rest // 1000)

@@ -21,6 +21,7 @@ from app.runtime.driver import (
     Capabilities,
     EngineInfo,
     FetchedImage,
+    Hint,
     Image,
     Leftover,
     Observed,
@@ -141,8 +142,8 @@ class FakeDriver:
             self.engine.leftovers.pop(leftover.name, None)
             await self._leave("remove")
 
-    async def hints(self) -> AsyncIterator[UUID | None]:
-        """Ids that may have changed."""
+    async def hints(self) -> AsyncIterator[Hint | None]:
+        """Objects that may have changed."""
         stream = self.engine.open_stream()
         reopened = False
         try:
@@ -155,9 +156,10 @@ class FakeDriver:
                 if reopened:
                     yield None
                 reopened = True
-                while (changed := await stream.get()) is not None:
+                while (news := await stream.get()) is not None:
+                    changed = news.container
                     if changed.installation == self.installation and changed.object_id is not None:
-                        yield changed.object_id
+                        yield Hint(changed.object_id, changed.runtime_id, news.change, news.at)
         finally:
             self.engine.close_stream(stream)
 

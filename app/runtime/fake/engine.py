@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from app.domain.sandbox.observed import Address, Waiting
 from app.errors import RuntimeFault
-from app.runtime.driver import Exit, FetchedImage, Leftover, Power, Workload
+from app.runtime.driver import Change, Exit, FetchedImage, Leftover, Power, Workload
 
 Clock: TypeAlias = Callable[[], datetime]
 KILLED_CODE = 137
@@ -46,6 +46,14 @@ class FakeContainer(Struct, frozen=True):
     address: Address | None = None
     removing: bool = False
     """Somebody asked for its removal, and it is not gone yet."""
+
+
+class News(Struct, frozen=True):
+    """One event of the engine."""
+
+    container: FakeContainer
+    change: Change
+    at: datetime
 
 
 class Pull(Struct, frozen=True):
@@ -87,7 +95,7 @@ class FakeEngine:
         self.down = False
         self.empty_listing = False
         self._clock = clock
-        self._streams: set[asyncio.Queue[FakeContainer | None]] = set()
+        self._streams: set[asyncio.Queue[News | None]] = set()
         self._made = 0
 
     def of(self, object_id: UUID) -> FakeContainer | None:
@@ -165,7 +173,7 @@ class FakeEngine:
         """Pause or resume."""
         changed = msgspec.structs.replace(self.containers[name], power=power, exit=None)
         self.containers[name] = changed
-        self._publish(changed)
+        self._publish(changed, Change.PAUSED if power is Power.PAUSED else Change.RESUMED)
 
     def remove(self, name: str) -> bool:
         """Take away, or only begin to. False = not gone yet."""
@@ -185,7 +193,7 @@ class FakeEngine:
 
     def destroy(self, name: str) -> None:
         """Remove a container."""
-        self._publish(self.containers.pop(name))
+        self._publish(self.containers.pop(name), Change.REMOVED)
 
     def leave(self, installation: UUID, leftover: Leftover) -> None:
         """Put a part without `main` there."""
@@ -202,9 +210,9 @@ class FakeEngine:
         for stream in self._streams:
             stream.put_nowait(None)
 
-    def open_stream(self) -> asyncio.Queue[FakeContainer | None]:
+    def open_stream(self) -> asyncio.Queue[News | None]:
         """Events from now on."""
-        stream: asyncio.Queue[FakeContainer | None] = asyncio.Queue()
+        stream: asyncio.Queue[News | None] = asyncio.Queue()
         self._streams.add(stream)
         return stream
 
@@ -213,7 +221,7 @@ class FakeEngine:
         """How many event streams are open."""
         return len(self._streams)
 
-    def close_stream(self, stream: asyncio.Queue[FakeContainer | None]) -> None:
+    def close_stream(self, stream: asyncio.Queue[News | None]) -> None:
         """End an event stream."""
         self._streams.discard(stream)
 
@@ -232,9 +240,10 @@ class FakeEngine:
         self.containers[container.name] = changed
         self._publish(changed)
 
-    def _publish(self, container: FakeContainer) -> None:
+    def _publish(self, container: FakeContainer, change: Change = Change.OTHER) -> None:
+        news = News(container, change, self._clock())
         for stream in self._streams:
-            stream.put_nowait(container)
+            stream.put_nowait(news)
 
 
 def _digest(text: str) -> str:

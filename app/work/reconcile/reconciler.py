@@ -202,8 +202,7 @@ class Reconciler:
             case Remove():
                 after = await self._remove(held, sandbox)
             case Lose(missing_since=since):
-                await self._confirm_engine(held, sandbox)
-                after = await self._record(held, sandbox, cmd.RecordLost(since), self._actors.runtime)
+                after = await self._lose(held, sandbox, since)
             case ConfirmMissing() | Settled():  # no acts
                 return sandbox, None
         return self._went_on(held, sandbox, after), Answer(seen)
@@ -264,6 +263,13 @@ class Reconciler:
         await self._confirm_engine(held, sandbox)
         return await self._record(held, sandbox, cmd.RecordRemoved(), self._worker)
 
+    async def _lose(self, held: Held, sandbox: Sandbox, since: datetime) -> Sandbox:
+        await self._confirm_engine(held, sandbox)
+        main = None if sandbox.runtime is None else sandbox.runtime.main
+        removed_at = None if main is None else self._station.moments.removed_at(main.runtime_id)
+        lost = cmd.RecordLost(since, occurred_at=removed_at)
+        return await self._record(held, sandbox, lost, self._actors.runtime)
+
     async def _wait(self, held: Held) -> NoReturn:
         held.start_over()
         await self._outcomes.give_back(held, WAIT_INTERVAL.total_seconds(), awaiting=True)
@@ -288,6 +294,10 @@ class Reconciler:
         if seen is None:
             return sandbox
         seen = self._station.annotate(seen)
+        if acted:
+            self._station.moments.acted(seen)
+        else:
+            seen = self._station.moments.annotate(seen)
         found_by = name_of(step)
         held.missing(None)
         actor = self._worker if acted else self._actors.runtime
