@@ -16,6 +16,7 @@ from app.service.streams import decoded
 from app.store.log.store import EventLog, StoredEvent
 from tests.bench.figures import Figure
 from tests.bench.http import p50
+from tests.bench.over_http import at_rate
 from tests.bench.stage import LARGE, META, Bench, working
 
 CREATES, PATCHES = 100, 50
@@ -121,10 +122,11 @@ async def log(bench: Bench) -> Sequence[Figure]:
     both = len(stored) / (p50(times) + spent)
     return [
         Figure("events decoded, from stored bytes", f"{rate:,.0f}/s"),
-        Figure(
+        await at_rate(
+            bench,
             "events read from the database and decoded",
             f"{both:,.0f}/s ({len(stored):,} events)",
-            target=">= 100,000/s",
-            met=both >= 100_000,
+            both,
+            100_000,
         ),
     ]

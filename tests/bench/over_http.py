@@ -1,4 +1,9 @@
-"""Cases over HTTP, each against a server process of its own."""
+"""Cases over HTTP, each against a server process of its own.
+
+Rates are compared with `floor_rate`, a bare handler in the same run, because machines differ by more than the code does.
+The targets of rates were given for a machine where that handler answers 4,324 requests a second; `at_rate` turns them
+into ratios.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,8 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -22,6 +28,8 @@ CREATES = 6000 if LARGE else 2400
 LIVES = 6400 if LARGE else 2560
 CLIENTS = 64
 WRITERS, RENEWALS = 16, 40
+REFERENCE_FLOOR = 4324
+"""Requests a second of the bare handler on the machine for which the targets of rates were given."""
 FLOOR_TABLE = "CREATE TABLE IF NOT EXISTS floor (id uuid PRIMARY KEY, data text)"
 SEED = """
 INSERT INTO sandboxes (id, tenant, version, position, schema, phase, desired, observed, spec, metadata, engine, epoch,
@@ -51,6 +59,45 @@ async def commit_floor(dsn: str, count: int) -> list[float]:
     return times
 
 
+async def floor_rate(bench: Bench) -> float:
+    """Requests a second of a bare Litestar handler that reads one row by primary key, 8 clients; measured once a run."""
+    if bench.floor_rate is None:
+        dsn, some = await seeded(bench, 1000, 1000)
+        with floor_server(dsn) as base:
+            await asyncio.sleep(1)
+            bench.floor_rate = p50([await throughput(base, bare_read(some), 2000, 8) for _ in range(3)])
+    return bench.floor_rate
+
+
+async def at_rate(bench: Bench, what: str, value: str, rate: float, target: int) -> Figure:
+    """A rate beside the floor. The target was given for the machine that `REFERENCE_FLOOR` was measured on."""
+    floor = await floor_rate(bench)
+    wanted = round(target / REFERENCE_FLOOR, 3)
+    beside = f"Litestar + asyncpg {floor:.0f}/s"
+    ratio = rate / floor
+    return Figure(what, value, beside, ratio, f">= {wanted:g} ({target:,}/s)", ratio >= wanted)
+
+
+@contextmanager
+def floor_server(dsn: str) -> Generator[str]:
+    """The bare handler; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with running(["--floor", dsn, str(port)]) as (base, _):
+        yield base
+
+
+def bare_read(some: UUID) -> Callable[[Client], Awaitable[None]]:
+    """One request to the bare handler."""
+
+    async def bare(client: Client) -> None:
+        status, data = await client.request("GET", f"/sandboxes/{some}")
+        assert status == 200, data
+
+    return bare
+
+
 async def create(client: Client) -> None:
     """One create, accepted."""
     status, data = await client.request("POST", "/v1/sandboxes", request("img"))
@@ -72,11 +119,12 @@ async def accepted(bench: Bench) -> Sequence[Figure]:
     ratio = p50(times) / p50(floors)
     return [
         at_most("create accepted, p50", ms(p50(times)), f"one bare commit {ms(p50(floors))}", ratio, 4.5),
-        Figure(
+        await at_rate(
+            bench,
             "creates accepted over HTTP, 8 clients",
             f"{rate:.0f}/s (server {share * 100:.0f} % of a core)",
-            target=">= 1300/s",
-            met=rate >= 1300,
+            rate,
+            1300,
         ),
     ]
 
@@ -132,7 +180,7 @@ async def lives(bench: Bench) -> Sequence[Figure]:
         rate = await throughput(base, life, LIVES, CLIENTS)
         share = (cpu_seconds(pid) - before) / (time.perf_counter() - began)
     value = f"{rate:.0f}/s (server {share * 100:.0f} % of a core)"
-    return [Figure(f"lives on the fake engine, {CLIENTS} clients", value, target=">= 300/s", met=rate >= 300)]
+    return [await at_rate(bench, f"lives on the fake engine, {CLIENTS} clients", value, rate, 300)]
 
 
 async def seeded(bench: Bench, count: int, live: int) -> tuple[str, UUID]:
@@ -193,19 +241,12 @@ async def reads(bench: Bench) -> Sequence[Figure]:
         status, data = await client.request("GET", f"/v1/sandboxes/{some}")
         assert status == 200, data
 
-    async def bare(client: Client) -> None:
-        status, data = await client.request("GET", f"/sandboxes/{some}")
-        assert status == 200, data
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with running([bench.config(dsn), "api", "fake"]) as (base, _), running(["--floor", dsn, str(port)]) as (floor, _):
+    with running([bench.config(dsn), "api", "fake"]) as (base, _), floor_server(dsn) as floor:
         await asyncio.sleep(1)
         mine: list[float] = []
         floors: list[float] = []
         for _ in range(5):
-            floors.append(await throughput(floor, bare, 2000, 8))
+            floors.append(await throughput(floor, bare_read(some), 2000, 8))
             mine.append(await throughput(base, one, 2000, 8))
     ratio = p50(mine) / p50(floors)
     value, beside = f"{p50(mine):.0f}/s", f"Litestar + asyncpg {p50(floors):.0f}/s"
