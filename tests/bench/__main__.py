@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from app.store.embedded.server import EmbeddedPostgres
-from tests.bench import inside, on_engine, over_http
+from tests.bench import inside, on_engine, over_http, public
 from tests.bench.figures import CONSOLE, Result, measure, show
 from tests.bench.stage import LARGE, Bench
 
@@ -32,7 +32,9 @@ CASES = {
     "log": inside.log,
     "idle": over_http.idle,
     "engine": on_engine.creates,
+    "public": public.reads,
 }
+ON_ENGINE = ("engine", "public")
 
 
 def engine_address() -> str | None:
@@ -60,8 +62,8 @@ async def run(names: list[str]) -> list[Result]:
     try:
         CONSOLE.print(f"measuring at {'full' if LARGE else 'small'} size, load average {load()} ...")
         for name in names:
-            if name == "engine" and bench.docker_host is None:
-                CONSOLE.print("no engine: run make engine for the engine ratios")
+            if name in ON_ENGINE and bench.docker_host is None:
+                CONSOLE.print(f"no engine: run make engine for the case {name}")
                 continue
             results += await measure(partial(CASES[name], bench))
     finally:
