@@ -45,4 +45,4 @@ async def execute(
         if loaded is None:
             raise unknown(identity)
         expected = present(loaded[0], versions)
-    return await context.service.execute(identity, command, request.call.meta(), tenant=tenant, if_match=expected)
+    return await context.service.execute(identity, tenant, command, request.call.meta(), if_match=expected)

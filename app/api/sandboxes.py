@@ -94,7 +94,7 @@ class Sandboxes(ApiController):
         replayed = [("idempotency-replayed", "true")] if outcome.replayed else []
         location = ("location", f"{request.mount}/sandboxes/{sandbox.id}")
         pending = sandbox.phase is Phase.PENDING and bool(preferred.wait)
-        attempt = await self.context.service.view.attempt(sandbox.id) if pending else None
+        attempt = await self.context.service.view.attempt(sandbox) if pending else None
         return Answer(wire.created_body(sandbox, attempt), location, etag(sandbox), *preferred.applied, *replayed)
 
     @get(
@@ -129,7 +129,7 @@ class Sandboxes(ApiController):
             found = await self.context.listing.page(wanted, size=size, offset=offset, after=after)
         except TooFar as error:
             raise wrong("query", "page", rule=str(error)) from None
-        pending = [sandbox.id for sandbox in found.sandboxes if sandbox.phase is Phase.PENDING]
+        pending = [sandbox for sandbox in found.sandboxes if sandbox.phase is Phase.PENDING]
         attempts: Mapping[UUID, Attempt] = await self.context.service.view.attempts(pending) if pending else {}
         pages = -(-found.total // size)
         return Answer(
@@ -177,7 +177,7 @@ class Sandboxes(ApiController):
         if not_modified(if_none_match, sandbox):
             return unchanged(etag(sandbox))
         now = as_of is None and sandbox.phase is Phase.PENDING
-        attempt = await service.view.attempt(identity) if now else None
+        attempt = await service.view.attempt(sandbox) if now else None
         return Answer(wire.sandbox_body(sandbox, attempt), etag(sandbox))
 
     @delete(

@@ -13,6 +13,7 @@ from app.cli.session import database
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Address, Part
 from app.domain.sandbox.status import status_of
+from app.domain.tenants import ANY_TENANT
 from app.errors import NotFound
 from app.service.streams import decoded
 from app.settings import Settings
@@ -118,7 +119,7 @@ async def print_history(settings: Settings, sandbox_id: UUID, say: Say, *, as_js
         NotFound: no such sandbox, of any tenant.
     """
     async with database(settings, say) as opened:
-        loaded = await CurrentView(opened).load(sandbox_id)
+        loaded = await CurrentView(opened).load(sandbox_id, ANY_TENANT)
         if loaded is None:
             raise NotFound("DOCKER::SANDBOX_NOT_FOUND", f"there never was a sandbox {sandbox_id} in this database")
         sandbox, _ = loaded

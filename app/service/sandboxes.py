@@ -38,6 +38,7 @@ from app.domain.sandbox.observed import Capabilities, Pausing
 from app.domain.sandbox.spec import check_timeout
 from app.domain.sandbox.state import Sandbox, evolve
 from app.domain.stream import Meta
+from app.domain.tenants import AnyTenant
 from app.errors import KeyRetired, KeyReused, PreconditionFailed, Unsupported
 from app.service.streams import UNSET, Draft, StaleVersion, advance, decoded, refuse_newer
 from app.store.database.pool import Database
@@ -197,13 +198,13 @@ class Service:
     async def execute(
         self,
         sandbox_id: UUID,
+        tenant: str | AnyTenant,
         command: cmd.Command,
         meta: Meta,
         *,
-        tenant: str | None = None,
         if_match: int | None = None,
     ) -> Outcome:
-        """Decide and append.
+        """Decide and append. A sandbox of another tenant does not exist.
 
         Raises:
             Rejected: the core or the engine's abilities refuse, or `if_match` names another version.

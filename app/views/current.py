@@ -40,6 +40,7 @@ from app.domain.sandbox.observed import Address, Waiting
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.sandbox.state import Desired, Ending, Failure, Runtime, RuntimeState, Sandbox
 from app.domain.sandbox.status import Attempt
+from app.domain.tenants import ANY_TENANT, AnyTenant
 from app.errors import UnknownEvent
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
@@ -221,8 +222,8 @@ class CurrentView:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def load(self, sandbox_id: UUID, tenant: str | None = None) -> tuple[Sandbox, datetime] | None:
-        """The sandbox and the database's clock. None when absent, or another tenant's (None = any tenant's)."""
+    async def load(self, sandbox_id: UUID, tenant: str | AnyTenant) -> tuple[Sandbox, datetime] | None:
+        """The sandbox and the database's clock. None when it is absent or another tenant's."""
         row = await self._database.fetch_one(_LOAD, id=sandbox_id)
         return _loaded(row, tenant)
 
@@ -231,27 +232,31 @@ class CurrentView:
         row = await self._database.fetch_one(_BEGINNING, id=sandbox_id, tenant=tenant)
         return None if row is None else Beginning(row["since_position"], row["epoch"])
 
-    async def attempt(self, sandbox_id: UUID) -> Attempt | None:
-        """How the queue stands about a Pending sandbox. None = it is not in the queue."""
-        return (await self.attempts([sandbox_id])).get(sandbox_id)
+    async def attempt(self, sandbox: Sandbox) -> Attempt | None:
+        """How the queue stands about a Pending sandbox. None = it is not in the queue.
 
-    async def attempts(self, sandbox_ids: Sequence[UUID]) -> Mapping[UUID, Attempt]:
+        The queue is read by id alone. So this takes a sandbox, which the caller has read as one of a tenant, and no id,
+        which may be of anybody.
+        """
+        return (await self.attempts([sandbox])).get(sandbox.id)
+
+    async def attempts(self, pending: Sequence[Sandbox]) -> Mapping[UUID, Attempt]:
         """The same of several; those that are not in the queue are left out."""
-        rows = await self._database.fetch(_ATTEMPTS, ids=list(sandbox_ids))
+        rows = await self._database.fetch(_ATTEMPTS, ids=[sandbox.id for sandbox in pending])
         return {UUID(int=stream_id.int): Attempt(bool(claimed), *rest) for stream_id, claimed, *rest in rows}
 
 
 Fetch = Callable[..., Any]
 
 
-async def load_locked(fetch: Fetch, sandbox_id: UUID, tenant: str | None) -> tuple[Sandbox, datetime] | None:
+async def load_locked(fetch: Fetch, sandbox_id: UUID, tenant: str | AnyTenant) -> tuple[Sandbox, datetime] | None:
     """As `load`, and hold the row for the rest of the transaction that `fetch` belongs to."""
     rows = await fetch(_LOCK, id=sandbox_id)
     return _loaded(rows[0] if rows else None, tenant)
 
 
-def _loaded(row: asyncpg.Record | None, tenant: str | None) -> tuple[Sandbox, datetime] | None:
-    if row is None or (tenant is not None and row["tenant"] != tenant):
+def _loaded(row: asyncpg.Record | None, tenant: str | AnyTenant) -> tuple[Sandbox, datetime] | None:
+    if row is None or (tenant is not ANY_TENANT and row["tenant"] != tenant):
         return None
     return from_row(row), row["now"]
 

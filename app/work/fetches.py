@@ -34,6 +34,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.plan import STEP_NAMES, Fetch
 from app.domain.sandbox.state import Phase, RuntimeState, Sandbox
 from app.domain.stream import Meta
+from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeRejected, RuntimeUnavailable, SandledgerError, StoreUnavailable
 from app.runtime.driver import FetchedImage, Image
 from app.service.sandboxes import Service, StaleVersion
@@ -247,7 +248,7 @@ class Fetches:
     async def _landed(self, waiter: Waiter, image: FetchedImage, took_ms: int) -> None:
         self._station.succeeded(waiter.stream_id)
         command = cmd.RecordFetched(image.image_id, image.image_digest, image.size_bytes, took_ms)
-        outcome = await self._service.execute(waiter.stream_id, command, self._meta(waiter))
+        outcome = await self._service.execute(waiter.stream_id, ANY_TENANT, command, self._meta(waiter))
         if not outcome.events:
             await self._wake([waiter.stream_id])
 
@@ -255,7 +256,7 @@ class Fetches:
         """Final, unless another worker has provided it meanwhile."""
         failure = cmd.RecordFailure(_STEP_NAME, error.reason, error.message)
         for _ in range(_MAX_TRIES):
-            loaded = await self._service.view.load(waiter.stream_id)
+            loaded = await self._service.view.load(waiter.stream_id, ANY_TENANT)
             if loaded is None:
                 return
             sandbox = loaded[0]
@@ -289,7 +290,7 @@ class Fetches:
 
     async def _report(self, waiter: Waiter, trouble: Trouble, attempt: int) -> None:
         retry = cmd.RecordRetry(trouble.step, trouble.reason, trouble.message, attempt)
-        await self._service.execute(waiter.stream_id, retry, self._meta(waiter))
+        await self._service.execute(waiter.stream_id, ANY_TENANT, retry, self._meta(waiter))
 
     async def _wake(self, ids: list[UUID]) -> None:
         for stream_id in await self._rows.wake(ids):

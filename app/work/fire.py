@@ -24,6 +24,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.deadlines import EXPIRY, TRANSITION, Limits
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.errors import NotFound, StoreUnavailable
 from app.service.sandboxes import Service
 from app.store.deadlines.rows import Deadline, DeadlineRows
@@ -85,10 +86,10 @@ class Deadlines:
 
     async def _fire_sandbox(self, deadline: Deadline) -> None:
         meta = Meta(Actor(ActorKind.TIMER, self._timer_id, deadline.name), self._app_version, cause=deadline.cause)
-        outcome = await self._service.execute(deadline.stream_id, self._command(deadline), meta)
+        outcome = await self._service.execute(deadline.stream_id, ANY_TENANT, self._command(deadline), meta)
         if outcome.events:
             return
-        loaded = await self._service.view.load(deadline.stream_id)
+        loaded = await self._service.view.load(deadline.stream_id, ANY_TENANT)
         assert loaded is not None, "a head row is never deleted"
         sandbox, now = loaded
         at = next_due(sandbox, deadline.name, now, self._limits)

@@ -16,6 +16,7 @@ from app.api.context import ApiContext
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Exit, Observed, Part, Power
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.runtime.fake import FakeDriver, FakeEngine
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
@@ -108,9 +109,9 @@ async def observe(
     service: Service, sandbox_id: UUID | str, power: Power = Power.RUNNING, end: Exit | None = None
 ) -> None:
     """Record an observation, as the reconciler does."""
-    await service.execute(UUID(str(sandbox_id)), cmd.RecordSeen(seen(sandbox_id, power, end)), WORKER)
+    await service.execute(UUID(str(sandbox_id)), ANY_TENANT, cmd.RecordSeen(seen(sandbox_id, power, end)), WORKER)
 
 
 async def remove(service: Service, sandbox_id: UUID | str) -> None:
     """Record that nothing of it is left."""
-    await service.execute(UUID(str(sandbox_id)), cmd.RecordRemoved(), WORKER)
+    await service.execute(UUID(str(sandbox_id)), ANY_TENANT, cmd.RecordRemoved(), WORKER)

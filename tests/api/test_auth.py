@@ -1,118 +1,19 @@
-"""Who calls: tenants by key, and what a server without keys still refuses."""
+"""Who may call: what a server without keys still refuses. Tenants: `test_isolation.py`."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import httpx
 import pytest
 from litestar import Litestar
-from litestar.routes import HTTPRoute
 
 from app.api.app import create_app
-from app.api.auth import Principal
-from app.domain.stream import Actor, ActorKind
 from app.store.database.pool import Database
 from tests.api.conftest import KEY, MakeContext, body, client, create
 from tests.api.test_create import written
-from tests.api.test_refusals import recorded
 
-OWNERS = {
-    name: Principal(f"tenant-{name}", Actor(ActorKind.API_KEY, f"id-{name}", f"name-{name}")) for name in ("a", "b")
-}
 RENEWAL = {"expiresAt": "2040-01-01T00:00:00Z"}
-
-
-async def test_a_tenant_sees_only_its_own(make_context: MakeContext, database: Database):
-    app = create_app(make_context(authenticate=OWNERS.get))
-    async with client(app, **{"open-sandbox-api-key": "a"}) as a, client(app, **{"open-sandbox-api-key": "b"}) as b:
-        mine, theirs = await create(a, {"Idempotency-Key": "k"}), await create(b, {"Idempotency-Key": "k"})
-        assert mine["id"] != theirs["id"]
-        for http, own in ((a, mine), (b, theirs)):
-            listed = (await http.get("/v1/sandboxes?includeTerminal=true")).json()
-            assert [each["id"] for each in listed["items"]] == [own["id"]]
-            assert listed["pagination"]["totalItems"] == 1
-        path = f"/v1/sandboxes/{theirs['id']}"
-        for method, suffix, sent in (
-            ("GET", "", None),
-            ("GET", "?includeTerminal=true", None),
-            ("GET", "?asOf=2100-01-01T00:00:00Z", None),
-            ("GET", "/events", None),
-            ("DELETE", "", None),
-            ("PATCH", "/metadata", {"x": "y"}),
-            ("POST", "/pause", None),
-            ("POST", "/resume", None),
-            ("POST", "/renew-expiration", RENEWAL),
-        ):
-            for match in ({}, {"If-Match": '"1", "2"'}):
-                answer = await a.request(method, f"{path}{suffix}", json=sent, headers=match)
-                assert (answer.status_code, answer.json()["code"]) == (404, "DOCKER::SANDBOX_NOT_FOUND"), (
-                    method,
-                    suffix,
-                )
-        assert (await b.get(path)).headers["etag"] == '"2"'
-        first = (await b.get(f"{path}/events")).json()["items"][0]
-        assert first["actor"] == {"kind": "api_key", "id": "id-b", "name": "name-b"}
-        rows = await recorded(database)
-        assert len(rows) == 10
-        assert {(row["tenant"], json.loads(row["meta"])["actor"]["id"]) for row in rows} == {("tenant-a", "id-a")}
-        assert (await a.get("/v1/sandboxes", headers={"OPEN-SANDBOX-API-KEY": "c"})).status_code == 401
-
-
-BODIES = {"/metadata": {"x": "y"}, "/renew-expiration": RENEWAL}
-
-
-async def test_no_route_shows_or_changes_what_is_anothers(make_context: MakeContext, database: Database):
-    """The routes are those that the application has, so that a new one is tried too."""
-    app = create_app(make_context(authenticate=OWNERS.get))
-    async with client(app, **{"open-sandbox-api-key": "a"}) as a, client(app, **{"open-sandbox-api-key": "b"}) as b:
-        theirs = await create(b, metadata={"secret": "canary-of-b"})
-        before = (await b.get(f"/v1/sandboxes/{theirs['id']}")).content
-        events = await written(database)
-        tried: set[str] = set()
-        for route in app.routes:
-            if not isinstance(route, HTTPRoute) or "{sandboxId" not in route.path:
-                continue
-            for method in set(route.methods) - {"OPTIONS"}:
-                path = route.path_format.replace("{sandboxId}", theirs["id"]).replace("{port}", "80")
-                suffix = path.partition(theirs["id"])[2]
-                path = path.replace("{rest}", "x").replace("{kind}", "logs")
-                answer = await a.request(method, path, json=BODIES.get(suffix))
-                unserved = answer.status_code == 501
-                code = answer.json()["code"] if answer.content else ""
-                assert unserved or code == "DOCKER::SANDBOX_NOT_FOUND" or method == "HEAD", f"{method} {path}: {code}"
-                assert unserved or answer.status_code == 404
-                assert "canary" not in answer.text
-                tried |= {f"{method} {suffix}"} - ({f"{method} {suffix}"} if unserved else set())
-        assert {"GET ", "GET /events", "DELETE ", "PATCH /metadata", "POST /pause", "POST /resume"} <= tried
-        assert "POST /renew-expiration" in tried
-        for query in ("", "?includeTerminal=true", "?metadata=secret%3Dcanary-of-b", "?state=pending"):
-            for mount in ("/v1", ""):
-                page = (await a.get(f"{mount}/sandboxes{query}")).json()
-                assert (page["items"], page["pagination"]["totalItems"]) == ([], 0)
-        assert await written(database) == events
-        assert (await b.get(f"/v1/sandboxes/{theirs['id']}")).content == before
-
-
-async def test_an_idempotency_key_is_its_tenants_own(make_context: MakeContext, database: Database):
-    app = create_app(make_context(authenticate=OWNERS.get))
-    keyed = {"Idempotency-Key": "order-66"}
-    async with client(app, **{"open-sandbox-api-key": "a"}) as a, client(app, **{"open-sandbox-api-key": "b"}) as b:
-        mine, theirs = await create(a, keyed), await create(b, keyed)
-        assert mine["id"] != theirs["id"]
-        for http, own in ((a, mine), (b, theirs)):
-            again = await http.post("/v1/sandboxes", json=body(), headers=keyed)
-            assert (again.json()["id"], again.headers["idempotency-replayed"]) == (own["id"], "true")
-        only_b = {"Idempotency-Key": "order-67"}
-        await create(b, only_b)
-        other = await a.post("/v1/sandboxes", json=body(timeout=700), headers=only_b)
-        assert other.status_code == 202, "a key of another tenant is free here, whatever body it came with there"
-        assert "idempotency-replayed" not in other.headers
-        assert await recorded(database) == []
-
-
-# Without a key
 
 LOOPBACK = ["localhost", "LOCALHOST:8080", "127.0.0.1", "127.1.2.3:1", "[::1]", "[::1]:8080"]
 ELSEWHERE = [

@@ -15,6 +15,7 @@ from app.api.app import create_app
 from app.domain.engine.decide import RecordSighting
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Capabilities, Pausing, Power
+from app.domain.tenants import ANY_TENANT
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
@@ -215,7 +216,7 @@ async def test_what_the_engine_refuses_costs_nothing(
         while await state(http, path) != under_way:
             await asyncio.sleep(0.01)
     refused = cmd.RecordPowerRefused("POWER_REFUSED", "cannot freeze: cgroup is busy")
-    await service.execute(UUID(path.rpartition("/")[2]), refused, WORKER)
+    await service.execute(UUID(path.rpartition("/")[2]), ANY_TENANT, refused, WORKER)
     assert (await asked).status_code == 202
     assert await state(http, path) == after
     last = (await http.get(f"{path}/events")).json()["items"][-1]

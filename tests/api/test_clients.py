@@ -23,6 +23,7 @@ from opensandbox.models.sandboxes import SandboxFilter, SandboxImageSpec
 
 from app.domain.sandbox.observed import Power
 from app.domain.sandbox.state import Phase
+from app.domain.tenants import ANY_TENANT
 from tests.api.conftest import KEY, observe
 from tests.api.live import Live, serving
 
@@ -111,7 +112,7 @@ async def test_pause_and_resume(live: Live, manager: SandboxManager):
 
     async def play_engine(phase: Phase, power: Power) -> None:
         while True:
-            loaded = await service.view.load(UUID(one))
+            loaded = await service.view.load(UUID(one), ANY_TENANT)
             assert loaded is not None
             if loaded[0].phase is phase:
                 break

@@ -23,6 +23,7 @@ from app.domain.sandbox.events import Requested
 from app.domain.sandbox.observed import Exit, Power
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
@@ -203,7 +204,7 @@ async def test_totals_are_exact_after_every_step(service: Service, database: Dat
     alive: list[UUID] = []
     for _ in range(400):
         if alive and chance.random() < 0.45:
-            await service.execute(alive.pop(chance.randrange(len(alive))), cmd.Terminate(), META)
+            await service.execute(alive.pop(chance.randrange(len(alive))), ANY_TENANT, cmd.Terminate(), META)
         else:
             alive.append(await begin(service))
         listing = chance.choice(listings)
@@ -232,7 +233,7 @@ async def test_totals_are_exact_among_concurrent_changes(service: Service, datab
         for _ in range(60):
             mine.append(await begin(service))
             if chance.random() < 0.7:
-                await service.execute(mine.pop(), cmd.Terminate(), META)
+                await service.execute(mine.pop(), ANY_TENANT, cmd.Terminate(), META)
 
     async def watch() -> int:
         seen = 0

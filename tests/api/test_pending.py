@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from app.domain.sandbox import commands as cmd
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.queue.reconcile import Claim, Failed, Queue
@@ -53,7 +54,7 @@ async def test_progress_of_a_pull(http: httpx.AsyncClient, service: Service, que
     sandbox_id = UUID(made["id"])
     taken = await claim(queue)
     pulling = cmd.RecordWaiting("fetch", "IMAGE_PULLING", "Image busybox:1 is being pulled.")
-    await service.execute(sandbox_id, pulling, WORKER)
+    await service.execute(sandbox_id, ANY_TENANT, pulling, WORKER)
     await queue.defer(taken, 60)
     tag = (await http.get(f"/v1/sandboxes/{made['id']}")).headers["etag"]
     for far in ("1 of 2 layers, 3.1 of 9.4 MB", "2 of 2 layers, 9.4 of 9.4 MB."):

@@ -10,6 +10,7 @@ import pytest
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Exit, Power
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
 from tests.api.conftest import WORKER, create, observe, remove
 from tests.support.sql import connected, insert_patch
@@ -34,7 +35,7 @@ async def test_one_sandbox(http: httpx.AsyncClient, service: Service):
 async def test_what_an_engine_says_cannot_drive_a_terminal(http: httpx.AsyncClient, service: Service):
     made = await create(http)
     failure = cmd.RecordFailure("ensure", "START_REJECTED", "no such device \x1b]0;owned\x07\x9b31m\u202e")
-    await service.execute(UUID(made["id"]), failure, WORKER)
+    await service.execute(UUID(made["id"]), ANY_TENANT, failure, WORKER)
     path = f"/v1/sandboxes/{made['id']}"
     told = [
         (await http.get(path)).json()["status"]["message"],

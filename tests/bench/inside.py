@@ -10,6 +10,7 @@ from uuid import uuid4
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.state import Phase
+from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeUnavailable
 from app.runtime.fake import FakeDriver, FakeEngine, Pull
 from app.service.streams import decoded
@@ -37,7 +38,7 @@ async def claims(bench: Bench) -> Sequence[Figure]:
         a_create = (parts.database.claims - before) / CREATES
         before = parts.database.claims
         for number in range(PATCHES):
-            await parts.service.execute(sandbox, cmd.PatchMetadata({"n": str(number)}, 256), META)
+            await parts.service.execute(sandbox, ANY_TENANT, cmd.PatchMetadata({"n": str(number)}, 256), META)
         patches = parts.database.claims - before
     return [
         Figure("claim statements per create", f"{a_create:.2f}", target="<= 1.3", met=a_create <= 1.3),
@@ -58,7 +59,7 @@ async def fairness(bench: Bench) -> Sequence[Figure]:
         await asyncio.gather(*[parts.create(f"slow:{number}", tenant="busy") for number in range(PULLS)])
         while engine.calls["pull"] == 0:
             await asyncio.sleep(0.01)
-        await parts.service.execute(victim, cmd.Terminate(), META)
+        await parts.service.execute(victim, ANY_TENANT, cmd.Terminate(), META)
         waited = await parts.reaches(victim, Phase.TERMINATED)
         gate.set()
     return [
@@ -98,7 +99,7 @@ async def log(bench: Bench) -> Sequence[Figure]:
         made = [await parts.create() for _ in range(50)]
         for sandbox in made:
             await parts.reaches(sandbox, Phase.RUNNING)
-            await parts.service.execute(sandbox, cmd.Terminate(), META)
+            await parts.service.execute(sandbox, ANY_TENANT, cmd.Terminate(), META)
         for sandbox in made:
             await parts.reaches(sandbox, Phase.TERMINATED)
         log = EventLog(parts.database)

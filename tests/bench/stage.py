@@ -18,6 +18,7 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.sandbox.state import Phase
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.runtime.driver import Driver
 from app.service.engines import Engines
 from app.service.sandboxes import Service
@@ -119,7 +120,7 @@ class Parts:
         began = time.perf_counter()
         with self.signal.subscribe(sandbox) as news:
             while True:
-                loaded = await self.service.view.load(sandbox)
+                loaded = await self.service.view.load(sandbox, ANY_TENANT)
                 if loaded is not None and loaded[0].phase in phases:
                     return time.perf_counter() - began
                 await news.wait(1)

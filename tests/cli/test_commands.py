@@ -20,6 +20,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,8 +140,8 @@ async def test_events_prints_the_history_of_one_that_is_gone(dsn: str, home: Pat
     sandbox = uuid4()
     spec = SandboxSpec("busybox", ("sleep", "1"))
     await service.create(sandbox, "default", ev.Requested(spec, "f", timeout_s=600), None, META)
-    await service.execute(sandbox, cmd.Terminate(), META)
-    await service.execute(sandbox, cmd.RecordRemoved(), META)
+    await service.execute(sandbox, ANY_TENANT, cmd.Terminate(), META)
+    await service.execute(sandbox, ANY_TENANT, cmd.RecordRemoved(), META)
     shown = run("events", str(sandbox), OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn, SANDLEDGER_STATE_DIR=str(home))
     assert shown.returncode == 0, shown.stderr
     for part in (

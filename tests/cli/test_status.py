@@ -20,6 +20,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import Settings
@@ -144,7 +145,7 @@ async def overdue(world: World) -> AsyncGenerator[None]:
 @asynccontextmanager
 async def stopping(world: World) -> AsyncGenerator[None]:
     sandbox_id = await world.create()
-    await world.service.execute(sandbox_id, cmd.Terminate(), META)
+    await world.service.execute(sandbox_id, ANY_TENANT, cmd.Terminate(), META)
     yield
 
 
@@ -161,7 +162,7 @@ async def failing(world: World) -> AsyncGenerator[None]:
 async def many_stopping(world: World) -> AsyncGenerator[None]:
     """More than are listed."""
     for _ in range(MAX_SHOWN + 1):
-        await world.service.execute(await world.create(), cmd.Terminate(), META)
+        await world.service.execute(await world.create(), ANY_TENANT, cmd.Terminate(), META)
     yield
 
 

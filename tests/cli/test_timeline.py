@@ -16,6 +16,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.errors import NotFound
 from app.service.sandboxes import Service
 from app.settings import Settings
@@ -72,7 +73,7 @@ async def test_an_unknown_id_is_said(settings: Settings):
 async def test_the_last_line_says_how_it_is(settings: Settings, service: Service, capsys: pytest.CaptureFixture[str]):
     sandbox_id = uuid_utils.compat.uuid7()
     await service.create(sandbox_id, "default", ev.Requested(SandboxSpec("x", ("y",)), "f"), None, META)
-    await service.execute(sandbox_id, cmd.RecordFailure("ensure", "X", "no [/x] \x1b[31m"), META)
+    await service.execute(sandbox_id, ANY_TENANT, cmd.RecordFailure("ensure", "X", "no [/x] \x1b[31m"), META)
     await timeline.print_history(settings, sandbox_id, print, as_json=False)
     shown = capsys.readouterr().out
     assert f"{sandbox_id} is Failed: no [/x] \\x1b[31m" in shown

@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from app.domain.sandbox import commands as cmd
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
 from app.store.database.dsn import address
 from app.store.database.migrate import migrate
@@ -41,7 +42,7 @@ def tool(name: str, *argv: str) -> None:
 async def lived(service: Service) -> UUID:
     """A sandbox with some history."""
     made = await service.create(uuid4(), "default", requested(), None, META)
-    await service.execute(made.sandbox.id, cmd.Terminate(), META)
+    await service.execute(made.sandbox.id, ANY_TENANT, cmd.Terminate(), META)
     return made.sandbox.id
 
 

@@ -16,6 +16,7 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Power
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.sandbox.transitions import PHASE_MOVES
+from app.domain.tenants import ANY_TENANT
 from app.errors import Conflict, Invalid, NotFound, PreconditionFailed, Rejected
 from app.service.sandboxes import Outcome, Service, StaleVersion
 from app.store.database.pool import Database
@@ -50,7 +51,7 @@ async def created(service: Service) -> UUID:
 
 async def running(service: Service) -> UUID:
     sandbox_id = await created(service)
-    await service.execute(sandbox_id, about(sandbox_id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
+    await service.execute(sandbox_id, ANY_TENANT, about(sandbox_id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
     return sandbox_id
 
 
@@ -58,7 +59,7 @@ async def running(service: Service) -> UUID:
 
 
 async def test_an_append_that_is_not_the_next_one_writes_nothing(dsn: str, service: Service, database: Database):
-    loaded = await service.view.load(await created(service))
+    loaded = await service.view.load(await created(service), ANY_TENANT)
     assert loaded is not None
     before = loaded[0]
     after = msgspec.structs.replace(before, version=3, metadata={"a": "b"})
@@ -94,9 +95,9 @@ async def test_a_deadline_beyond_the_calendar_is_refused_before_it_is_stored(dsn
 
 async def test_what_never_was_or_is_anothers_is_not_found(service: Service):
     sandbox_id = await created(service)
-    for unknown, tenant in ((uuid4(), None), (sandbox_id, "other")):
+    for unknown, tenant in ((uuid4(), ANY_TENANT), (uuid4(), TENANT), (sandbox_id, "other")):
         with pytest.raises(NotFound, match="does not exist"):
-            await service.execute(unknown, cmd.Terminate(), ACTOR, tenant=tenant)
+            await service.execute(unknown, tenant, cmd.Terminate(), ACTOR)
     assert await service.history(sandbox_id, "other") == []
 
 
@@ -111,12 +112,12 @@ async def elsewhere(dsn: str) -> AsyncIterator[Service]:
 async def test_who_loses_decides_again(dsn: str, service: Service, elsewhere: Service, until: Until):
     sandbox_id = await running(service)
     async with held(dsn, sandbox_id) as hold, asyncio.TaskGroup() as tasks:
-        pausing = tasks.create_task(service.execute(sandbox_id, cmd.Pause(), ACTOR))
-        patching = tasks.create_task(elsewhere.execute(sandbox_id, cmd.PatchMetadata({"a": "b"}), ACTOR))
+        pausing = tasks.create_task(service.execute(sandbox_id, ANY_TENANT, cmd.Pause(), ACTOR))
+        patching = tasks.create_task(elsewhere.execute(sandbox_id, ANY_TENANT, cmd.PatchMetadata({"a": "b"}), ACTOR))
         await until(hold.keeps_waiting(2))
         await hold.let_go()
     assert {pausing.result().sandbox.version, patching.result().sandbox.version} == {6, 7}
-    loaded = await service.view.load(sandbox_id)
+    loaded = await service.view.load(sandbox_id, ANY_TENANT)
     assert loaded is not None
     assert (loaded[0].phase, loaded[0].metadata) == (Phase.PAUSING, {"a": "b"})
 
@@ -126,7 +127,7 @@ async def test_who_loses_may_have_nothing_left_to_do(dsn: str, service: Service,
 
     async def terminate(by: Service) -> int | str:
         try:
-            return len((await by.execute(sandbox_id, cmd.Terminate(), ACTOR)).events)
+            return len((await by.execute(sandbox_id, ANY_TENANT, cmd.Terminate(), ACTOR)).events)
         except Rejected as refusal:
             return refusal.code
 
@@ -141,7 +142,7 @@ async def test_who_loses_to_a_stranger_writes_after_him(dsn: str, service: Servi
     """A conflict costs a second attempt under the lock, never a refusal."""
     sandbox_id = await running(service)
     async with held(dsn, sandbox_id) as hold, asyncio.TaskGroup() as tasks:
-        ending = tasks.create_task(service.execute(sandbox_id, cmd.Terminate(), ACTOR))
+        ending = tasks.create_task(service.execute(sandbox_id, ANY_TENANT, cmd.Terminate(), ACTOR))
         await until(hold.keeps_waiting(1))
         await hold.write()
         await hold.let_go()
@@ -151,13 +152,13 @@ async def test_who_loses_to_a_stranger_writes_after_him(dsn: str, service: Servi
 @pytest.mark.parametrize("who", ["If-Match", "record"])
 async def test_who_wants_no_second_chance_gets_the_conflict(dsn: str, service: Service, until: Until, who: str):
     sandbox_id = await running(service)
-    loaded = await service.view.load(sandbox_id)
+    loaded = await service.view.load(sandbox_id, ANY_TENANT)
     assert loaded is not None
 
     async def attempt(known: Sandbox) -> Outcome:
         if who == "record":
             return await service.record(known, cmd.RecordRetry("observe", "E", "m", 1), ACTOR)
-        return await service.execute(sandbox_id, cmd.Pause(), ACTOR, if_match=known.version)
+        return await service.execute(sandbox_id, ANY_TENANT, cmd.Pause(), ACTOR, if_match=known.version)
 
     error = StaleVersion if who == "record" else PreconditionFailed
     async with held(dsn, sandbox_id) as hold:
@@ -171,7 +172,7 @@ async def test_who_wants_no_second_chance_gets_the_conflict(dsn: str, service: S
     with pytest.raises(error):
         await attempt(loaded[0])
     assert await traces(dsn) == before
-    loaded = await service.view.load(sandbox_id)
+    loaded = await service.view.load(sandbox_id, ANY_TENANT)
     assert loaded is not None
     assert (await attempt(loaded[0])).sandbox.version == 7
 
@@ -181,7 +182,7 @@ async def test_a_refusal_writes_nothing(dsn: str, service: Service):
     before = await traces(dsn)
     for command in (cmd.Pause(), cmd.Resume(), cmd.Expire(), cmd.PatchMetadata({}), cmd.RecordRemoved()):
         try:
-            outcome = await service.execute(sandbox_id, about(sandbox_id, command), ACTOR)
+            outcome = await service.execute(sandbox_id, ANY_TENANT, about(sandbox_id, command), ACTOR)
         except Conflict:
             continue
         assert (outcome.events, outcome.position) == ((), None)
@@ -192,7 +193,7 @@ async def test_a_kill_in_the_middle_of_an_append_leaves_nothing_of_it(dsn: str, 
     sandbox_id = await running(service)
     before = await traces(dsn)
     async with held(dsn, sandbox_id) as hold, connected(dsn, owner=True) as owner:
-        killed = asyncio.create_task(service.execute(sandbox_id, cmd.Terminate(), ACTOR))
+        killed = asyncio.create_task(service.execute(sandbox_id, ANY_TENANT, cmd.Terminate(), ACTOR))
         await until(hold.keeps_waiting(1))
         await owner.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                             "WHERE datname = current_database() AND wait_event_type = 'Lock'")  # fmt: skip
@@ -200,7 +201,7 @@ async def test_a_kill_in_the_middle_of_an_append_leaves_nothing_of_it(dsn: str, 
             await killed
         await hold.let_go()
     assert await traces(dsn) == before
-    assert (await service.execute(sandbox_id, cmd.Terminate(), ACTOR)).sandbox.phase is Phase.STOPPING
+    assert (await service.execute(sandbox_id, ANY_TENANT, cmd.Terminate(), ACTOR)).sandbox.phase is Phase.STOPPING
 
 
 # The database's own guards, behind the service's back

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Power
+from app.domain.tenants import ANY_TENANT
 from app.errors import PreconditionFailed, StoreUnavailable
 from app.service.sandboxes import Service, StaleVersion
 from app.store.database.pool import Database
@@ -45,14 +46,16 @@ async def services(dsn: str, service: Service) -> AsyncIterator[list[Service]]:
 
 async def running(service: Service) -> UUID:
     made = await service.create(uuid4(), TENANT, requested(timeout_s=3600), None, META)
-    await service.execute(made.sandbox.id, about(made.sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), META)
+    await service.execute(
+        made.sandbox.id, ANY_TENANT, about(made.sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), META
+    )
     return made.sandbox.id
 
 
 async def optimistic(service: Service, sandbox_id: UUID, patch: dict[str, str | None]) -> bool:
     """The naive way: load, append, and give up after a few conflicts."""
     for _ in range(NAIVE_ATTEMPTS):
-        loaded = await service.view.load(sandbox_id)
+        loaded = await service.view.load(sandbox_id, ANY_TENANT)
         assert loaded is not None
         try:
             await service.record(loaded[0], cmd.PatchMetadata(patch), META)  # pyright: ignore[reportArgumentType]
@@ -69,8 +72,10 @@ async def test_sixteen_writers_of_one_sandbox_are_all_served_where_optimism_refu
     async def write(number: int) -> None:
         by = services[number % len(services)]
         for round_ in range(4):
-            await by.execute(sandbox_id, cmd.PatchMetadata({f"k{number}": f"v{round_}"}), META)
-            await by.execute(sandbox_id, cmd.Renew(begin + timedelta(seconds=7200 + 16 * number + round_)), META)
+            await by.execute(sandbox_id, ANY_TENANT, cmd.PatchMetadata({f"k{number}": f"v{round_}"}), META)
+            await by.execute(
+                sandbox_id, ANY_TENANT, cmd.Renew(begin + timedelta(seconds=7200 + 16 * number + round_)), META
+            )
 
     async with asyncio.timeout(120):
         await asyncio.gather(*(write(number) for number in range(WRITERS)))
@@ -93,7 +98,9 @@ async def test_if_match_is_refused_all_the_same(services: list[Service]):
     sandbox_id = await running(services[0])
     outcomes = await asyncio.gather(
         *(
-            services[number % 4].execute(sandbox_id, cmd.PatchMetadata({"n": str(number)}), META, if_match=5)
+            services[number % 4].execute(
+                sandbox_id, ANY_TENANT, cmd.PatchMetadata({"n": str(number)}), META, if_match=5
+            )
             for number in range(WRITERS)
         ),
         return_exceptions=True,
@@ -107,9 +114,9 @@ async def test_writers_of_one_sandbox_leave_the_pool_to_others(dsn: str, service
     mine, other = await running(service), await running(service)
     async with held(dsn, mine) as hold, asyncio.TaskGroup() as tasks:
         for number in range(3 * WRITERS):
-            tasks.create_task(service.execute(mine, cmd.PatchMetadata({"n": str(number)}), META))
+            tasks.create_task(service.execute(mine, ANY_TENANT, cmd.PatchMetadata({"n": str(number)}), META))
         await until(hold.keeps_waiting(1))
-        assert (await service.execute(other, cmd.Terminate(), META)).events
+        assert (await service.execute(other, ANY_TENANT, cmd.Terminate(), META)).events
         await hold.let_go()
 
 
@@ -120,7 +127,7 @@ async def test_a_pause_under_the_lock_asks_the_pool_for_nothing(dsn: str, servic
     pausing = Service(lone, Signal(lone))
     try:
         async with held(dsn, sandbox_id) as hold, asyncio.TaskGroup() as tasks:
-            paused = tasks.create_task(pausing.execute(sandbox_id, cmd.Pause(), META))
+            paused = tasks.create_task(pausing.execute(sandbox_id, ANY_TENANT, cmd.Pause(), META))
             await until(hold.keeps_waiting(1))
             pausing.engines.forget()
             await hold.write()
@@ -145,7 +152,7 @@ async def test_a_backend_killed_while_it_holds_the_lock_leaves_nothing_and_lets_
             # The second attempt finds the row free and waits for the deadline's row instead, head row locked.
             await owner.execute("BEGIN")
             await owner.execute("SELECT FROM deadlines WHERE stream_id = $1 FOR UPDATE", sandbox_id)
-            losing = asyncio.create_task(victim.execute(sandbox_id, cmd.Renew(await later(owner)), META))
+            losing = asyncio.create_task(victim.execute(sandbox_id, ANY_TENANT, cmd.Renew(await later(owner)), META))
             await until(hold.keeps_waiting(1))
             await hold.write()
             await hold.let_go()
@@ -160,7 +167,9 @@ async def test_a_backend_killed_while_it_holds_the_lock_leaves_nothing_and_lets_
             with pytest.raises(StoreUnavailable):
                 await losing
             await owner.execute("ROLLBACK")
-            assert (await service.execute(sandbox_id, cmd.Renew(await later(owner)), META)).sandbox.version == 7
+            assert (
+                await service.execute(sandbox_id, ANY_TENANT, cmd.Renew(await later(owner)), META)
+            ).sandbox.version == 7
     finally:
         await other.close()
 
@@ -180,7 +189,7 @@ async def later(connection: asyncpg.Connection) -> object:
 
 
 async def begin_append(database: Database, statement: Statement, service: Service, sandbox_id: UUID) -> object:
-    loaded = await service.view.load(sandbox_id)
+    loaded = await service.view.load(sandbox_id, ANY_TENANT)
     assert loaded is not None
     before = loaded[0]
     event = ev.MetadataPatched({"a": "b"})
@@ -211,7 +220,7 @@ async def test_a_locked_head_row_does_not_hold_back_the_feed(
             begin_append(database, announce_first(statement) if naive else statement, service, mine)
         )
         await until(hold.keeps_waiting(1))
-        news = (await service.execute(other, cmd.PatchMetadata({"c": "d"}), META)).position
+        news = (await service.execute(other, ANY_TENANT, cmd.PatchMetadata({"c": "d"}), META)).position
         assert news is not None
         read = {event.position for event in (await log.read_after(news - 1))[0]}
         assert (news in read) is not naive

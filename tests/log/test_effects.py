@@ -16,6 +16,7 @@ from app.domain.sandbox.observed import Exit, Power
 from app.domain.sandbox.spec import Platform, SandboxSpec
 from app.domain.sandbox.state import Phase
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Outcome, Service
 from app.store.vault.seal import Sealer, Secrets
 from tests.support.sql import connected
@@ -97,7 +98,7 @@ async def test_a_renewal_moves_the_job_even_one_that_a_scheduler_has_claimed(dsn
     )
     for shift in (3600, -3000):
         later = sandbox.created_at + timedelta(seconds=3600 + shift)
-        outcome = await service.execute(sandbox.id, cmd.Renew(later), ACTOR)
+        outcome = await service.execute(sandbox.id, ANY_TENANT, cmd.Renew(later), ACTOR)
         due = await traces.deadlines()
         expiry = due["expiry"]
         assert expiry["fires_at"] == expiry["next_run_time"] == later == outcome.sandbox.expires_at
@@ -121,7 +122,7 @@ async def test_wishes_touch_the_queue_and_facts_do_not(dsn: str, service: Servic
         (cmd.Terminate(), 4),
     ]
     for command, revision in wishes:
-        await service.execute(sandbox.id, about(sandbox.id, command), ACTOR)
+        await service.execute(sandbox.id, ANY_TENANT, about(sandbox.id, command), ACTOR)
         queue = await traces.row("reconcile_queue")
         assert queue is not None
         assert queue["revision"] == revision, command
@@ -129,13 +130,13 @@ async def test_wishes_touch_the_queue_and_facts_do_not(dsn: str, service: Servic
 
 async def test_a_touch_forgets_backoff_but_not_a_running_claim(dsn: str, service: Service):
     sandbox = (await create(service)).sandbox
-    await service.execute(sandbox.id, about(sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
+    await service.execute(sandbox.id, ANY_TENANT, about(sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
     traces = Traces(dsn, sandbox.id)
     await traces.write(
         "UPDATE reconcile_queue SET attempts = 7, first_failed_at = now(), due_at = now() + interval '5 min', "
         "priority = 1, lease_until = now() - interval '1 s', lease_owner = gen_random_uuid() WHERE stream_id = $1"
     )
-    paused = await service.execute(sandbox.id, cmd.Pause(), ACTOR)
+    paused = await service.execute(sandbox.id, ANY_TENANT, cmd.Pause(), ACTOR)
     queue = await traces.row("reconcile_queue")
     assert queue is not None
     assert (queue["attempts"], queue["first_failed_at"], queue["priority"]) == (0, None, 0)
@@ -146,7 +147,7 @@ async def test_a_touch_forgets_backoff_but_not_a_running_claim(dsn: str, service
         "WHERE stream_id = $1"
     )
     held = await traces.row("reconcile_queue")
-    await service.execute(sandbox.id, cmd.Terminate(), ACTOR)
+    await service.execute(sandbox.id, ANY_TENANT, cmd.Terminate(), ACTOR)
     queue = await traces.row("reconcile_queue")
     assert queue is not None
     assert held is not None
@@ -158,9 +159,9 @@ async def test_a_wish_brings_a_completed_queue_row_back(dsn: str, service: Servi
     sandbox = (await create(service)).sandbox
     traces = Traces(dsn, sandbox.id)
     await traces.write("DELETE FROM reconcile_queue WHERE stream_id = $1")
-    await service.execute(sandbox.id, about(sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
+    await service.execute(sandbox.id, ANY_TENANT, about(sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), ACTOR)
     assert (await traces.present())[0] is False
-    await service.execute(sandbox.id, cmd.Terminate(), ACTOR)
+    await service.execute(sandbox.id, ANY_TENANT, cmd.Terminate(), ACTOR)
     assert (await traces.present())[0] is True
 
 
@@ -168,11 +169,11 @@ async def test_an_end_takes_deadline_and_secrets_and_leaves_work(dsn: str, servi
     sandbox = (await create(service, sealer)).sandbox
     traces = Traces(dsn, sandbox.id)
     assert await traces.present() == (True, {"expiry", "transition"}, True)
-    ended = await service.execute(sandbox.id, cmd.Terminate(), ACTOR)
+    ended = await service.execute(sandbox.id, ANY_TENANT, cmd.Terminate(), ACTOR)
     assert await traces.present() == (True, {"transition"}, False)
     stopping = (await traces.deadlines())["transition"]["fires_at"]
     assert stopping == ended.sandbox.changed_at + timedelta(seconds=Limits().stopping_s)
-    await service.execute(sandbox.id, cmd.RecordRemoved(), ACTOR)
+    await service.execute(sandbox.id, ANY_TENANT, cmd.RecordRemoved(), ACTOR)
     assert await traces.present() == (True, set(), False)
 
 
@@ -181,13 +182,13 @@ async def test_expiry_takes_deadline_and_secrets_and_leaves_work(
 ):
     sandbox = (await create(service, sealer)).sandbox
     soon = sandbox.created_at + timedelta(milliseconds=600)
-    await service.execute(sandbox.id, cmd.Renew(soon), ACTOR)
+    await service.execute(sandbox.id, ANY_TENANT, cmd.Renew(soon), ACTOR)
 
     async def expired() -> bool:
-        return bool((await service.execute(sandbox.id, cmd.Expire(), ACTOR)).events)
+        return bool((await service.execute(sandbox.id, ANY_TENANT, cmd.Expire(), ACTOR)).events)
 
     await until(expired)
-    loaded = await service.view.load(sandbox.id)
+    loaded = await service.view.load(sandbox.id, ANY_TENANT)
     assert loaded is not None
     assert loaded[0].ending is not None
     assert loaded[0].ending.cause == ev.EndCause.EXPIRED_WHILE_PENDING
@@ -197,7 +198,7 @@ async def test_expiry_takes_deadline_and_secrets_and_leaves_work(
 
 async def test_a_failure_takes_the_secrets_and_keeps_the_deadline(dsn: str, service: Service, sealer: Sealer):
     sandbox = (await create(service, sealer)).sandbox
-    await service.execute(sandbox.id, cmd.RecordFailure("fetch", "IMAGE_NOT_FOUND", "none"), ACTOR)
+    await service.execute(sandbox.id, ANY_TENANT, cmd.RecordFailure("fetch", "IMAGE_NOT_FOUND", "none"), ACTOR)
     assert await Traces(dsn, sandbox.id).present() == (True, {"expiry"}, False)
 
 
@@ -230,7 +231,7 @@ async def test_all_times_of_one_append_are_one_reading_of_the_databases_clock(ds
     phase = sandbox.phase
     for command in [None, *WAYS[way]]:
         if command is not None:
-            outcome = await service.execute(sandbox.id, about(sandbox.id, command), ACTOR)
+            outcome = await service.execute(sandbox.id, ANY_TENANT, about(sandbox.id, command), ACTOR)
         head = await traces.row("sandboxes")
         assert head is not None
         async with connected(dsn) as connection:
@@ -244,7 +245,7 @@ async def test_all_times_of_one_append_are_one_reading_of_the_databases_clock(ds
         if outcome.sandbox.closed_at is not None:
             assert head["closed_at"] == at
         phase = outcome.sandbox.phase
-        loaded = await service.view.load(sandbox.id)
+        loaded = await service.view.load(sandbox.id, ANY_TENANT)
         assert loaded is not None
         assert loaded[0] == outcome.sandbox, "the answer is the head"
     assert outcome.sandbox.closed_at is not None
@@ -254,7 +255,7 @@ async def test_all_times_of_one_append_are_one_reading_of_the_databases_clock(ds
 async def test_several_events_of_one_append_share_their_time_and_stand_in_order(dsn: str, service: Service):
     sandbox = (await create(service)).sandbox
     look = seen(Power.EXITED, end=Exit(0), started_at=sandbox.created_at)
-    await service.execute(sandbox.id, about(sandbox.id, cmd.RecordSeen(look)), ACTOR)
+    await service.execute(sandbox.id, ANY_TENANT, about(sandbox.id, cmd.RecordSeen(look)), ACTOR)
     facts = await service.history(sandbox.id, "default")
     assert [ev.REGISTRY.name_of(fact.event) for fact in facts] == [
         "sandbox.requested",
@@ -293,7 +294,7 @@ async def test_the_whole_request_reads_back(service: Service):
     event = ev.Requested(spec, "f" * 64, {"a": ""}, 86_400 * 36_500, cpu_nanos=500_000_000, memory_bytes=2**50)
     made = await service.create(uuid4(), TENANT, event, None, ACTOR)
     assert (await service.history(made.sandbox.id, "default"))[0].event == event
-    loaded = await service.view.load(made.sandbox.id)
+    loaded = await service.view.load(made.sandbox.id, ANY_TENANT)
     assert loaded is not None
     assert loaded[0] == made.sandbox
     assert msgspec.to_builtins(loaded[0].spec) == msgspec.to_builtins(spec)

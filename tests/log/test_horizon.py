@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from app.domain.sandbox import commands as cmd
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.log.store import EventLog, StoredEvent
@@ -111,7 +112,7 @@ async def service_writer(service: Service) -> None:
     """The real append, amid the others."""
     for _ in range(ROUNDS):
         made = await service.create(uuid4(), TENANT, requested(), None, ACTOR)
-        await service.execute(made.sandbox.id, cmd.PatchMetadata({"a": "b"}), ACTOR)
+        await service.execute(made.sandbox.id, ANY_TENANT, cmd.PatchMetadata({"a": "b"}), ACTOR)
 
 
 async def tail(log: EventLog, done: asyncio.Event, chance: random.Random) -> list[StoredEvent]:

@@ -12,6 +12,7 @@ import pytest
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Power
+from app.domain.tenants import ANY_TENANT
 from app.errors import KeyReused, StoreUnavailable
 from app.service.sandboxes import Outcome, Service
 from app.store.database.pool import Database
@@ -48,7 +49,7 @@ async def test_two_hundred_creates_of_one_key_are_one_sandbox(dsn: str, service:
 async def test_a_repeated_request_is_answered_as_the_first_time_and_writes_nothing(dsn: str, service: Service):
     first = await keyed(service)
     for command in (cmd.RecordSeen(seen(Power.RUNNING)), cmd.PatchMetadata({"a": "b"}), cmd.Terminate()):
-        await service.execute(first.sandbox.id, about(first.sandbox.id, command), META)
+        await service.execute(first.sandbox.id, ANY_TENANT, about(first.sandbox.id, command), META)
         before = await traces(dsn)
         again = await keyed(service)
         assert (again.sandbox, again.replayed, again.position, again.events) == (first.sandbox, True, None, ())
@@ -66,7 +67,7 @@ async def test_the_first_answer_was_that_nobody_had_room(
         await worker.execute("UPDATE engines SET state = 'up', version = version")
     service.engines.forget()
     placed = cmd.RecordPlaced("default", 1, first.sandbox.id)
-    await service.execute(first.sandbox.id, placed, META)
+    await service.execute(first.sandbox.id, ANY_TENANT, placed, META)
     again = await keyed(service)
     assert (again.sandbox, again.replayed) == (first.sandbox, True)
     assert (again.sandbox.version, again.sandbox.engine) == (1, None)

@@ -12,6 +12,7 @@ import pytest
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Power
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.log.signal import NEWS_CHANNEL, WORK_CHANNEL, Signal, Subscription
@@ -106,7 +107,7 @@ async def test_commands_say_which_they_are(service: Service, signal: Signal):
             (cmd.Pause(), True),
             (cmd.Terminate(), True),
         ):
-            await service.execute(sandbox_id, about(sandbox_id, command), ACTOR)
+            await service.execute(sandbox_id, ANY_TENANT, about(sandbox_id, command), ACTOR)
             assert await news.wait(0.001), command
             assert await work.wait(0) == wakes, command
         created = (await service.create(uuid4(), TENANT, requested(), None, ACTOR)).sandbox
@@ -177,7 +178,7 @@ async def test_an_append_pokes(service: Service, signal: Signal):
         made = await service.create(uuid4(), TENANT, requested(), None, ACTOR)
         assert await anything.wait(0.001)
         with signal.subscribe(made.sandbox.id) as here:
-            await service.execute(made.sandbox.id, cmd.Terminate(), ACTOR)
+            await service.execute(made.sandbox.id, ANY_TENANT, cmd.Terminate(), ACTOR)
             assert await here.wait(0.001)
 
 

@@ -9,6 +9,7 @@ from uuid import uuid4
 import pytest
 
 from app.domain.sandbox import commands as cmd
+from app.domain.tenants import ANY_TENANT
 from app.errors import StoreUnavailable
 from app.service.engines import Engines
 from app.service.sandboxes import Service
@@ -117,7 +118,7 @@ async def test_totals_are_derived_again_after_a_failover_to_a_standby_that_was_b
                 await shown()
         assert await shown() == (41, 41)
         loaded = (await listing.page(Wanted(TENANT), size=1)).sandboxes[0]
-        await service.execute(loaded.id, cmd.Terminate(), META)
+        await service.execute(loaded.id, ANY_TENANT, cmd.Terminate(), META)
         assert await shown() == (40, 40)
     finally:
         await database.close()

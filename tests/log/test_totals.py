@@ -9,6 +9,7 @@ from uuid import uuid4
 import pytest
 
 from app.domain.sandbox import commands as cmd
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.embedded.account import account_for, programs_for
@@ -56,8 +57,8 @@ async def test_totals_follow_every_change_beyond_the_base_and_after_it_moved(ser
     await created(service, 1, "other")
     page = await listing.page(Wanted(TENANT), size=200)
     for sandbox in page.sandboxes[:2]:
-        await service.execute(sandbox.id, cmd.Terminate(), META)
-        await service.execute(sandbox.id, cmd.RecordRemoved(), META)
+        await service.execute(sandbox.id, ANY_TENANT, cmd.Terminate(), META)
+        await service.execute(sandbox.id, ANY_TENANT, cmd.RecordRemoved(), META)
     for _ in range(2):
         assert await shown(listing) == (3, 3)
         assert await shown(listing, terminal=True) == (5, 5)

@@ -14,6 +14,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Power
 from app.domain.stream import Registry
+from app.domain.tenants import ANY_TENANT
 from app.errors import UnknownEvent
 from app.service.operations import OperationsLog
 from app.service.sandboxes import Service
@@ -39,7 +40,9 @@ def dsn(bare_dsn: str) -> str:
 
 async def created(service: Service) -> UUID:
     made = await service.create(uuid4(), TENANT, requested(metadata={"a": "b"}), None, META)
-    await service.execute(made.sandbox.id, about(made.sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), META)
+    await service.execute(
+        made.sandbox.id, ANY_TENANT, about(made.sandbox.id, cmd.RecordSeen(seen(Power.RUNNING))), META
+    )
     return made.sandbox.id
 
 
@@ -71,7 +74,7 @@ async def test_what_this_version_does_not_know_survives_what_it_does(dsn: str, s
     await newer_fields(dsn, sandbox_id)
     before = await json_columns(dsn, sandbox_id)
     assert sum("newer" in (value or "") for value in before.values()) == 3
-    outcome = await service.execute(sandbox_id, about(sandbox_id, command), META)
+    outcome = await service.execute(sandbox_id, ANY_TENANT, about(sandbox_id, command), META)
     assert outcome.events
     after = await json_columns(dsn, sandbox_id)
     changed = {name for name in JSON_COLUMNS if before[name] != after[name]}
@@ -82,7 +85,7 @@ async def test_writing_every_column_would_erase_it(dsn: str, service: Service, d
     """The naive way, as the head row used to be written."""
     sandbox_id = await created(service)
     await newer_fields(dsn, sandbox_id)
-    loaded = await service.view.load(sandbox_id)
+    loaded = await service.view.load(sandbox_id, ANY_TENANT)
     assert loaded is not None
     naive = Statement(
         update(sandboxes)
@@ -111,12 +114,12 @@ async def test_nobody_appends_to_a_stream_that_a_newer_version_wrote_to(dsn: str
     sandbox_id = await created(service)
     await raise_schema(dsn, "sandboxes", sandbox_id)
     before = await traces(dsn)
-    loaded = await service.view.load(sandbox_id)
+    loaded = await service.view.load(sandbox_id, ANY_TENANT)
     assert loaded is not None
     assert current.is_newer(loaded[0])
     for command in (cmd.PatchMetadata({"c": "d"}), cmd.Pause(), cmd.Terminate()):
         with pytest.raises(UnknownEvent, match="Upgrade this server, or call one that runs the newer version"):
-            await service.execute(sandbox_id, about(sandbox_id, command), META)
+            await service.execute(sandbox_id, ANY_TENANT, about(sandbox_id, command), META)
     with pytest.raises(UnknownEvent, match="schema 2, this server reads up to 1"):
         await service.record(loaded[0], cmd.RecordRetry("observe", "E", "m", 1), META)
     assert await traces(dsn) == before
@@ -151,7 +154,7 @@ async def test_an_unknown_word_in_the_head_says_what_to_do(dsn: str, service: Se
     async with connected(dsn, owner=True) as owner:
         await owner.execute("UPDATE sandboxes SET desired = 'frozen', version = version + 1 WHERE id = $1", sandbox_id)
     with pytest.raises(UnknownEvent, match=f"{sandbox_id} was written by a newer version"):
-        await service.view.load(sandbox_id)
+        await service.view.load(sandbox_id, ANY_TENANT)
 
 
 async def test_the_registry_of_an_older_replica_refuses_by_the_number_alone(service: Service):

@@ -52,6 +52,8 @@ STORE: dict[str, tuple[str, ...]] = {
 """The same within the store."""
 SEAM = ("app.runtime.docker", "app.runtime.fake")
 """Engines. Only the assembly and the command line know which there are; all others know the seam."""
+OF_EVERY_TENANT = {"ANY_TENANT", "AnyTenant", "PLATFORM_TENANT"}
+"""Names that reach beyond one tenant. The API acts for the tenant of its caller."""
 PURE = "app.domain"
 """Takes nothing from outside but the standard library without I/O, and msgspec."""
 IMPURE = {"asyncio", "os", "io", "socket", "subprocess", "threading", "time", "random", "secrets", "pathlib", "logging"}
@@ -145,6 +147,91 @@ def test_arrows(file: Path):
 )
 def test_the_test_would_notice(module: str, imported: str):
     assert wrong(module, imported) is not None
+
+
+def reaching_beyond(tree: ast.AST) -> list[str]:
+    """Where a module names what reaches beyond one tenant: imported, renamed, or through another module."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            names = {node.id}
+        elif isinstance(node, ast.Attribute):
+            names = {node.attr}
+        elif isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            names |= {"AnyTenant"} if node.module == "app.domain.tenants" or "tenants" in names else set()
+        elif isinstance(node, ast.Import):
+            names = {"AnyTenant"} if any(alias.name == "app.domain.tenants" for alias in node.names) else set()
+        else:
+            continue
+        found += [f"{node.lineno}: {name}" for name in sorted(names & OF_EVERY_TENANT)]
+    return found
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if _within(_module(file), "app.api")], ids=_module)
+def test_the_api_acts_for_the_tenant_of_its_caller(file: Path):
+    assert reaching_beyond(ast.parse(file.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from app.domain.tenants import ANY_TENANT",
+        "from app.views.current import ANY_TENANT as everybody",
+        "from app.domain import tenants",
+        "import app.domain.tenants",
+        "from app.views import current\ncurrent.ANY_TENANT",
+        "from app.domain.stream import PLATFORM_TENANT",
+        "load(one, ANY_TENANT)",
+    ],
+)
+def test_the_check_of_the_api_would_notice(text: str):
+    assert reaching_beyond(ast.parse(text))
+
+
+def standing_for_any_tenant(tree: ast.AST) -> list[str]:
+    """Parameters and fields named `tenant` that may be left out or be None."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments):
+            positional = [*node.posonlyargs, *node.args]
+            pairs = [*zip(reversed(positional), reversed(node.defaults), strict=False)]
+            optional = {each.arg for each, _ in pairs}
+            optional |= {
+                each.arg for each, default in zip(node.kwonlyargs, node.kw_defaults, strict=True) if default is not None
+            }
+            typed = {each.arg: each.annotation for each in (*positional, *node.kwonlyargs)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            typed = {node.target.id: node.annotation}
+            optional = set(typed) if node.value is not None else set()
+        else:
+            continue
+        annotation = typed.get("tenant")
+        nullable = annotation is not None and "None" in ast.unparse(annotation)
+        if "tenant" in optional or nullable:
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=_module)
+def test_whoever_forgets_the_tenant_gets_an_error(file: Path):
+    """And not what belongs to everybody."""
+    assert standing_for_any_tenant(ast.parse(file.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def load(one, tenant=None): ...",
+        "def load(one, tenant: str = 'default', more=1): ...",
+        "def load(one, *, tenant: str = ''): ...",
+        "def load(one, tenant: str | None): ...",
+        "class Wanted:\n    tenant: str | None",
+        "class Wanted:\n    tenant: str = 'default'",
+    ],
+)
+def test_the_check_of_forgotten_tenants_would_notice(text: str):
+    assert standing_for_any_tenant(ast.parse(text))
 
 
 @pytest.mark.parametrize("file", FILES, ids=_module)

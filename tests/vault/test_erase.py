@@ -11,6 +11,7 @@ import pytest
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Exit, Power
+from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Outcome, Service
 from app.store.database.pool import Database
 from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable
@@ -80,19 +81,19 @@ async def test_what_can_never_run_again_erases_its_own_and_no_others(
     ended, stays = await create(service, sealer), await create(service, sealer)
     for command in end:
         assert await stored(dsn, ended) is not None
-        await service.execute(ended, about(ended, command), ACTOR)
+        await service.execute(ended, ANY_TENANT, about(ended, command), ACTOR)
     assert await stored(dsn, ended) is None
     assert await stored(dsn, stays) is not None
 
 
 async def test_an_expiry_erases_too(dsn: str, service: Service, sealer: Sealer, until: Any):
     ended = await create(service, sealer)
-    loaded = await service.view.load(ended)
+    loaded = await service.view.load(ended, ANY_TENANT)
     assert loaded is not None
-    await service.execute(ended, cmd.Renew(loaded[0].created_at + timedelta(milliseconds=500)), ACTOR)
+    await service.execute(ended, ANY_TENANT, cmd.Renew(loaded[0].created_at + timedelta(milliseconds=500)), ACTOR)
 
     async def expired() -> bool:
-        return bool((await service.execute(ended, cmd.Expire(), ACTOR)).events)
+        return bool((await service.execute(ended, ANY_TENANT, cmd.Expire(), ACTOR)).events)
 
     await until(expired)
     assert await stored(dsn, ended) is None
@@ -110,7 +111,7 @@ async def test_what_may_run_again_keeps_its_values(dsn: str, service: Service, s
         cmd.Resume(),
         RUNNING,
     ):
-        await service.execute(sandbox_id, about(sandbox_id, command), ACTOR)
+        await service.execute(sandbox_id, ANY_TENANT, about(sandbox_id, command), ACTOR)
         assert await stored(dsn, sandbox_id) is not None, command
 
 
@@ -127,7 +128,7 @@ async def test_a_replayed_create_seals_nothing_again(dsn: str, service: Service,
 
     assert (await again()).replayed
     assert await stored(dsn, sandbox_id) == first
-    await service.execute(sandbox_id, cmd.Terminate(), ACTOR)
+    await service.execute(sandbox_id, ANY_TENANT, cmd.Terminate(), ACTOR)
     assert (await again()).replayed
     assert await stored(dsn, sandbox_id) is None, "an ended sandbox gets no secrets back"
 

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from app.domain.sandbox import commands as cmd
+from app.domain.tenants import ANY_TENANT
 from app.errors import KeyRetired, SettingsError
 from app.service.sandboxes import Service
 from app.store.database.installation import claim_master_key, read_installation
@@ -109,7 +110,7 @@ async def test_an_older_backup_opens_with_the_old_key_only(dsn: str, installed: 
     """What is promised: destroy the old key, and older backups are unreadable. Before that they are not."""
     sandbox_id = await create(service, Sealer(BEFORE))
     backup = (await stored(dsn))[sandbox_id]
-    await service.execute(sandbox_id, cmd.Terminate(), META)
+    await service.execute(sandbox_id, ANY_TENANT, cmd.Terminate(), META)
     assert await stored(dsn) == {}
     assert Sealer(BEFORE).unseal(sandbox_id, backup) == VALUES, "an erased row is in the backup all the same"
     await rotate(installed, BOTH, silent, nothing, notice=0)
@@ -303,7 +304,7 @@ async def test_erasure_and_rotation_meet(dsn: str, installed: Database, service:
     ids = [await create(service, sealer) for _ in range(12)]
     await asyncio.gather(
         rotate(installed, BOTH, silent, nothing, notice=0),
-        *(service.execute(sandbox_id, cmd.Terminate(), META) for sandbox_id in ids[:6]),
+        *(service.execute(sandbox_id, ANY_TENANT, cmd.Terminate(), META) for sandbox_id in ids[:6]),
     )
     assert set(await stored(dsn)) == set(ids[6:])
 

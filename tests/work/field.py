@@ -20,6 +20,7 @@ from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.runtime.driver import Driver, Image, Ref, Workload
 from app.runtime.fake import FakeDriver, FakeEngine, Hook, name_of
 from app.service.engines import Engines
@@ -134,10 +135,10 @@ class Field:
         return object_id
 
     async def ask(self, sandbox_id: UUID, command: cmd.Command, service: Service | None = None) -> Outcome:
-        return await (service or self.service).execute(sandbox_id, command, CLIENT)
+        return await (service or self.service).execute(sandbox_id, ANY_TENANT, command, CLIENT)
 
     async def sandbox(self, sandbox_id: UUID) -> Sandbox:
-        loaded = await self.service.view.load(sandbox_id)
+        loaded = await self.service.view.load(sandbox_id, ANY_TENANT)
         assert loaded is not None
         return loaded[0]
 

@@ -19,6 +19,7 @@ from app.domain.sandbox.quantity import ALL_GPUS
 from app.domain.sandbox.spec import SandboxSpec, parse_limits
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.tenants import ANY_TENANT
 from app.errors import NotFound, StoreUnavailable
 from app.runtime.driver import Driver
 from app.runtime.fake import FakeContainer, FakeDriver, FakeEngine, Hook, Pull
@@ -222,10 +223,10 @@ class Stage:
         return sandbox_id
 
     async def ask(self, sandbox_id: UUID, command: cmd.Command, **options: Any) -> Outcome:
-        return await self.service.execute(sandbox_id, command, CLIENT, **options)
+        return await self.service.execute(sandbox_id, ANY_TENANT, command, CLIENT, **options)
 
     async def sandbox(self, sandbox_id: UUID) -> Sandbox:
-        loaded = await self.service.view.load(sandbox_id)
+        loaded = await self.service.view.load(sandbox_id, ANY_TENANT)
         assert loaded is not None
         return loaded[0]
 

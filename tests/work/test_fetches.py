@@ -38,7 +38,8 @@ async def test_a_pull_holds_no_claim_and_says_how_far_it_is(stage: Stage):
     while stage.engine.calls["pull"] == 0:
         await asyncio.sleep(0.001)
     await worker.fetches.beat()
-    status = status_of(await stage.sandbox(sandbox_id), await stage.service.view.attempt(sandbox_id))
+    sandbox = await stage.sandbox(sandbox_id)
+    status = status_of(sandbox, await stage.service.view.attempt(sandbox))
     assert status.reason == "IMAGE_PULLING"
     assert status.message == "Image big is being pulled. 3 of 7 layers, 41.2 of 120.0 MB."
     gate.set()
@@ -264,7 +265,8 @@ async def test_while_it_is_repeated_the_status_names_the_last_failure(stage: Sta
     again = stage.worker(stage.driver(before=gate))
     await stage.make_due(sandbox_id)
     await stage.turn(again)
-    status = status_of(await stage.sandbox(sandbox_id), await stage.service.view.attempt(sandbox_id))
+    sandbox = await stage.sandbox(sandbox_id)
+    status = status_of(sandbox, await stage.service.view.attempt(sandbox))
     assert status.reason == "IMAGE_PULLING"
     assert "REGISTRY_UNREACHABLE: no such host" in status.message
     await again.fetches.close()

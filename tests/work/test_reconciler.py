@@ -14,6 +14,7 @@ from app.domain.sandbox.observed import Waiting
 from app.domain.sandbox.spec import Platform
 from app.domain.sandbox.state import Phase, RuntimeState
 from app.domain.stream import Actor, ActorKind
+from app.domain.tenants import ANY_TENANT
 from app.runtime.driver import Exit, Image, Limits, Observed, Power, Ref, RegistryAuth, Workload
 from app.runtime.fake import FakeDriver, name_of
 from app.service.sandboxes import StaleVersion
@@ -333,7 +334,7 @@ async def test_recording_an_old_look_would_tell_a_falsehood(stage: Stage):
     assert look is not None
     await stage.ask(sandbox_id, cmd.Pause())
     await stage.settle(worker)
-    await stage.service.execute(sandbox_id, cmd.RecordSeen(look, "observe"), CLIENT)
+    await stage.service.execute(sandbox_id, ANY_TENANT, cmd.RecordSeen(look, "observe"), CLIENT)
     assert await stage.phase(sandbox_id) is Phase.PAUSING, "it is paused, and the log says it runs"
     container = stage.container(sandbox_id)
     assert container is not None

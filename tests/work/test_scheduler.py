@@ -20,6 +20,7 @@ from app.domain.sandbox.deadlines import EXPIRY, TRANSITION, Limits
 from app.domain.sandbox.observed import Power, Ref
 from app.domain.sandbox.state import Phase
 from app.domain.stream import Actor, ActorKind
+from app.domain.tenants import ANY_TENANT
 from app.errors import Rejected, StoreUnavailable
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
@@ -149,7 +150,7 @@ async def test_expiring_without_looking_again_would_end_a_renewed_sandbox(ready:
     await make_due(ready)
     due = await claimed(deadlines, EXPIRY)
     await ready.ask(sandbox_id, cmd.Renew(due.fires_at + timedelta(seconds=60)))
-    await ready.service.execute(due.stream_id, cmd.Terminate(ev.EndCause.EXPIRED), CLIENT)
+    await ready.service.execute(due.stream_id, ANY_TENANT, cmd.Terminate(ev.EndCause.EXPIRED), CLIENT)
     ending = (await ready.sandbox(sandbox_id)).ending
     assert ending is not None
     assert ending.at < due.fires_at, "ended before its time, after a renewal that was answered with success"
@@ -272,7 +273,7 @@ async def test_a_row_that_stays_as_it_was_would_spin(ready: Field, deadlines: De
     await passed(ready, sandbox_id, name=TRANSITION)
     for _ in range(3):
         due = await claimed(deadlines, TRANSITION)
-        assert (await ready.service.execute(sandbox_id, cmd.EndTransition(Limits()), WORKER)).events == ()
+        assert (await ready.service.execute(sandbox_id, ANY_TENANT, cmd.EndTransition(Limits()), WORKER)).events == ()
         await deadlines.rows.hand_back(due, 0)
 
 
@@ -321,7 +322,9 @@ async def test_a_create_that_never_works_fails_with_the_last_reason(ready: Field
 async def test_a_pull_that_never_ends_fails_and_names_what_it_waited_for(ready: Field, until):
     short = ready.deadlines(SHORT)
     sandbox_id = await ready.create(service=short._service)
-    await short._service.execute(sandbox_id, cmd.RecordWaiting("fetch", "IMAGE_PULLING", "1 of 3 layers"), WORKER)
+    await short._service.execute(
+        sandbox_id, ANY_TENANT, cmd.RecordWaiting("fetch", "IMAGE_PULLING", "1 of 3 layers"), WORKER
+    )
     async with scheduling(short):
         await until(lambda: _is(ready, sandbox_id, Phase.FAILED))
     failed = (await ready.last(sandbox_id)).event

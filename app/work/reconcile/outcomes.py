@@ -20,6 +20,7 @@ from uuid import UUID
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.plan import Ensure, Observe, Remove, SetPower, Step
 from app.domain.sandbox.state import Sandbox
+from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeRejected, RuntimeUnavailable, StoreUnavailable
 from app.service.sandboxes import Service
 from app.store.log.signal import Signal
@@ -103,7 +104,7 @@ class Outcomes:
     async def _report(self, held: Held, sandbox: Sandbox, trouble: Trouble, attempt: int) -> None:
         """About our attempt, so true at any version."""
         retry = cmd.RecordRetry(trouble.step, trouble.reason, trouble.message, attempt)
-        await self._service.execute(sandbox.id, retry, self._actors.meta(self._actors.worker, held.cause))
+        await self._service.execute(sandbox.id, ANY_TENANT, retry, self._actors.meta(self._actors.worker, held.cause))
 
     async def _record(self, held: Held, sandbox: Sandbox, observation: cmd.Observation) -> Sandbox:
         meta = self._actors.meta(self._actors.worker, held.cause)

@@ -58,6 +58,7 @@ from app.domain.sandbox.plan import (
 )
 from app.domain.sandbox.state import Desired, Phase, RuntimeState, Sandbox
 from app.domain.stream import Actor
+from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeFault, StoreUnavailable, UnknownEvent
 from app.runtime.driver import Image
 from app.runtime.faults import ImageMissing
@@ -141,7 +142,7 @@ class Reconciler:
         await self._outcomes.give_back(held, self._policy.backoff_base)
 
     async def _from_head(self, held: Held) -> None:
-        loaded = await self._service.view.load(held.stream_id)
+        loaded = await self._service.view.load(held.stream_id, ANY_TENANT)
         if loaded is None:
             return await self._outcomes.complete(held)
         sandbox, now = loaded
@@ -324,7 +325,7 @@ class Reconciler:
         """After a lost claim: what we may have made for a sandbox that has ended has to go."""
         with suppress(StoreUnavailable, RuntimeFault, UnknownEvent, TimeoutError):
             async with asyncio.timeout(_CLEANUP_S):
-                loaded = await self._service.view.load(held.stream_id)
+                loaded = await self._service.view.load(held.stream_id, ANY_TENANT)
                 if loaded is None or loaded[0].object_id is None:
                     return
                 sandbox = loaded[0]
