@@ -10,17 +10,21 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
 from app.store.embedded.server import EmbeddedPostgres
 from tests.bench import inside, on_engine, over_http, public
-from tests.bench.figures import CONSOLE, Result, measure, show
+from tests.bench.figures import CONSOLE, Figure, Result, measure, show
 from tests.bench.stage import LARGE, Bench
 
-CASES = {
+BenchCase: TypeAlias = Callable[[Bench], Awaitable[Sequence[Figure]]]
+CASES: Mapping[str, BenchCase] = {
     "accepted": over_http.accepted,
     "reads": over_http.reads,
     "lists": over_http.lists,
@@ -52,36 +56,44 @@ def load() -> str:
     return " ".join(f"{value:.1f}" for value in os.getloadavg())
 
 
-async def run(names: list[str]) -> list[Result]:
-    """Every named case."""
+@contextmanager
+def standing() -> Iterator[Bench]:
+    """What the cases stand on, with a PostgreSQL of its own until the block ends."""
     home = Path(tempfile.mkdtemp(prefix="sandledger-bench-"))
     home.chmod(0o711)  # PostgreSQL runs as an account of its own and must be able to pass through
     server = EmbeddedPostgres.start(home)
-    bench = Bench(home, server, engine_address())
-    results: list[Result] = []
     try:
-        CONSOLE.print(f"measuring at {'full' if LARGE else 'small'} size, load average {load()} ...")
-        for name in names:
-            if name in ON_ENGINE and bench.docker_host is None:
-                CONSOLE.print(f"no engine: run make engine for the case {name}")
-                continue
-            results += await measure(partial(CASES[name], bench))
+        yield Bench(home, server, engine_address())
     finally:
         server.stop()
         shutil.rmtree(home, ignore_errors=True)
+
+
+async def run(names: Sequence[str], cases: Mapping[str, BenchCase], bench: Bench) -> list[Result]:
+    """Every named case."""
+    results: list[Result] = []
+    CONSOLE.print(f"measuring at {'full' if LARGE else 'small'} size, load average {load()} ...")
+    for name in names:
+        if name in ON_ENGINE and bench.docker_host is None:
+            CONSOLE.print(f"no engine: run make engine for the case {name}")
+            continue
+        results += await measure(partial(cases[name], bench))
     return results
 
 
-def main() -> int:
-    """The exit code."""
-    names = sys.argv[1:] or list(CASES)
-    if unknown := [name for name in names if name not in CASES]:
-        CONSOLE.print(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
+def main(
+    words: Sequence[str], cases: Mapping[str, BenchCase], stage: AbstractContextManager[Bench], report: Path
+) -> int:
+    """The exit code: 0 = every target is met, 1 = one is missed, 2 = there is no such case."""
+    names = words or list(cases)
+    if unknown := [name for name in names if name not in cases]:
+        CONSOLE.print(f"no such case: {', '.join(unknown)}; there are {', '.join(cases)}")
         return 2
-    results = asyncio.run(run(names))
+    with stage as bench:
+        results = asyncio.run(run(names, cases, bench))
     show(results)
     CONSOLE.print(f"load average {load()}")
-    Path("bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
+    report.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1))
     missed = [result.shown.what for result in results if result.met is False]
     if missed:
         CONSOLE.print(f"[red]missed in two runs:[/red] {'; '.join(missed)}")
@@ -89,4 +101,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:], CASES, standing(), Path("bench.json")))

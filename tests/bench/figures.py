@@ -36,15 +36,19 @@ class Result(Struct, frozen=True):
         return sum(run.met is False for run in self.runs)
 
     @property
-    def shown(self) -> Figure:
-        """A run that says what the verdict says."""
-        wanted = self.missed < 2
-        return next((run for run in self.runs if run.met is not (not wanted)), self.runs[-1])
+    def met(self) -> bool | None:
+        """The verdict; None for a figure without a target."""
+        return None if self.runs[0].met is None else self.missed < 2
 
     @property
-    def met(self) -> bool | None:
-        """Two runs out of three decide."""
-        return None if self.runs[0].met is None else self.missed < 2
+    def shown(self) -> Figure:
+        """A run that says what the verdict says."""
+        return next((run for run in self.runs if run.met is self.met), self.runs[-1])
+
+    @property
+    def decided(self) -> bool:
+        """No run missed, or two missed, or two met and one missed. One miss alone asks for more runs."""
+        return self.missed != 1 or len(self.runs) == TRIES
 
 
 Case: TypeAlias = Callable[[], Awaitable[Sequence[Figure]]]
@@ -66,7 +70,7 @@ def ms(seconds: float) -> str:
 
 
 async def measure(case: Case) -> list[Result]:
-    """Run a case once; when it misses a target, up to twice more, until two runs agree about every figure."""
+    """Run a case once. When a figure misses its target, run it up to twice more, until all figures are decided."""
     runs: list[Sequence[Figure]] = []
     while True:
         runs.append(await case())
@@ -76,12 +80,8 @@ async def measure(case: Case) -> list[Result]:
             verdict = "" if figure.met is not False else "  [red]missed[/red]"
             CONSOLE.print(f"  {figure.what}: {figure.value}{floor}{ratio}{verdict}")
         results = [Result(figures) for figures in zip(*runs, strict=True)]
-        if len(runs) == TRIES or all(result.missed in (0, 2) and _decided(result) for result in results):
+        if all(result.decided for result in results):
             return results
-
-
-def _decided(result: Result) -> bool:
-    return result.missed == 2 or len(result.runs) - result.missed >= (1 if result.missed == 0 else 2)
 
 
 def show(results: Sequence[Result]) -> None:
