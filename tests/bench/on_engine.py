@@ -21,6 +21,7 @@ from tests.bench.figures import Figure, at_least, at_most, ms
 from tests.bench.http import Client, p50
 from tests.bench.servers import running
 from tests.bench.stage import LARGE, Bench, request
+from tests.support.marks import remove_mark
 
 IMAGE = "sandledger-bench:1"
 ONE_BY_ONE = 24 if LARGE else 16
@@ -141,6 +142,4 @@ async def _forget(rig: Rig) -> None:
     installation = (await found.show())["Config"]["Labels"][LABEL]
     await client.close()
     await rig.clear([sandbox])
-    volumes = await rig.docker.volumes.list(filters={"label": [f"{LABEL}={installation}"]})
-    for volume in volumes["Volumes"] or []:
-        await (await rig.docker.volumes.get(volume["Name"])).delete()
+    await remove_mark(rig.docker, UUID(installation))

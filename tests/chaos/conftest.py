@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from app.cli.local_image import ensure_busybox_image
-from tests.chaos.harness import Engine, ServerProcess, write_config
+from tests.chaos.harness import Engine, ServerProcess, end, write_config
 from tests.conftest import ROOT, as_server
 from tests.drivers.proxy import EngineProxy
 from tests.engine.own import OwnEngine
@@ -63,8 +63,10 @@ async def engine(docker: aiodocker.Docker, installation: UUID) -> AsyncIterator[
 
 
 @pytest.fixture
-def serve(home: Path, dsn: str, docker_host: str) -> Iterator[Callable[..., Awaitable[ServerProcess]]]:
-    """Start server processes on this test's database; all are killed at the end."""
+async def serve(
+    home: Path, dsn: str, docker_host: str, docker: aiodocker.Docker
+) -> AsyncIterator[Callable[..., Awaitable[ServerProcess]]]:
+    """Start server processes on this test's database. At the end all are killed, and the engine has nothing of them."""
     started: list[ServerProcess] = []
 
     async def start(
@@ -83,8 +85,7 @@ def serve(home: Path, dsn: str, docker_host: str) -> Iterator[Callable[..., Awai
         return await asyncio.to_thread(process.start)
 
     yield start
-    for process in started:
-        process.kill()
+    await end(docker, started)
 
 
 @pytest.fixture

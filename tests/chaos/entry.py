@@ -67,7 +67,12 @@ class Death:
 
 
 def make_driver(settings: Settings, installation: UUID) -> Driver:
-    """The real driver, with the trace on its session."""
+    """The real driver, with the trace on its session.
+
+    The installation is noted beside the configuration: the test removes what it has on the engine, also when the
+    database is away by then.
+    """
+    Path(sys.argv[1]).with_suffix(".installation").write_text(str(installation))
     driver = docker_driver(settings, installation)
     wanted = os.environ.get("DIE_AT")
     if wanted and isinstance(driver, DockerDriver):

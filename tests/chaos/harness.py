@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -19,6 +20,7 @@ import httpx
 import msgspec
 
 from tests.conftest import ROOT
+from tests.support.marks import remove_mark
 
 API_LINE = re.compile(r"API\s+(http://\S+)/v1")
 ID_LABEL = "sandledger.io/object"
@@ -66,6 +68,12 @@ class ServerProcess:
                 break
             time.sleep(0.02)  # a poll with a deadline: the process can only tell us through its log
         raise AssertionError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+
+    @property
+    def installation(self) -> UUID | None:
+        """None until the server has read it from its database."""
+        noted = self.config.with_suffix(".installation")
+        return UUID(noted.read_text()) if noted.exists() else None
 
     def send(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -207,6 +215,12 @@ class Engine:
     async def forget(self, installation: UUID) -> None:
         """Remove all that this installation has on the engine, its mark too."""
         await self.clear(installation)
-        found = await self._docker.volumes.list(filters={"label": [f"{LABEL}={installation}"]})
-        for volume in found["Volumes"] or []:
-            await (await self._docker.volumes.get(volume["Name"])).delete()
+        await remove_mark(self._docker, installation)
+
+
+async def end(docker: aiodocker.Docker, servers: Sequence[ServerProcess]) -> None:
+    """Kill the servers, and remove all that their installations have on the engine."""
+    for server in servers:
+        server.kill()
+    for installation in {server.installation for server in servers} - {None}:
+        await Engine(docker).forget(installation)

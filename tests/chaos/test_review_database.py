@@ -11,7 +11,7 @@ import aiodocker
 import httpx
 import pytest
 
-from tests.chaos.harness import Engine, ServerProcess, body, reaches, until, write_config
+from tests.chaos.harness import Engine, ServerProcess, body, end, reaches, until, write_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 WANTED = 4
@@ -62,8 +62,4 @@ async def test_accepted_is_kept_whoever_is_killed(home: Path, docker_host: str, 
         two.send(signal.SIGTERM)
         assert await asyncio.to_thread(two.wait) == 0
     finally:
-        one.kill()
-        two.kill()
-        for sandbox in (*accepted[0], *accepted[1]):
-            for left in await seen.containers(sandbox=sandbox):
-                await docker.containers.container(left["Id"]).delete(force=True, v=True)
+        await end(docker, (one, two))

@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from uuid import UUID
 
+import aiodocker
 import asyncpg
 import httpx
 import pytest
 
-from tests.chaos.harness import Engine, ServerProcess, body, history, reaches, until, write_config
+from tests.chaos.harness import Engine, ServerProcess, body, end, history, reaches, until, write_config
 from tests.drivers.proxy import EngineProxy, Gate
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
@@ -77,7 +78,7 @@ async def test_a_second_sigterm_is_immediate(serve: Serve, docker_host: str, ima
 
 
 async def test_the_embedded_postmaster_is_killed_under_a_live_server(
-    home: Path, docker_host: str, image: str, docker: object
+    home: Path, docker_host: str, image: str, docker: aiodocker.Docker
 ) -> None:
     """Accepted before the kill, still there and still served after it."""
     config = write_config(home, "x", docker_host)
@@ -110,4 +111,4 @@ async def test_the_embedded_postmaster_is_killed_under_a_live_server(
         server.send(signal.SIGTERM)
         assert await asyncio.to_thread(server.wait) == 0
     finally:
-        server.kill()
+        await end(docker, [server])

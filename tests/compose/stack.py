@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import httpx
 
+from app.runtime.docker import names
 from tests.compose import images
 from tests.conftest import ROOT
 from tests.support.needs import refuse_or_skip
@@ -52,6 +53,8 @@ class Stack:
         self.tags = {name: f"{self.project}-{name}:1" for name in ("python", "postgres", "server")}
         self.made: list[str] = []
         """Ids of the sandboxes that were created."""
+        self._installations: set[str] = set()
+        """Whose containers they got: one, unless the database was made anew."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("COMPOSE_", "SANDLEDGER_"))}
         self._environ = clean | {
             "DOCKER_HOST": docker_host,
@@ -102,7 +105,9 @@ class Stack:
 
     def sandbox_containers(self) -> list[str]:
         rows = self.engine.get("/containers/json", params={"all": "1"}).raise_for_status().json()
-        return [row["Id"] for row in rows if set(row["Labels"].values()) & set(self.made)]
+        ours = [row for row in rows if set(row["Labels"].values()) & set(self.made)]
+        self._installations |= {row["Labels"][names.INSTALLATION] for row in ours}
+        return [row["Id"] for row in ours]
 
     def api(self, service: str) -> httpx.Client:
         """A client of this service's own port. The port may change when the container starts again."""
@@ -152,10 +157,20 @@ class Stack:
 
     def close(self) -> None:
         try:
+            self.sandbox_containers()
             self.compose("down", "--volumes", "--remove-orphans")
             for each in self.sandbox_containers():
                 self.engine.delete(f"/containers/{each}", params={"force": "1"})
+            self._remove_marks()
             for tag in self.tags.values():
                 self.engine.delete(f"/images/{tag}", params={"force": "1"})
         finally:
             self.engine.close()
+
+    def _remove_marks(self) -> None:
+        """The workers' marks are no volumes of the project, so `down` leaves them."""
+        for installation in self._installations:
+            filters = json.dumps({"label": [f"{names.INSTALLATION}={installation}"]})
+            found = self.engine.get("/volumes", params={"filters": filters}).raise_for_status().json()["Volumes"] or []
+            for volume in found:
+                self.engine.delete(f"/volumes/{volume['Name']}").raise_for_status()

@@ -18,7 +18,7 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.stream import ActorKind
 from app.errors import RuntimeUnavailable
-from app.runtime.docker import DockerDriver, DockerOptions, connect, names
+from app.runtime.docker import DockerDriver, DockerOptions, connect
 from app.runtime.driver import Ref
 from app.service.engines import Engines
 from app.service.sandboxes import Service
@@ -26,6 +26,7 @@ from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer, Secrets
 from app.work.policy import WorkPolicy
+from tests.support.marks import remove_mark
 from tests.support.needs import refuse_or_skip
 from tests.work.stage import BEGUN, Stage
 
@@ -59,9 +60,7 @@ async def driver(stage: Stage, docker: aiodocker.Docker, docker_host: str) -> As
     async for found in made.inventory():
         assert found.object_id is not None
         await made.remove(Ref(found.object_id))
-    mark = names.mark_name(stage.installation)
-    if mark in [row["Name"] for row in (await docker.volumes.list())["Volumes"] or ()]:
-        await (await docker.volumes.get(mark)).delete()
+    await remove_mark(docker, stage.installation)
     await made.close()
 
 
