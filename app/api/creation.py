@@ -29,8 +29,9 @@ from app.domain.sandbox.spec import (
     check_timeout,
     parse_limits,
 )
-from app.errors import Invalid, KeyReused, Unsupported
+from app.errors import Invalid, KeyRetired, KeyReused, SettingsError, Unsupported
 from app.service.sandboxes import Outcome
+from app.store.vault.rotation import notice_master_key
 from app.store.vault.seal import Secrets
 
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
@@ -215,15 +216,32 @@ async def begin(context: ApiContext, call: Call, request: CreateSandbox, idempot
 
     Raises:
         Problem, Rejected: a rule is broken, or the key came with another body.
+        KeyRetired: the master key in use is not to be had here.
     """
     if idempotency_key is not None and not _VISIBLE.fullmatch(idempotency_key):
         raise Problem(400, INVALID_HEADER, "Idempotency-Key must be 1 to 255 visible ASCII characters.")
     sandbox_id = uuid_utils.compat.uuid7()
     event, secrets = accept(request, sandbox_id, context)
-    sealed = None if secrets is None else context.sealer.seal(sandbox_id, secrets)
     meta = call.meta(idempotency_key)
-    try:
+
+    async def attempt() -> Outcome:
+        sealed = None if secrets is None else context.sealer.seal(sandbox_id, secrets)
         return await context.service.create(sandbox_id, call.who.tenant, event, sealed, meta, key=meta.idempotency_key)
+
+    try:
+        try:
+            return await attempt()
+        except KeyRetired as error:
+            await _notice_master_key(context, error)
+            return await attempt()
     except KeyReused as error:
         call.sandbox_id = error.stream_id
         raise
+
+
+async def _notice_master_key(context: ApiContext, retired: KeyRetired) -> None:
+    """A rotation has ended since this server last asked which master key is in use; nothing has been written."""
+    try:
+        await notice_master_key(context.database, context.sealer)
+    except SettingsError as error:
+        raise KeyRetired(f"{retired}; {error}") from None

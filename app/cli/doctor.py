@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from uuid import UUID
@@ -12,7 +13,7 @@ from sqlalchemy import func, select
 from app.cli.reporting import Say
 from app.errors import SandledgerError
 from app.runtime.driver import EngineInfo
-from app.server.assembly import database_of, docker_driver, open_database
+from app.server.assembly import database_of, docker_driver, open_database, read_master_keys
 from app.server.listener import listen
 from app.settings import Settings, check_exposure
 from app.store.database.installation import read_installation
@@ -20,7 +21,7 @@ from app.store.database.migrate import migrate
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.log.store import EventLog
-from app.store.vault.keyfile import master_keys
+from app.store.vault.keyfile import NoKeyFile
 
 _SKEW_S = 2.0
 _CLOCK = Statement(select(func.extract("epoch", func.clock_timestamp()).label("epoch")))
@@ -88,17 +89,30 @@ async def _inside(settings: Settings, database: Database) -> list[Finding]:
     if database.login is not None and database.login.warning is not None:
         found.append(Finding("login", fine=True, text=database.login.warning, warning=True))
     installation = await read_installation(database)
-    ours = settings.sandledger
-    try:
-        keys, source = master_keys(ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir)
-        matches = installation.master_key_id in (None, *keys.ids)
-        text = source if matches else f"{source} is not the key that seals this database ({installation.master_key_id})"
-        found.append(Finding("master key", matches, text))
-    except SandledgerError as error:
-        found.append(Finding("master key", fine=False, text=str(error)))
+    found.append(await asyncio.to_thread(_master_key, settings, installation.master_key_id))
     horizon = await EventLog(database).horizon()
     found.append(Finding("log", fine=True, text=f"installation {installation.id}, settled up to position {horizon}"))
     return found
+
+
+def _master_key(settings: Settings, in_use: str | None) -> Finding:
+    """`in_use` is the master key that seals the database. None = none does yet."""
+    try:
+        keys, source = read_master_keys(settings)
+    except NoKeyFile as error:
+        if in_use is not None:
+            return Finding("master key", fine=False, text=str(error.wanted(in_use)))
+        if settings.sandledger.master_key_file is None:
+            text = (
+                f"{error.path} is not there yet; nothing is sealed, and `sandledger serve` makes it at its first start"
+            )
+            return Finding("master key", fine=True, text=text)
+        return Finding("master key", fine=False, text=f"{error}. Make it with `openssl rand -base64 32`")
+    except SandledgerError as error:
+        return Finding("master key", fine=False, text=str(error))
+    matches = in_use in (None, *keys.ids)
+    text = source if matches else f"{source} is not the key that seals this database ({in_use})"
+    return Finding("master key", matches, text)
 
 
 async def _engine(settings: Settings) -> list[Finding]:

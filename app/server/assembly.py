@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from typing import TypeAlias
 from uuid import UUID
 
@@ -26,14 +25,14 @@ from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import Settings, is_loopback, redacted_dsn
 from app.store.database.dsn import address
-from app.store.database.installation import claim_master_key
+from app.store.database.installation import claim_master_key, read_installation
 from app.store.database.migrate import Migration, migrate
 from app.store.database.pool import RESERVED_AND_LISTENER_CONNECTIONS, Database
 from app.store.database.waiting import wait_until_there
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
-from app.store.vault.keyfile import master_keys
+from app.store.vault.keyfile import NoKeyFile, master_keys
 from app.store.vault.keys import open_keys
 from app.store.vault.seal import MasterKeys, Sealer
 from app.views.listing import Listing
@@ -66,8 +65,6 @@ class Opened(Struct, frozen=True):
     store: Store
     installation: UUID
     sealer: Sealer
-    read_keys: Callable[[], MasterKeys]
-    """Reads the master keys again from where they came. Blocking."""
     driver: Driver
     signal: Signal
     service: Service
@@ -224,12 +221,7 @@ async def opened(
         check_schema(store)
         database = database_of(settings, store)
         stack.push_async_callback(database.close)
-        read_keys = partial(_read_keys, settings)
-        keys = await asyncio.to_thread(read_keys)
-        found = await claim_master_key(database, keys.ids)
-        installation, in_use = found.id, found.master_key_id or keys.ids[0]
-        own_keys = await open_keys(database, keys, in_use)
-        sealer = Sealer(keys, own_keys.digest, key_id=in_use)
+        installation, sealer = await _open_vault(settings, database)
         if database.login is not None and database.login.warning is not None:
             say(f"warning: {database.login.warning}")
         driver = make_driver(settings, installation)
@@ -237,12 +229,34 @@ async def opened(
         news = Signal(database)
         service = Service(database, news, deadline_limits(settings))
         engines = Engines(database, news, installation, service.engines)
-        yield Opened(settings, database, store, installation, sealer, read_keys, driver, news, service, engines)
+        yield Opened(settings, database, store, installation, sealer, driver, news, service, engines)
 
 
-def _read_keys(settings: Settings) -> MasterKeys:
+async def _open_vault(settings: Settings, database: Database) -> tuple[UUID, Sealer]:
+    """The installation's id, and what seals here. The first server of a database makes the key file.
+
+    Raises:
+        SettingsError: the master key that seals this database is not here.
+    """
+    in_use = (await read_installation(database)).master_key_id
+    try:
+        keys, _ = await asyncio.to_thread(read_master_keys, settings, make=in_use is None)
+    except NoKeyFile as error:
+        raise error if in_use is None else error.wanted(in_use) from None
+    found = await claim_master_key(database, keys.ids)
+    in_use = found.master_key_id or keys.ids[0]
+    own_keys = await open_keys(database, keys, in_use)
+    return found.id, Sealer(keys, own_keys.digest, key_id=in_use, reread=lambda: read_master_keys(settings)[0])
+
+
+def read_master_keys(settings: Settings, *, make: bool = False) -> tuple[MasterKeys, str]:
+    """The master keys of this machine, and where they were found. Blocking. `make` as `master_keys` takes it.
+
+    Raises:
+        NoKeyFile, SettingsError: as `master_keys` raises them.
+    """
     ours = settings.sandledger
-    return master_keys(ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir)[0]
+    return master_keys(ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir, make=make)
 
 
 def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Litestar:

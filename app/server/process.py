@@ -129,7 +129,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
     async with asyncio.TaskGroup() as tasks:
         news = tasks.create_task(parts.signal.run(), name="signal")
         watch = tasks.create_task(_keep_embedded(parts), name="embedded-postgres")
-        keys = tasks.create_task(follow_master_key(parts.database, parts.sealer, parts.read_keys), name="master-key")
+        keys = tasks.create_task(follow_master_key(parts.database, parts.sealer), name="master-key")
         ends = [news, watch, keys]
         working = None if worker is None else tasks.create_task(worker.run(), name="worker")
         if worker is not None:

@@ -9,10 +9,11 @@ from sqlalchemy import Uuid, bindparam, select
 
 from app.domain.operations import REGISTRY, Event, Operations, evolve
 from app.domain.stream import PLATFORM_TENANT, Meta
-from app.service.streams import Draft, advance, refuse_newer
+from app.service.streams import Draft, advance, decoded, refuse_newer
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.log.append import append, append_statement, create_statement, head_columns, insert_head, update_head
+from app.store.log.store import EventLog
 from app.store.tables import operations as table
 
 _HEAD = (table.c.version, table.c.schema)
@@ -53,6 +54,11 @@ class OperationsLog:
                 continue
             if written is not None:
                 return advance(evolve, before, draft.recorded(written))
+
+    async def replaced_master_keys(self) -> set[str]:
+        """Ids of the master keys that a recorded rotation took out of use, or is taking out of use."""
+        stored = EventLog(self._database).whole_history(self._id, PLATFORM_TENANT)
+        return {decoded(REGISTRY, one).event.old_key_id async for one in stored}
 
     async def _load(self) -> Operations | None:
         row = await self._database.fetch_one(_LOAD, id=self._id)

@@ -1,4 +1,4 @@
-"""Files that outlive a power cut. A leaf of the store: everything here may import it, and it imports nothing of ours."""
+"""Files that outlive a power cut. A leaf of the store: it imports nothing of ours, so every room may import it."""
 
 from __future__ import annotations
 

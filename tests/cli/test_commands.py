@@ -131,6 +131,7 @@ def test_doctor_finds_everything_in_order_and_says_what_is_not(home: Path, dsn: 
     assert fine.returncode == 0, fine.stderr
     for subject in ("port", "database", "migrations", "clock", "master key", "engine"):
         assert f"ok    {subject}" in fine.stderr, fine.stderr
+    assert not (home / "state" / "master.key").exists(), "a diagnostic changes nothing"
     sick = run("doctor", "--config", path, OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn, DOCKER_HOST=f"unix://{home}/none")
     assert sick.returncode == 1
     assert "FAIL  engine" in sick.stderr

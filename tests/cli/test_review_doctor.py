@@ -73,6 +73,43 @@ def test_a_database_that_is_away_hides_nothing_else(home: Path):
     assert "hidden-word" not in "\n".join(found)
 
 
+def test_a_master_key_that_is_not_there_is_reported_and_not_made(home: Path, dsn: str):
+    file = home / "state" / "master.key"
+
+    def key_line() -> str:
+        (line,) = [line for line in examine(home, dsn) if "  master key " in line]
+        assert not file.exists()
+        assert str(file) in line
+        return line
+
+    fresh = key_line()
+    assert fresh.startswith("ok    master key")
+    assert "`sandledger serve` makes it at its first start" in fresh
+
+    async def claim() -> None:
+        async with connected(dsn, owner=True) as owner:
+            await owner.execute("UPDATE sandledger.installation SET master_key_id = 'the-wanted-one'")
+
+    asyncio.run(claim())
+    lost = key_line()
+    assert lost.startswith("FAIL  master key")
+    assert "the-wanted-one" in lost
+
+
+def test_a_server_makes_no_second_key_where_one_is_lost(home: Path, dsn: str):
+    async def claim() -> None:
+        async with connected(dsn, owner=True) as owner:
+            await owner.execute("UPDATE sandledger.installation SET master_key_id = 'the-wanted-one'")
+
+    asyncio.run(claim())
+    path = config(home, f'[server]\nport = 0\n[sandledger]\nstate_dir = "{home}/state"\n')
+    done = run("serve", "--config", path, OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn, DOCKER_HOST=NONE)
+    assert done.returncode == 1
+    assert "the-wanted-one" in done.stderr
+    assert f"{home}/state/master.key" in done.stderr
+    assert not (home / "state" / "master.key").exists()
+
+
 def test_a_key_file_that_is_not_there_is_named_with_its_setting(home: Path, dsn: str):
     path = config(home, f'[server]\nport = 0\n[sandledger]\nmaster_key_file = "{home}/no.key"\n')
     done = run("serve", "--config", path, OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn)

@@ -122,7 +122,7 @@ async def test_an_older_backup_opens_with_the_old_key_only(dsn: str, installed: 
 async def test_creates_go_on_while_it_runs(dsn: str, installed: Database, service: Service):
     sealer = Sealer(BOTH, key_id=OLD_ID)
     await fill(dsn, service, sealer, MANY)
-    following = asyncio.create_task(follow_master_key(installed, sealer, lambda: BOTH, every=0.05))
+    following = asyncio.create_task(follow_master_key(installed, sealer, every=0.05))
     ended = asyncio.Event()
     made: list[UUID] = []
 
@@ -310,11 +310,8 @@ async def test_erasure_and_rotation_meet(dsn: str, installed: Database, service:
 
 
 async def test_a_server_follows(installed: Database, until: Until, caplog: pytest.LogCaptureFixture):
-    knows, lacks = Sealer(BOTH, key_id=OLD_ID), Sealer(BEFORE)
-    following = [
-        asyncio.create_task(follow_master_key(installed, sealer, lambda: BEFORE, every=0.02))
-        for sealer in (knows, lacks)
-    ]
+    knows, lacks = Sealer(BOTH, key_id=OLD_ID), Sealer(BEFORE, reread=lambda: BEFORE)
+    following = [asyncio.create_task(follow_master_key(installed, sealer, every=0.02)) for sealer in (knows, lacks)]
     await rotate(installed, BOTH, silent, nothing, notice=0)
 
     async def noticed() -> bool:
@@ -334,14 +331,14 @@ async def test_a_running_server_reads_the_key_that_was_put_into_its_file(
     """`rotate-master --generate` beside a server that runs. Without a second look it would refuse every secret."""
     path = tmp_path / "key"
     path.write_text(base64.b64encode(OLD).decode())
-    sealer = Sealer(OLD)
-    before = await create(service, sealer)
 
     def reread() -> MasterKeys:
         return master_keys(None, None, path, tmp_path)[0]
 
-    following = asyncio.create_task(follow_master_key(installed, sealer, reread, every=0.02))
-    prepend_new_key(path)
+    sealer = Sealer(OLD, reread=reread)
+    before = await create(service, sealer)
+    following = asyncio.create_task(follow_master_key(installed, sealer, every=0.02))
+    assert prepend_new_key(path, before=OLD_ID)
     generated = reread().ids[0]
 
     async def followed(_: Rotated) -> None:

@@ -19,7 +19,7 @@ from app.runtime.driver import Exit, Image, Limits, Observed, Power, Ref, Regist
 from app.runtime.fake import FakeDriver, name_of
 from app.service.sandboxes import StaleVersion
 from app.store.queue.reconcile import Claim
-from app.store.vault.seal import Sealer, Secrets
+from app.store.vault.seal import MasterKeys, Sealer, Secrets
 from app.work.worker import Worker
 from tests.work.stage import ADOPTED, BEGUN, CLIENT, ENDED, MADE, Gate, Stage
 from tests.work.stage import name_of as named
@@ -150,6 +150,16 @@ async def test_secrets_sealed_by_another_key_wait_for_the_right_worker(stage: St
     assert await stage.phase(sandbox_id) is Phase.PENDING
     stage.sealer = right
     await stage.make_due(sandbox_id)
+    await stage.settle(stage.worker())
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+
+
+async def test_a_key_that_came_into_the_key_file_is_read_when_a_row_needs_it(stage: Stage):
+    """A rotation wraps rows again before a worker has asked which master key is in use."""
+    new = MasterKeys(bytes([1]) * 32)
+    stage.sealer = Sealer(new)
+    sandbox_id = await stage.create(secrets=Secrets({"A": "b"}))
+    stage.sealer = Sealer(bytes(32), reread=lambda: new)
     await stage.settle(stage.worker())
     assert await stage.phase(sandbox_id) is Phase.RUNNING
 

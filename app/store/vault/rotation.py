@@ -11,7 +11,8 @@ key that `installation.master_key_id` names. Then `rotate`:
 3. After every server has had time to notice, the rotation is recorded (`record`), and then the keys of the installation
    are wrapped again. A trigger accepts a
    sealed row only by a master key that is in use: the one of step 1, or one that still wraps a key of the installation.
-   So from here on no server seals by the old key, whatever it has noticed; its request is answered 503.
+   So from here on no server seals by the old key. One that has not noticed is refused, asks which key is in use, and
+   seals once more by that one (`notice_master_key`); a server that cannot get the new key answers 503.
 4. Each insert of a sealed row holds a shared advisory lock to its end. Taking it exclusively once waits for those that
    were checked before step 3. What the last pass does not see after that cannot come any more.
 
@@ -33,14 +34,27 @@ from uuid import UUID
 import asyncpg
 from msgspec import Struct
 from msgspec.structs import replace
-from sqlalchemy import Integer, LargeBinary, Text, Uuid, bindparam, column, func, literal, select, update
+from sqlalchemy import (
+    Integer,
+    LargeBinary,
+    Text,
+    Uuid,
+    bindparam,
+    column,
+    exists,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from app.errors import SettingsError, StoreUnavailable
 from app.store.database.installation import read_installation, switch_master_key
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
-from app.store.tables import sealed_values
+from app.store.tables import installation_keys, sealed_values
 from app.store.vault.keys import other_master_keys, rewrap_keys
 from app.store.vault.seal import MasterKeys, Sealer
 
@@ -58,6 +72,14 @@ _BATCH = Statement(
 )
 _REMAINING = Statement(
     select(func.count()).select_from(sealed_values).where(_V.key_id != bindparam("key_id", type_=Text))
+)
+_WRAPS = Statement(
+    select(
+        or_(
+            exists().where(_V.key_id == bindparam("key_id", type_=Text)),
+            exists().where(installation_keys.c.key_id == bindparam("key_id", type_=Text)),
+        )
+    )
 )
 
 
@@ -154,6 +176,13 @@ async def is_due(database: Database, key_id: str) -> bool:
     return bool(await other_master_keys(database, key_id)) or bool(await remaining(database, key_id))
 
 
+async def wraps_anything(database: Database, key_id: str) -> bool:
+    """Whether this master key wraps any data key or any key of the installation."""
+    row = await database.fetch_one(_WRAPS, key_id=key_id)
+    assert row is not None, "a select of two conditions has one row"
+    return row[0]
+
+
 async def _check_in_use(database: Database, key_id: str) -> None:
     found = (await read_installation(database)).master_key_id
     if found not in (None, key_id):
@@ -179,23 +208,27 @@ async def _pass(database: Database, sealer: Sealer, report: Callable[[int], None
     return done
 
 
-async def follow_master_key(
-    database: Database, sealer: Sealer, reread: Callable[[], MasterKeys], *, every: float = NOTICE_SECONDS
-) -> None:
-    """Ask every few seconds which master key is in use, for as long as the server runs.
+async def notice_master_key(database: Database, sealer: Sealer) -> None:
+    """Seal by the master key that is in use now. One that is not here is looked for where the keys came from.
 
-    A key that is not here is looked for where the keys came from (`reread`, blocking): `rotate-master --generate` has
-    put it into the file of a server that is running.
+    Raises:
+        SettingsError: it is not there either.
     """
+    found = (await read_installation(database)).master_key_id
+    if found is None or found == sealer.key_id:
+        return
+    await sealer.learn(found)
+    if found != sealer.key_id:
+        sealer.use(found)
+        _LOG.warning("the master key in use is now %s", found)
+
+
+async def follow_master_key(database: Database, sealer: Sealer, *, every: float = NOTICE_SECONDS) -> None:
+    """Ask every few seconds which master key is in use, for as long as the server runs."""
     while True:
         await asyncio.sleep(every)
         try:
-            found = (await read_installation(database)).master_key_id
-            if found is not None and found != sealer.key_id:
-                if found not in sealer.known_key_ids:
-                    sealer.learn(await asyncio.to_thread(reread))
-                sealer.use(found)
-                _LOG.warning("the master key in use is now %s", found)
+            await notice_master_key(database, sealer)
         except (StoreUnavailable, asyncpg.PostgresError) as error:
             # Nothing that PostgreSQL says here is a reason to end the server.
             _LOG.info("which master key is in use is not known now: %s", type(error).__name__)

@@ -14,11 +14,13 @@ The stream's id is bound as associated data, so a sealed row that is copied to a
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
 import os
+from collections.abc import Callable
 from uuid import UUID
 
 import msgspec
@@ -101,10 +103,19 @@ class Sealer:
     """Seals, unseals, digests."""
 
     def __init__(
-        self, master: MasterKeys | bytes, digesting: bytes | None = None, *, key_id: str | None = None
+        self,
+        master: MasterKeys | bytes,
+        digesting: bytes | None = None,
+        *,
+        key_id: str | None = None,
+        reread: Callable[[], MasterKeys] | None = None,
     ) -> None:
-        """With the installation's key of digests. `key_id` names the master key that wraps; by default the first."""
+        """With the installation's key of digests. `key_id` names the master key that wraps; by default the first.
+
+        `reread` reads the master keys again from where they came, blocking. None = there is nowhere to look.
+        """
         self._master = MasterKeys(master) if isinstance(master, bytes) else master
+        self._reread = reread
         self._digesting = digesting or os.urandom(_KEY_BYTES)
         self.key_id = key_id or self._master.ids[0]
 
@@ -113,9 +124,14 @@ class Sealer:
         """The master keys that open here."""
         return self._master.ids
 
-    def learn(self, master: MasterKeys) -> None:
-        """Have these master keys too."""
-        self._master.add(master)
+    async def learn(self, key_id: str) -> None:
+        """Look for this master key where the keys came from, unless it is here: a rotation puts it there meanwhile.
+
+        Raises:
+            SettingsError: that place cannot be read.
+        """
+        if key_id not in self._master.ids and self._reread is not None:
+            self._master.add(await asyncio.to_thread(self._reread))
 
     def use(self, key_id: str) -> None:
         """Wrap by this master key from now on.

@@ -12,6 +12,7 @@ Amounts are those that were parsed at the request. "All GPUs" is no amount, so i
 
 from __future__ import annotations
 
+import logging
 from uuid import UUID
 
 from sqlalchemy import Uuid, bindparam, select
@@ -20,7 +21,7 @@ from app.domain.sandbox.observed import Ref
 from app.domain.sandbox.quantity import ALL_GPUS
 from app.domain.sandbox.spec import parse_limits
 from app.domain.sandbox.state import Sandbox
-from app.errors import RuntimeRejected
+from app.errors import RuntimeRejected, SettingsError
 from app.runtime.driver import Image, Limits, RegistryAuth, Workload
 from app.runtime.faults import AttemptFailed
 from app.store.database.pool import Database
@@ -28,6 +29,7 @@ from app.store.database.statement import Statement
 from app.store.tables import sealed_values
 from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable
 
+_LOG = logging.getLogger(__name__)
 _S = sealed_values.c
 _SEALED = Statement(
     select(_S.key_id, _S.wrapped_key, _S.sealed).where(_S.stream_id == bindparam("stream_id", type_=Uuid))
@@ -81,8 +83,14 @@ class Workloads:
                 "SECRETS_UNAVAILABLE",
                 "the values of env or the registry credentials are not stored any more; create the sandbox again",
             )
+        sealed = Sealed(row["key_id"], row["wrapped_key"], row["sealed"])
         try:
-            return self._sealer.unseal(sandbox_id, Sealed(row["key_id"], row["wrapped_key"], row["sealed"]))
+            # A rotation may have wrapped the row by a key that came into the key file after this worker started.
+            await self._sealer.learn(sealed.key_id)
+        except SettingsError as error:
+            _LOG.error("%s", error)
+        try:
+            return self._sealer.unseal(sandbox_id, sealed)
         except Unsealable as error:
             raise AttemptFailed("SECRETS_SEALED", str(error)) from None
 
