@@ -2,7 +2,8 @@
 
 * A query parameter that is no list must not be repeated. Litestar would take the last one.
 * A whole number has digits only. Litestar would also take `1.0` and `1e2`.
-* A body must say that it is JSON, must arrive in time, and is bounded. Litestar knows the last of these only.
+* A body must say that it is JSON, must not be compressed, must arrive in time, and is bounded. Litestar knows the last
+  of these only. Bodies are small, and a compressed one could be a thousand times longer than what is bounded.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from app.api.call import Call, call_of, too_large
 from app.api.errors import Problem, wrong
 
 MAX_FIELDS: Final = 1000
+_CODINGS: Final = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
+"""Content codings that a refusal names. Another word may be anything, so it is not repeated."""
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -91,6 +94,7 @@ class ApiRequest(Request[Principal, Any, State]):
             raise Problem(
                 415, "GENERAL::UNSUPPORTED_MEDIA_TYPE", "The body must come as Content-Type: application/json."
             )
+        _refuse_coded(call.headers.get("content-encoding", ""))
         raw = await call.read()
         if not raw:
             raise wrong("body", rule="is required", kind="missing")
@@ -121,3 +125,17 @@ async def check(request: ApiRequest) -> None:
 def _says_json(content_type: str) -> bool:
     essence = content_type.partition(";")[0].strip().lower()
     return essence == "application/json" or (essence.startswith("application/") and essence.endswith("+json"))
+
+
+def _refuse_coded(content_encoding: str) -> None:
+    codings = [coding for each in content_encoding.split(",") if (coding := each.strip().lower())]
+    found = [coding for coding in codings if coding != "identity"]
+    if not found:
+        return
+    named = ", ".join(coding if coding in _CODINGS else "an unknown coding" for coding in found)
+    raise Problem(
+        415,
+        "GENERAL::UNSUPPORTED_CONTENT_ENCODING",
+        f"Content-Encoding is {named}. Bodies are sent uncompressed here: leave the header out.",
+        headers=[("accept-encoding", "identity")],
+    )

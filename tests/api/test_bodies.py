@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 from uuid import uuid4
@@ -167,3 +168,31 @@ async def call(app: Any, receive: Any, send: Any, *more: tuple[bytes, bytes]) ->
         "server": ("x", 80),
     }
     await app(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named"),
+    [
+        ("gzip", "gzip"),
+        ("BR", "br"),
+        ("identity, zstd", "zstd"),
+        ("gzip, deflate", "gzip, deflate"),
+        ("canary", "unknown"),
+    ],
+)
+async def test_a_compressed_body_is_refused_before_it_is_read(http: httpx.AsyncClient, encoding: str, named: str):
+    sandbox = f"/v1/sandboxes/{uuid4()}"
+    for method, path in (("POST", "/v1/sandboxes"), ("PATCH", f"{sandbox}/metadata"), ("POST", "/v1/metrics/events")):
+        raw = gzip.compress(json.dumps(body()).encode())
+        answer = await http.request(method, path, content=raw, headers=JSON | {"Content-Encoding": encoding})
+        assert (answer.status_code, answer.json()["code"]) == (415, "GENERAL::UNSUPPORTED_CONTENT_ENCODING")
+        assert answer.headers["accept-encoding"] == "identity"
+        assert named in answer.json()["message"]
+        assert "uncompressed" in answer.json()["message"]
+        assert "canary" not in answer.text
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", "", " , "])
+async def test_a_body_that_says_that_it_is_not_compressed_is_taken(http: httpx.AsyncClient, encoding: str):
+    answer = await http.post("/v1/sandboxes", json=body(), headers={"Content-Encoding": encoding})
+    assert answer.status_code == 202, answer.text
