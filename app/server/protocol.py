@@ -11,6 +11,9 @@
   `app.api.edge`.)
 * What is no HTTP is refused in the shape of every other error, with a request id (nothing of the caller's is read:
   what would have been their id is in a head that could not be parsed).
+* A request with `Upgrade` is answered as if it had none (RFC 9110, section 7.8: a server may ignore it). Some clients
+  send it with the first request of a connection (`h2c`). The parser would take its body for bytes of the other
+  protocol, and lose it or read it as the next request. So the head is parsed once more, without `Upgrade`.
 * A request beyond `limit_concurrency` first takes the place of a connection that has no request: one whose head is not
   complete, or an idle one. Otherwise callers without a key could shut everybody out by opening connections and saying
   nothing. When every other connection has a request, the answer is 503 with `Retry-After`, in the same shape.
@@ -19,9 +22,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import uuid
+from collections import deque
 from typing import Any, Final, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.errors import Problem
@@ -59,6 +65,8 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._limit, self.limit_concurrency = self.limit_concurrency, None
         self._served = cast("Any", self).app
+        self._unread: deque[memoryview] = deque()
+        """What the parser has yet to be given of the present read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """The first head is awaited."""
@@ -84,7 +92,10 @@ class HttpProtocol(HttpToolsProtocol):
         """Take what the client sent."""
         if self._head is not None:
             self._head += len(data)
-        super().data_received(data)
+        self._unread.append(memoryview(data))
+        while self._unread and not self.transport.is_closing():
+            self._reading = self._unread.popleft()
+            super().data_received(cast("bytes", self._reading))  # the parser takes any buffer
         if self.transport.is_closing():
             return
         if self._head is not None:
@@ -98,8 +109,30 @@ class HttpProtocol(HttpToolsProtocol):
             if self._spilt > MAX_SPILT_BYTES:
                 self.transport.close()
 
+    def _should_upgrade(self) -> bool:
+        """Whether the head that was parsed last asks for another protocol, so that it has to be parsed again.
+
+        CONNECT is none of these: its target is no path, so it is refused as malformed.
+        """
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+    def handle_websocket_upgrade(self) -> None:
+        """Give the parser the head without `Upgrade`, and then what came behind it. uvicorn calls this in its handler
+        of the parser's exception, which knows where the head ended.
+        """
+        ended = cast("httptools.HttpParserUpgrade", sys.exception()).args[0]
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/", self.parser.get_http_version().encode(), b"\r\n"]
+        for name, value in self.headers:
+            if name != b"upgrade":
+                head += [name, b": ", value, b"\r\n"]
+        self._unread.extendleft([self._reading[ended:], memoryview(b"".join([*head, b"\r\n"]))])
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+
     def on_headers_complete(self) -> None:
         """Stop the timer of the head; the request begins."""
+        if self._should_upgrade():
+            return
         self._end_head()
         self._head, self._spilt = None, 0
         self.app: Any = _crowded if self._is_crowded() else self._served
@@ -133,6 +166,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The next head begins."""
+        if self._should_upgrade():
+            return
         self._head = 0
         super().on_message_complete()
 

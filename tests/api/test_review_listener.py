@@ -57,7 +57,7 @@ async def port(app: Litestar) -> AsyncIterator[int]:
         yield taken
 
 
-async def _say(port: int, *pieces: bytes) -> bytes:
+async def say(port: int, *pieces: bytes) -> bytes:
     """Everything the server says until it ends the connection, or breaks it while we still talk."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     heard = b""
@@ -101,7 +101,7 @@ def _parsed(heard: bytes) -> tuple[int, dict[str, str], dict[str, str]]:
     ],
 )
 async def test_what_is_no_http_is_refused_like_everything_else(port: int, sent: bytes):
-    status, headers, problem = _parsed(await _say(port, sent))
+    status, headers, problem = _parsed(await say(port, sent))
     assert (status, problem["code"]) == (400, "GENERAL::BAD_REQUEST")
     assert len(headers["x-request-id"]) == 32
     assert (headers["connection"], headers["content-type"]) == ("close", "application/json")
@@ -110,7 +110,7 @@ async def test_what_is_no_http_is_refused_like_everything_else(port: int, sent: 
 @pytest.mark.parametrize("start", [b"GET /", b"GET /health HTTP/1.1\r\nX-A: ", b"GET /health HTTP/1.1\r\n"])
 async def test_a_head_has_an_end(port: int, start: bytes):
     more = b"a: b\r\n" * 1000 if start.endswith(b"\r\n") else b"a" * 6000
-    heard = await _say(port, start, *[more] * ((MAX_HEAD_BYTES + 2 * _READ) // len(more)))
+    heard = await say(port, start, *[more] * ((MAX_HEAD_BYTES + 2 * _READ) // len(more)))
     if heard:  # else our own words on the way broke the connection before theirs arrived
         status, headers, problem = _parsed(heard)
         assert (status, problem["code"]) == (431, "GENERAL::HEADERS_TOO_LARGE")
@@ -119,20 +119,20 @@ async def test_a_head_has_an_end(port: int, start: bytes):
 
 async def test_a_head_of_some_size_is_fine(port: int):
     sent = b"GET /health HTTP/1.1\r\nConnection: close\r\nX-A: " + b"a" * (MAX_HEAD_BYTES - 100) + b"\r\n\r\n"
-    assert _parsed(await _say(port, sent[:9], sent[9:]))[0] == 200
+    assert _parsed(await say(port, sent[:9], sent[9:]))[0] == 200
 
 
 async def test_heads_are_counted_one_by_one(port: int):
     one = b"GET /health HTTP/1.1\r\nX-A: " + b"a" * (MAX_HEAD_BYTES // 2) + b"\r\n\r\n"
     last = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
-    assert (await _say(port, one, one, one, one, last)).count(b"HTTP/1.1 200 OK") == 5
+    assert (await say(port, one, one, one, one, last)).count(b"HTTP/1.1 200 OK") == 5
 
 
 async def test_a_body_is_not_counted_as_a_head(port: int):
     long = b" " * (4 * MAX_HEAD_BYTES)
     head = f"OPEN-SANDBOX-API-KEY: {KEY}\r\nContent-Type: application/json\r\nConnection: close\r\n"
     head += f"Content-Length: {len(long)}\r\n\r\n"
-    assert _parsed(await _say(port, b"POST /v1/sandboxes HTTP/1.1\r\n", head.encode(), long))[0] == 422
+    assert _parsed(await say(port, b"POST /v1/sandboxes HTTP/1.1\r\n", head.encode(), long))[0] == 422
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ async def _pour(writer: asyncio.StreamWriter, piece: bytes, times: int) -> None:
 async def test_half_a_head_is_not_waited_for_for_ever(app: Litestar, sent: bytes):
     whole = b"GET /health HTTP/1.1\r\n\r\n"
     async with listening(app, _Hasty) as port:
-        assert await _say(port, sent) == b""
+        assert await say(port, sent) == b""
         if sent:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             async with asyncio.timeout(20):
@@ -181,4 +181,4 @@ async def test_an_answer_may_take_longer_than_a_head(app: Litestar):
     head = f"OPEN-SANDBOX-API-KEY: {KEY}\r\nContent-Length: {len(sent)}\r\nConnection: close\r\n"
     head += "Content-Type: application/json\r\nPrefer: wait=1\r\n\r\n"
     async with listening(app, _Hasty) as port:
-        assert _parsed(await _say(port, b"POST /v1/sandboxes HTTP/1.1\r\n" + head.encode() + sent))[0] == 202
+        assert _parsed(await say(port, b"POST /v1/sandboxes HTTP/1.1\r\n" + head.encode() + sent))[0] == 202
