@@ -15,7 +15,11 @@ from app.views.overview import Overview, OverviewReader, StuckLine
 
 
 async def show(settings: Settings, say: Say, *, as_json: bool) -> bool:
-    """Print it. True when nothing is wrong."""
+    """Print the state of the installation, as tables or as one JSON object. True when the operator has nothing to mend.
+
+    Raises:
+        SettingsError, StoreUnavailable: the database cannot be read; the message says what to do.
+    """
     limits = deadline_limits(settings)
     power_s = max(limits.pausing_s, limits.resuming_s)
     async with database(settings, say) as opened:
@@ -37,7 +41,12 @@ def _draw(overview: Overview, out: Console) -> None:
     for problem in overview.problems:
         out.print(plain("problem: ", "red").append(plain(problem, "default")))
     for line in overview.stuck:
-        out.print(plain(f"  {_stuck(line)}"))
+        if not line.users:
+            out.print(plain(f"  {_stuck(line)}"))
+    if users := [line for line in overview.stuck if line.users]:
+        out.print("failing for reasons that only their users can mend:")
+        for line in users:
+            out.print(plain(f"  {_stuck(line)}"))
     if not overview.problems:
         out.print("nothing is wrong")
 

@@ -2,6 +2,11 @@
 
 Each figure comes from one statement, so two figures may be some milliseconds apart. Nothing here asks an engine: an
 engine is as the workers last recorded it.
+
+A sandbox that fails because of what its user asked for (an image that does not exist, a registry that refuses, an
+entrypoint that is not there) is shown and is no problem: the operator cannot mend it, and any user could otherwise turn
+an alarm on. All else is the operator's: the engine, the database, errors of ours, sealed values, a name that another
+object has, and every phase that lasts too long.
 """
 
 from __future__ import annotations
@@ -25,7 +30,9 @@ FAILING_ATTEMPTS = 3
 MAX_HELD_POSITIONS = 1000
 """A horizon that lies further behind is held back by a writer that hangs."""
 MAX_SHOWN = 20
-"""Stuck sandboxes that are read and listed."""
+"""Stuck sandboxes that are read and listed, the operator's first."""
+USERS_REASONS = "^(IMAGE|REGISTRY|ENTRYPOINT)_|^(START|SPEC)_REJECTED$"
+"""Reasons of failures that only the user of the sandbox can mend, as a regular expression."""
 
 _now = func.clock_timestamp()
 _Q, _D, _S, _E = reconcile_queue.c, deadlines.c, sandboxes.c, engines.c
@@ -86,6 +93,8 @@ class StuckLine(Struct, frozen=True):
     attempts: int
     reason: str | None
     message: str | None
+    users: bool = False
+    """Pending for a reason that only its user can mend. No problem of the operator's."""
 
 
 class LogLine(Struct, frozen=True):
@@ -140,9 +149,10 @@ class Overview(Struct, frozen=True):
             for line in self.deadlines
             if line.oldest_overdue_s > LATE_AFTER_SECONDS
         ]
-        if self.stuck:
-            bound = "at least " if len(self.stuck) == MAX_SHOWN else ""
-            found.append(f"{bound}{len(self.stuck)} sandboxes are stuck or failing; they are listed below")
+        stuck = sum(not line.users for line in self.stuck)
+        if stuck:
+            bound = "at least " if stuck == MAX_SHOWN else ""
+            found.append(f"{bound}{stuck} sandboxes are stuck or failing; they are listed below")
         return found
 
     def _log_problems(self) -> list[str]:
@@ -206,36 +216,38 @@ _DEADLINES = Statement(
     .order_by(_D.name)
 )
 _PHASES = Statement(select(_S.phase, func.count()).where(_S.closed_at.is_(None)).group_by(_S.phase))
-_STUCK = Statement(
-    select(
-        _S.id,
-        _S.tenant,
-        _S.phase,
-        _S.engine,
-        _seconds(_S.changed_at).label("since_s"),
-        func.coalesce(_Q.attempts, 0).cast(Integer).label("attempts"),
-        func.coalesce(_Q.last_reason, _S.waiting["reason"].astext).cast(Text).label("reason"),
-        func.coalesce(_Q.last_error, _S.waiting["message"].astext).cast(Text).label("message"),
+
+
+def _stuck_statement() -> Statement:
+    reason = func.coalesce(_Q.last_reason, _S.waiting["reason"].astext).cast(Text)
+    users = func.coalesce((_S.phase == "Pending") & reason.regexp_match(USERS_REASONS), False)
+    since_s = _seconds(_S.changed_at)
+    too_long = case(
+        (_S.phase == "Stopping", since_s > bindparam("stopping_s", type_=Double)),
+        ((_S.phase == "Pausing") | (_S.phase == "Resuming"), since_s > bindparam("power_s", type_=Double)),
+        else_=False,
     )
-    .select_from(sandboxes)
-    .outerjoin(reconcile_queue, _Q.stream_id == _S.id)
-    .where(
-        _S.closed_at.is_(None),
-        (_Q.attempts >= FAILING_ATTEMPTS)
-        | (
-            case(
-                (_S.phase == "Stopping", _seconds(_S.changed_at) > bindparam("stopping_s", type_=Double)),
-                (
-                    (_S.phase == "Pausing") | (_S.phase == "Resuming"),
-                    _seconds(_S.changed_at) > bindparam("power_s", type_=Double),
-                ),
-                else_=False,
-            )
-        ),
+    return Statement(
+        select(
+            _S.id,
+            _S.tenant,
+            _S.phase,
+            _S.engine,
+            since_s.label("since_s"),
+            func.coalesce(_Q.attempts, 0).cast(Integer).label("attempts"),
+            reason.label("reason"),
+            func.coalesce(_Q.last_error, _S.waiting["message"].astext).cast(Text).label("message"),
+            users.label("users"),
+        )
+        .select_from(sandboxes)
+        .outerjoin(reconcile_queue, _Q.stream_id == _S.id)
+        .where(_S.closed_at.is_(None), (_Q.attempts >= FAILING_ATTEMPTS) | too_long)
+        .order_by(users, _S.changed_at)
+        .limit(MAX_SHOWN)
     )
-    .order_by(_S.changed_at)
-    .limit(MAX_SHOWN)
-)
+
+
+_STUCK = _stuck_statement()
 
 
 class OverviewReader:

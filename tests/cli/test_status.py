@@ -149,12 +149,28 @@ async def stopping(world: World) -> AsyncGenerator[None]:
     yield
 
 
+async def fail(world: World, reason: str, message: str) -> UUID:
+    """A sandbox whose third attempt failed."""
+    sandbox_id = await world.create()
+    queue = Queue(world.database, ENGINE)
+    (claim,) = (await queue.claim(1, lease=60, tenant_slots=9)).claims
+    assert claim.stream_id == sandbox_id
+    await queue.defer(claim, 60, failed=Failed(3, reason, message))
+    return sandbox_id
+
+
 @asynccontextmanager
 async def failing(world: World) -> AsyncGenerator[None]:
-    await world.create()
-    queue = Queue(world.database, ENGINE)
-    (claim,) = (await queue.claim(1, lease=60, tenant_slots=1)).claims
-    await queue.defer(claim, 60, failed=Failed(3, "START_FAILED", "no such device [/dev/kvm] \x1b[31m"))
+    await fail(world, "START_FAILED", "no such device [/dev/kvm] \x1b[31m")
+    yield
+
+
+@asynccontextmanager
+async def failing_among_those_of_users(world: World) -> AsyncGenerator[None]:
+    """More of users than are listed, and all of them older."""
+    for _ in range(MAX_SHOWN):
+        await fail(world, "IMAGE_NOT_FOUND", "no such image")
+    await fail(world, "START_FAILED", "no such device")
     yield
 
 
@@ -205,6 +221,7 @@ TROUBLES: list[tuple[Trouble, str]] = [
     (overdue, "1 deadlines expiry have not fired, the oldest for "),
     (stopping, "1 sandboxes are stuck or failing"),
     (failing, "1 sandboxes are stuck or failing"),
+    (failing_among_those_of_users, "1 sandboxes are stuck or failing"),
     (many_stopping, f"at least {MAX_SHOWN} sandboxes are stuck or failing"),
     (last_partition, "no spare partition of the log is left"),
     (hanging, "the log's horizon is 1"),
@@ -240,6 +257,52 @@ async def test_stuck_sandboxes_are_listed_with_why(
     )
     assert f"{line['id']} Pending for " in text
     assert "3 attempts; START_FAILED: no such device [/dev/kvm] \\x1b[31m" in text
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "IMAGE_NOT_FOUND",
+        "IMAGE_PULL_FAILED",
+        "REGISTRY_UNREACHABLE",
+        "ENTRYPOINT_NOT_FOUND",
+        "START_REJECTED",
+        "SPEC_REJECTED",
+    ],
+)
+async def test_what_only_a_user_can_mend_is_shown_and_is_no_problem(
+    world: World, settings: Settings, capsys: pytest.CaptureFixture[str], reason: str
+):
+    sandbox_id = await fail(world, reason, "as the user asked")
+    well, found, text = await told(settings, capsys)
+    assert well, found["problems"]
+    (line,) = found["stuck"]
+    assert (line["id"], line["reason"], line["users"]) == (str(sandbox_id), reason, True)
+    assert "failing for reasons that only their users can mend" in text
+    assert f"{sandbox_id} Pending for " in text
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["RUNTIME_UNAVAILABLE", "INTERNAL_ERROR", "SECRETS_SEALED", "NAME_TAKEN", "MY_IMAGE_X", "START_REJECTED_X"],
+)
+async def test_all_other_reasons_are_the_operators(
+    world: World, settings: Settings, capsys: pytest.CaptureFixture[str], reason: str
+):
+    await fail(world, reason, "as it is")
+    well, found, _ = await told(settings, capsys)
+    assert (well, [line["users"] for line in found["stuck"]]) == (False, [False])
+
+
+async def test_a_removal_that_lasts_too_long_is_the_operators_whatever_failed_before(
+    world: World, settings: Settings, capsys: pytest.CaptureFixture[str]
+):
+    sandbox_id = await fail(world, "IMAGE_NOT_FOUND", "no such image")
+    await world.service.execute(sandbox_id, cmd.Terminate(), META)
+    await world.owner("UPDATE reconcile_queue SET last_reason = 'IMAGE_NOT_FOUND'")
+    limits = replace(settings.sandledger.deadlines, stopping_seconds=0)
+    well, found, _ = await told(replace(settings, sandledger=replace(settings.sandledger, deadlines=limits)), capsys)
+    assert (well, [line["users"] for line in found["stuck"]]) == (False, [False])
 
 
 async def test_a_stopping_sandbox_has_the_operators_time(

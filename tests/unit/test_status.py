@@ -174,7 +174,15 @@ def test_a_failure_without_a_text_names_its_step():
         (Exit(1), "Sandbox container exited with code 1."),
         (Exit(), "Sandbox container exited with a code that the engine did not keep."),
         (Exit(137, oom=True), "Sandbox container ran out of memory and was killed, with exit code 137."),
-        (Exit(143, reason="EVICTED", message="disk"), "Sandbox container exited with code 143 (EVICTED): disk."),
+        (
+            Exit(143, reason="EVICTED", message="disk"),
+            "Sandbox container exited with code 143, as after SIGTERM (EVICTED): disk.",
+        ),
+        (Exit(137), "Sandbox container exited with code 137, as after SIGKILL."),
+        (Exit(139), "Sandbox container exited with code 139, as after SIGSEGV."),
+        (Exit(128), "Sandbox container exited with code 128."),
+        (Exit(255), "Sandbox container exited with code 255."),
+        (Exit(-9), "Sandbox container exited with code -9."),
         (
             Exit(137, reason="ENGINE_STOPPED"),
             (

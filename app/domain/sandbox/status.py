@@ -7,6 +7,7 @@ head row, and take no part in fold, version, ETag or `asOf`.
 
 from __future__ import annotations
 
+import signal
 from datetime import datetime
 
 from msgspec import Struct
@@ -16,6 +17,8 @@ from app.domain.sandbox.observed import Waiting
 from app.domain.sandbox.state import Ending, Phase, Runtime, RuntimeState, Sandbox
 
 _UNAVAILABLE = "RUNTIME_UNAVAILABLE"
+_SIGNALLED = 128
+"""Exit code of a process that a signal ended, without the signal's number."""
 
 
 class Status(Struct, frozen=True):
@@ -128,10 +131,18 @@ def _explain_exit(observed: RuntimeState, runtime: Runtime | None) -> tuple[str,
         return "CONTAINER_EXITED", "Sandbox container exited successfully."
     if runtime.oom:
         return "CONTAINER_EXITED_ERROR", f"Sandbox container ran out of memory and was killed, {how}."
-    how = how.replace("exit code", "code")
+    how = how.replace("exit code", "code") + _as_after(code)
     why = f" ({runtime.exit_reason})" if runtime.exit_reason else ""
     detail = f": {runtime.exit_message.rstrip('.')}" if runtime.exit_message else ""
     return "CONTAINER_EXITED_ERROR", f"Sandbox container exited {how}{why}{detail}."
+
+
+def _as_after(code: int | None) -> str:
+    """What a shell means by 128 + n. The engine says no more, and a workload may exit with such a code by itself."""
+    try:
+        return "" if code is None else f", as after {signal.Signals(code - _SIGNALLED).name}"
+    except ValueError:
+        return ""
 
 
 _VERBS: dict[str, str] = {
