@@ -29,6 +29,7 @@ from app.errors import (
     PreconditionFailed,
     Rejected,
     StoreBusy,
+    StoreRefused,
     StoreUnavailable,
     UnknownEvent,
     Unsupported,
@@ -55,6 +56,7 @@ STATUSES: Final[Mapping[type[Rejected], int]] = {
 """Every kind of refusal of the core, and its status."""
 _UNAVAILABLE: Final[Mapping[type[StoreUnavailable], str]] = {
     StoreBusy: "This server is busy: all its database connections are in use; try again.",
+    StoreRefused: "The database does not have what this server needs; its operator finds the reason in the log.",
     KeyRetired: "This server seals by a master key that is no longer in use; try again, or call another server.",
 }
 

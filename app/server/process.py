@@ -4,6 +4,9 @@ Start: database (embedded or not), migrations, master key, engine, listening soc
 reason not to start: creates are accepted and wait, `/ready` says why. A port that is taken, a database that is not
 there, or a wrong key is.
 
+A database or a schema that is gone later is waited for: requests are answered 503, the log says why. When it comes back
+as another installation the process ends with exit code 1, see `app.store.database.installation`.
+
 Stop (SIGTERM or SIGINT): the listener closes, requests in flight finish within `timeout_graceful_shutdown`, the worker
 hands its leases back, nothing is marked failed. A second signal ends the process at once; leases then run out and
 another worker, or this one after its restart, goes on from the log.
@@ -28,6 +31,7 @@ from app.server.assembly import MakeDriver, Opened, Say, api_app, deadline_limit
 from app.server.life import life_file, show_life
 from app.server.listener import listen, uvicorn_server
 from app.settings import Settings, check_exposure
+from app.store.database.installation import watch_installation
 from app.store.database.statement import Statement
 from app.store.vault.rotation import follow_master_key
 from app.work.worker import Worker
@@ -130,7 +134,8 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
         news = tasks.create_task(parts.signal.run(), name="signal")
         watch = tasks.create_task(_keep_embedded(parts), name="embedded-postgres")
         keys = tasks.create_task(follow_master_key(parts.database, parts.sealer), name="master-key")
-        ends = [news, watch, keys]
+        identity = tasks.create_task(watch_installation(parts.database, parts.installation), name="installation")
+        ends = [news, watch, keys, identity]
         working = None if worker is None else tasks.create_task(worker.run(), name="worker")
         if worker is not None:
             path = life_file(parts.settings.sandledger.state_dir)

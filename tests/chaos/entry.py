@@ -20,9 +20,9 @@ from types import SimpleNamespace
 from uuid import UUID
 
 import aiohttp
-import uvloop
 
 from app.cli import logs
+from app.cli.commands import go
 from app.runtime.docker import DockerDriver
 from app.runtime.driver import Driver
 from app.server.assembly import docker_driver
@@ -88,4 +88,4 @@ def make_driver(settings: Settings, installation: UUID) -> Driver:
 if __name__ == "__main__":
     loaded = load(Path(sys.argv[1]), os.environ).settings
     logs.configure(loaded.log)
-    uvloop.run(run(loaded, Role(sys.argv[2]), lambda line: print(line, flush=True), make_driver))
+    go(lambda: run(loaded, Role(sys.argv[2]), lambda line: print(line, flush=True), make_driver))

@@ -80,6 +80,7 @@ SELECT r.rolname
 _CHECK = """
 SELECT current_user AS role, session_user AS login, r.rolsuper AS superuser,
        pg_catalog.pg_has_role(session_user, n.nspowner, 'MEMBER') AS owner,
+       pg_catalog.has_schema_privilege(n.oid, 'USAGE') AS usable,
        pg_catalog.current_setting('search_path') AS search_path,
        pg_catalog.current_setting('default_transaction_isolation') AS default_transaction_isolation,
        pg_catalog.current_setting('synchronous_commit') AS synchronous_commit,
@@ -172,6 +173,15 @@ def explained(error: BaseException) -> StoreUnavailable | SettingsError:
     return StoreUnavailable(f"PostgreSQL is not reachable: {said}")
 
 
+def is_schema_missing(error: pg.PostgresError) -> bool:
+    """Whether a statement failed because our schema, or a table of it, is not there any more, or not as it was made for
+    the role of this connection. Statements qualify all names.
+    """
+    said = str(error)
+    gone = 'schema "sandledger"' in said or 'relation "sandledger.' in said
+    return gone or said == "permission denied for schema sandledger"
+
+
 class Connector:
     """Opens the connections of one process."""
 
@@ -251,6 +261,8 @@ async def _checked(driver: Any, role: str) -> Login:
             f"settings of this connection are not in force ({', '.join(wrong)}), as behind a pooler that ignores them. "
             f"Connect without it, or make them the login's own: {lines}"
         )
+    if not row["usable"]:
+        raise StoreRefused(f"the role {role} may not use the schema sandledger; it was made again for another role")
     return Login(row["login"], role, row["superuser"], row["owner"])
 
 

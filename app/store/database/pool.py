@@ -6,9 +6,10 @@ SQL. Every statement is its own transaction.
 **Two pools.** Twelve slow statements of the API may use up the first one. Claims, heartbeats and notifications go
 through `reserved`, so that a busy server keeps its leases. One more connection listens.
 
-**Two errors.** StoreBusy: all connections are in use for longer than `pool_timeout`; PostgreSQL itself answers. Any
-other StoreUnavailable: it does not answer, or may not write. Only acquiring and the statement itself are translated,
-never the body of a caller who holds a connection: an error of the engine in there is not the database's.
+**Errors.** StoreBusy: all connections are in use for longer than `pool_timeout`; PostgreSQL itself answers.
+StoreRefused: it answers, and the login, the database or our schema is not there (any more), so waiting does not help.
+Any other StoreUnavailable: it does not answer, or may not write. Only acquiring and the statement itself are
+translated, never the body of a caller who holds a connection: an error of the engine in there is not the database's.
 
 **Silence.** A statement that is not answered within `command_timeout` counts as a database that is gone: after a
 failover, or a partition that drops packets, an open connection may stay silent for a quarter of an hour. A statement
@@ -34,8 +35,8 @@ from typing import Any, TypeVar, cast
 import asyncpg
 from asyncpg import exceptions as pg
 
-from app.errors import SandledgerError, StoreBusy, StoreUnavailable
-from app.store.database.connect import GONE, Connector, Login, explained
+from app.errors import SandledgerError, StoreBusy, StoreRefused, StoreUnavailable
+from app.store.database.connect import GONE, Connector, Login, explained, is_schema_missing
 from app.store.database.statement import Statement
 
 T = TypeVar("T")
@@ -106,6 +107,14 @@ class Connection:
                 raise  # a value of ours that does not fit; asyncpg counts it among the broken connections
             self.broken = True
             raise StoreUnavailable(f"PostgreSQL is not reachable: {_kind(error)}") from error
+        except (pg.UndefinedTableError, pg.InvalidSchemaNameError, pg.InsufficientPrivilegeError) as error:
+            if not is_schema_missing(error):
+                raise
+            self.broken = True  # a new connection is checked, and learns the role of a schema that was made again
+            raise StoreRefused(
+                f"the schema sandledger is gone, or was made again, under this server ({error}): restore a backup, or "
+                "run `sandledger migrate` for an empty one"
+            ) from None
         except asyncio.CancelledError:
             self.broken = True
             raise
