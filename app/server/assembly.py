@@ -28,6 +28,7 @@ from app.store.database.dsn import address
 from app.store.database.installation import claim_master_key, read_installation
 from app.store.database.migrate import Migration, migrate
 from app.store.database.pool import RESERVED_AND_LISTENER_CONNECTIONS, Database
+from app.store.database.session import check_session
 from app.store.database.waiting import wait_until_there
 from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.refusals import Refusals
@@ -221,6 +222,7 @@ async def opened(
         check_schema(store)
         database = database_of(settings, store)
         stack.push_async_callback(database.close)
+        await check_session(database)
         installation, sealer = await _open_vault(settings, database)
         if database.login is not None and database.login.warning is not None:
             say(f"warning: {database.login.warning}")

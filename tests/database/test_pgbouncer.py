@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,6 +20,7 @@ from sqlalchemy import literal, select
 from app.errors import StoreRefused
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
+from app.store.database.session import check_session
 from app.store.database.statement import Statement
 from app.store.embedded.account import account_for
 from app.store.embedded.server import EmbeddedPostgres
@@ -140,3 +141,32 @@ async def test_session_mode_works_when_the_settings_are_the_logins_own(
     hearing.cancel()
     await asyncio.gather(hearing, return_exceptions=True)
     await through.close()
+
+
+SETTINGS = {
+    "search_path": "pg_catalog, sandledger, pg_temp",
+    "default_transaction_isolation": "'read committed'",
+    "synchronous_commit": "'on'",
+    '"TimeZone"': "'UTC'",
+    "idle_in_transaction_session_timeout": "'5s'",
+}
+
+
+@pytest.mark.parametrize(("mode", "refused"), [("session", False), ("transaction", True)])
+async def test_transaction_mode_is_found_at_the_start(bouncer: Bouncer, login: Any, mode: str, *, refused: bool):
+    """The login has all settings, so each single connection looks right."""
+    name, database, owner = login
+    role = await owner.fetchval("SELECT app_role FROM sandledger.installation")
+    for setting, value in {**SETTINGS, "role": f"'{role}'"}.items():
+        await owner.execute(f"ALTER ROLE {name} IN DATABASE {database} SET {setting} = {value}")
+    pooled = await bouncer.start(mode, IGNORED, name, database)
+    for _ in range(5):
+        through = Database(pooled)
+        with pytest.raises(StoreRefused, match=r"transaction mode.*pool_mode = session") if refused else nullcontext():
+            await check_session(through)
+        await through.close()
+
+
+async def test_without_a_pooler_a_connection_keeps_its_session(database: Database):
+    for _ in range(5):
+        await check_session(database)
