@@ -15,7 +15,6 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Power
 from app.domain.sandbox.state import Phase, Sandbox
-from app.domain.sandbox.transitions import PHASE_MOVES
 from app.domain.tenants import ANY_TENANT
 from app.errors import Conflict, Invalid, NotFound, PreconditionFailed, Rejected
 from app.service.sandboxes import Outcome, Service, StaleVersion
@@ -25,6 +24,7 @@ from app.store.log.signal import Signal
 from app.store.tables import sandboxes
 from app.views.current import changed_json, move, move_values
 from tests.support.hold import held
+from tests.support.moves import PHASE_MOVES
 from tests.support.sql import app_role, connected
 from tests.support.stream import META as ACTOR
 from tests.support.stream import TENANT, about, requested, seen

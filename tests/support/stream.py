@@ -19,6 +19,7 @@ from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power, Ve
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.sandbox.state import Phase, Sandbox, evolve
 from app.domain.stream import Actor, ActorKind, Meta, Recorded
+from tests.support.moves import PHASE_MOVES
 
 BEGIN = datetime.fromisoformat("2026-03-01T12:00:00+00:00")
 ID = UUID("0198f000-0000-7000-8000-000000000001")
@@ -112,7 +113,7 @@ class Stream:
             transitions.check(self.sandbox, event)
             self.sandbox = evolve(self.sandbox, self._record(event))
         move = (before.phase, self.sandbox.phase)
-        assert before.phase is self.sandbox.phase or move in transitions.PHASE_MOVES, f"{move} by {command}: {events}"
+        assert before.phase is self.sandbox.phase or move in PHASE_MOVES, f"{move} by {command}: {events}"
         if events:
             self._set_deadlines(before, events)
         return events

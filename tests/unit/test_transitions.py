@@ -9,6 +9,7 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox import transitions
 from app.domain.sandbox.state import Phase, RuntimeState
 from app.errors import IllegalTransition
+from tests.support.moves import PHASE_MOVES
 from tests.support.reachable import walk
 from tests.support.stream import BEGIN, Stream, in_phase, requested
 
@@ -23,7 +24,7 @@ def test_the_walk_is_not_trivial():
 
 def test_declared_moves_are_the_reachable_ones():
     _, moves, _ = walk()
-    assert moves == set(transitions.PHASE_MOVES)
+    assert moves == set(PHASE_MOVES)
 
 
 def test_declared_events_are_the_reachable_ones():

@@ -1,8 +1,8 @@
-"""The declared transition table: which event may be appended in which phase, and which phase may follow which.
+"""The declared transition table: which event may be appended in which phase.
 
-Checked twice. `check` runs before every append; the same phase pairs stand in PostgreSQL's `phase_transitions`, where
-a trigger on the head row refuses any other move (a test compares the two). A refusal here is a bug of ours, never a
-client's mistake: `decide` has already answered those.
+`check` runs before every append. Which phase may follow which stands in PostgreSQL's `phase_transitions`, where a
+trigger on the head row refuses any other move; tests compare it with the moves that this table makes possible. A
+refusal here is a bug of ours, never a client's mistake: `decide` has already answered those.
 """
 
 from __future__ import annotations
@@ -46,41 +46,6 @@ ALLOWED: Mapping[type[ev.Event], frozenset[Phase]] = {
     ev.Terminated: _STOPPING,
 }
 """Event -> phases in which it may be appended. `sandbox.requested` begins a stream and stands nowhere else."""
-
-PHASE_MOVES: frozenset[tuple[Phase, Phase]] = frozenset(
-    {
-        (Phase.PENDING, Phase.RUNNING),
-        (Phase.PENDING, Phase.RESUMING),
-        (Phase.PENDING, Phase.TERMINATED),
-        (Phase.PENDING, Phase.FAILED),
-        (Phase.PENDING, Phase.STOPPING),
-        (Phase.RUNNING, Phase.PAUSING),
-        (Phase.RUNNING, Phase.RESUMING),
-        (Phase.RUNNING, Phase.TERMINATED),
-        (Phase.RUNNING, Phase.FAILED),
-        (Phase.RUNNING, Phase.STOPPING),
-        (Phase.PAUSING, Phase.RUNNING),
-        (Phase.PAUSING, Phase.PAUSED),
-        (Phase.PAUSING, Phase.TERMINATED),
-        (Phase.PAUSING, Phase.FAILED),
-        (Phase.PAUSING, Phase.STOPPING),
-        (Phase.PAUSED, Phase.RESUMING),
-        (Phase.PAUSED, Phase.PAUSING),
-        (Phase.PAUSED, Phase.TERMINATED),
-        (Phase.PAUSED, Phase.FAILED),
-        (Phase.PAUSED, Phase.STOPPING),
-        (Phase.RESUMING, Phase.RUNNING),
-        (Phase.RESUMING, Phase.PAUSED),
-        (Phase.RESUMING, Phase.TERMINATED),
-        (Phase.RESUMING, Phase.FAILED),
-        (Phase.RESUMING, Phase.STOPPING),
-        (Phase.TERMINATED, Phase.STOPPING),
-        (Phase.FAILED, Phase.STOPPING),
-        (Phase.FAILED, Phase.TERMINATED),
-        (Phase.STOPPING, Phase.TERMINATED),
-    }
-)
-"""From -> to, across one append (which may hold several events)."""
 
 
 def check(sandbox: Sandbox, event: ev.Event) -> None:
