@@ -1,8 +1,12 @@
 """Settings: one TOML file and a few environment variables, read once, checked whole, then frozen.
 
-Protocol: `load` finds the file, judges its keys (`keys`, `unserved`), lays the environment over it (`environment`),
-converts to the structs of `schema`, and returns `Loaded`; the caller prints the warnings. A process that is about to
-listen calls `check_exposure`.
+Protocol: `load` (in `loading`) finds the file, judges its keys, lays the environment over it, converts to the structs
+of `schema`, and returns `Loaded`; the caller prints the warnings. A process that is about to listen calls
+`check_exposure`.
+
+Two modules are the room: `schema` has the keys, `loading` reads them. What they need stands apart, because it has
+another reason to change: `unserved` lists the public server's keys that have no effect yet, `keys` compares a file with
+both lists, `problems` puts the decoder's complaints into words, `dsn` hides passwords, `exposure` asks the resolver.
 
 Invariants: the struct types are the only list of served keys; nothing is read from the process environment except
 through the mapping `load` is given; no secret appears in a repr, a warning or an error.

@@ -320,7 +320,7 @@ class SandledgerSettings(Table, frozen=True):
     """`[sandledger]`: what the public server has no word for."""
 
     state_dir: Path = Path(".state")
-    """Embedded database and generated keys. `load` puts the default of this machine here, see `app.settings.files`."""
+    """Embedded database and generated keys. `load` (`app.settings.loading`) puts the default of this machine here."""
     master_key_file: Path | None = None
     """File of the key that seals secrets; None = one in `state_dir`. Not opened here."""
     master_key: MasterKey | None = None

@@ -13,7 +13,7 @@ from msgspec.inspect import StructType
 
 from app.errors import SettingsError
 from app.settings import Loaded, Settings, check_exposure, load, unserved
-from app.settings.files import CHECKOUT, default_state_dir
+from app.settings.loading import CHECKOUT, default_state_dir
 from app.settings.schema import fields_of
 
 CANARY = "c4nary-Value"
