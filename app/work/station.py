@@ -232,7 +232,8 @@ class Station:
             self._engine = await self._engines.register(self._sighting(info), self._meta)
             _LOG.warning("engine %s is registered: %s at %s, mark %s", self.name, info.kind, info.address, info.mark)
         mine = _named(await self._engines.view.standings(), self.name)
-        assert mine is not None, "engines are never deleted"
+        if mine is None:  # engines are never deleted, so this is another database than at the last contact
+            return self._wrong("the log does not know this engine any more: the database was replaced", info)
         await self._compare(mine, info)
         return None
 

@@ -512,3 +512,16 @@ async def test_workers_that_were_away_are_no_outage_of_the_engine(field: Field):
     assert await station.contact()
     assert reason_of(station, ended(137, NOW - timedelta(minutes=30))) is None
     assert await field.engine_told() == ["registered", "seen"]
+
+
+async def test_a_database_that_was_replaced_and_knows_no_engine_is_not_trusted(
+    field: Field, caplog: pytest.LogCaptureFixture
+):
+    station = field.station()
+    assert await station.confirm_identity()
+    stored = await field.sql("DELETE FROM engines RETURNING to_jsonb(engines)::text")
+    assert not await station.confirm_identity()
+    assert station.state is State.WRONG
+    assert "the database was replaced" in station.trouble
+    assert "Traceback" not in caplog.text
+    await field.sql("INSERT INTO engines SELECT * FROM jsonb_populate_record(NULL::engines, $1::jsonb)", stored[0][0])
