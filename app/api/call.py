@@ -35,11 +35,11 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Limits(Protocol):
-    """Bounds of a body."""
+    """What a body may have: bytes, and seconds on its way."""
 
     @property
     def body_limit(self) -> int:
-        """Bytes."""
+        """Most bytes of a body."""
         ...
 
     @property
@@ -49,7 +49,7 @@ class Limits(Protocol):
 
     @property
     def body_total_seconds(self) -> float:
-        """Until its end."""
+        """Longest time from the first byte of a body to its last."""
         ...
 
 
@@ -203,7 +203,7 @@ def uuid_in(text: str) -> UUID | None:
 
 
 def too_large(limit: int) -> Problem:
-    """413."""
+    """413, for a body that has, or announces, more bytes than `limit`."""
     return Problem(413, "GENERAL::BODY_TOO_LARGE", f"A body may have at most {limit} bytes.")
 
 

@@ -41,7 +41,7 @@ _CLOSE: Final = (b"connection", b"close")
 
 
 class Edge:
-    """The outermost layer."""
+    """The outermost layer: request id, HEAD, records of refusals, and the connection's end."""
 
     def __init__(self, inner: ASGIApp, context: ApiContext, methods: Mapping[str, str]) -> None:
         """Around the CORS layer, the gate and the router. `methods` gives each route's `Allow`."""

@@ -73,7 +73,7 @@ class Issue(Struct, frozen=True):
 
 
 class ErrorBody(Struct, frozen=True):
-    """Every error answer."""
+    """The JSON that every error answer has, whatever its status."""
 
     code: str
     message: str
@@ -103,7 +103,7 @@ class Problem(Exception):
 
     @property
     def body(self) -> bytes:
-        """As sent."""
+        """The JSON of the answer, as it is sent."""
         return msgspec.json.encode(ErrorBody(self.code, self.message, self.detail))
 
 
@@ -115,7 +115,7 @@ def malformed(*issues: Issue) -> Problem:
 
 
 def wrong(*loc: str | int, rule: str, kind: str = "value_error") -> Problem:
-    """422 for one place."""
+    """422 for one place of the request; `loc` leads there, `rule` says what it has to be."""
     return malformed(Issue(loc, rule, kind))
 
 
@@ -157,7 +157,7 @@ def _lower(rule: str) -> str:
 
 
 def forbidden(code: str, message: str) -> Problem:
-    """403."""
+    """403: this server does not take such a request, whoever sends it."""
     return Problem(403, code, message)
 
 

@@ -39,7 +39,7 @@ _FAILED = "failed"
 
 
 class Health(Struct, frozen=True):
-    """The process answers."""
+    """The answer of `/health`: the process serves requests, nothing more."""
 
     status: str = "healthy"
 
@@ -52,7 +52,7 @@ class Readiness(Struct, frozen=True):
 
 
 class VersionBody(Struct, frozen=True):
-    """Of this server."""
+    """The answer of `/version`: the version of this server."""
 
     version: str
 

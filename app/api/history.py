@@ -31,7 +31,7 @@ _EPOCH_HEADER = "Sandledger-Epoch"
 
 
 class ActorBody(Struct, frozen=True):
-    """Who did it."""
+    """Who caused an event, as clients see it."""
 
     kind: str
     id: str
@@ -75,7 +75,7 @@ class EventList(Struct, frozen=True):
 
 
 class History(ApiController):
-    """Events of one sandbox."""
+    """The feed of one sandbox's events, oldest first."""
 
     path = "/sandboxes/{sandboxId:str}/events"
     tags = ("sandboxes",)

@@ -28,7 +28,7 @@ _CLOCK = Statement(select(func.extract("epoch", func.clock_timestamp()).label("e
 
 
 class Finding(Struct, frozen=True):
-    """One line."""
+    """What was found about one subject, printed as one line."""
 
     subject: str
     fine: bool

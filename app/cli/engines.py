@@ -36,7 +36,7 @@ from app.views.overview import EngineLine, OverviewReader
 
 
 async def show(settings: Settings, say: Say, *, as_json: bool) -> None:
-    """Print every engine."""
+    """Print every engine that the log knows, as a table or as one JSON array."""
     async with database(settings, say) as opened:
         lines = await OverviewReader(opened).engines()
     if as_json:

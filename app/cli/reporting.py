@@ -26,7 +26,7 @@ def say(line: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON."""
+    """Print a value as one line of JSON on standard output."""
     click.echo(msgspec.json.encode(value))
 
 
@@ -36,7 +36,7 @@ def console() -> Console:
 
 
 def table(*headings: str, title: str | None = None) -> Table:
-    """An empty one."""
+    """A table with these columns and no rows yet."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for heading in headings:
         made.add_column(heading, overflow="fold")

@@ -99,7 +99,7 @@ def _at(address: Address | None) -> str:
 
 
 def render(history: list[ev.Recorded], out: Console) -> None:
-    """Print a table."""
+    """Print the history as a table, one event a row, and the state that it leads to."""
     made = table("position", "time (UTC)", "event", "actor", "what")
     for one in history:
         name = ev.REGISTRY.name_of(one.event)

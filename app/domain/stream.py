@@ -64,7 +64,7 @@ class Actor(Struct, frozen=True, omit_defaults=True):
 
 
 class Meta(Struct, frozen=True, omit_defaults=True):
-    """Stored beside every event."""
+    """Who and what led to an event; stored beside each, in the log for ever."""
 
     actor: Actor
     app_version: str

@@ -116,7 +116,7 @@ class Hint(Struct, frozen=True):
 
 
 class Driver(Protocol):
-    """One engine."""
+    """One engine, as the rest of the program knows it. `app.runtime.faults` says what the verbs raise."""
 
     name: str
     """The engine's name in the log, e.g. `default`."""

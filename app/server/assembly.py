@@ -45,7 +45,7 @@ MakeDriver: TypeAlias = Callable[[Settings, UUID], Driver]
 
 
 class Store(Struct, frozen=True):
-    """A running, migrated PostgreSQL."""
+    """A PostgreSQL that answers, with the schema as it was found or made."""
 
     dsn: str
     """The address with the login of servers."""

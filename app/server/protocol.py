@@ -48,7 +48,7 @@ _REASONS: Final = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection: uvicorn's protocol with the bounds that the module's docstring names."""
 
     head_within_seconds = 30.0
     idle_since: float = 0.0

@@ -38,7 +38,7 @@ def position_beyond(engine: Engine) -> int | None:
 
 
 class Engines:
-    """Commands about engines."""
+    """The write path of the engines' streams."""
 
     def __init__(self, database: Connections, signal: Signal, installation: UUID, view: EnginesView) -> None:
         self._database = database

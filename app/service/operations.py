@@ -23,7 +23,7 @@ _LOAD = Statement(select(table).where(table.c.id == bindparam("id", type_=Uuid))
 
 
 class OperationsLog:
-    """Records acts of administrators."""
+    """The operations stream of one installation: acts of administrators, and what they led to."""
 
     def __init__(self, database: Database, installation: UUID) -> None:
         self._database = database

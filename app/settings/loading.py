@@ -48,7 +48,7 @@ _BLANK_IS_UNSET = ("server.api_key", "store.postgresql.dsn", "store.postgresql.m
 
 
 class Loaded(NamedTuple):
-    """What `load` found."""
+    """What `load` found: the settings, and what the operator should be told about them."""
 
     settings: Settings
     source: Path | None

@@ -140,7 +140,7 @@ def _always(sandbox: Sandbox) -> dict[str, Any]:
 
 
 def begin_values(sandbox: Sandbox, timeout_s: float | None) -> dict[str, Any]:
-    """Parameters of `begin`."""
+    """Parameters of `begin`: the head row after the first events of a stream."""
     return {
         **_always(sandbox),
         **{name: _json(sandbox, name) for name in ("spec", *_JSON)},

@@ -145,7 +145,7 @@ async def still_open(connections: Connections, object_ids: Sequence[UUID]) -> se
 
 
 async def clock(connections: Connections) -> datetime:
-    """The database's."""
+    """The time by the database's clock, which is the one that counts."""
     return (await connections.fetch(_CLOCK))[0]["now"]
 
 

@@ -73,7 +73,7 @@ class Cursor(Struct, frozen=True):
 
 
 class Wanted(Struct, frozen=True):
-    """Which sandboxes."""
+    """Which sandboxes a list shows: tenant, filters, and whether ended ones count."""
 
     tenant: str
     phases: tuple[str, ...] | None = None

@@ -43,7 +43,7 @@ def _seconds(earlier: Any) -> Any:
 
 
 class EngineLine(Struct, frozen=True):
-    """One engine."""
+    """One engine as the workers last recorded it, with the ages of their last contact and sweep."""
 
     name: str
     kind: str
@@ -73,7 +73,7 @@ class QueueLine(Struct, frozen=True):
 
 
 class DeadlineLine(Struct, frozen=True):
-    """Deadlines of one name."""
+    """How many deadlines of one name there are, and how many are late."""
 
     name: str
     rows: int

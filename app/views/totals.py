@@ -49,7 +49,7 @@ _ENDS = (_NAMES.name_of(ev.TerminationRequested), _NAMES.name_of(ev.Expired))
 
 
 class Count(Struct, frozen=True):
-    """Of one tenant."""
+    """How many sandboxes of one tenant its lists show (`visible`), and how many it has had (`ever`)."""
 
     visible: int = 0
     ever: int = 0

@@ -24,18 +24,18 @@ from app.store.log.store import EventLog
 from app.store.tables import sandboxes
 
 Found: TypeAlias = Observed | Leftover
-_S = sandboxes.c
+_SANDBOXES = sandboxes.c
 _IDS = bindparam("ids", type_=ARRAY(Uuid))
 _KNOWN = Statement(
-    select(func.coalesce(_S.object_id, _S.id).label("object_id")).where(
+    select(func.coalesce(_SANDBOXES.object_id, _SANDBOXES.id).label("object_id")).where(
         # The index on object ids holds open sandboxes only. A closed one was made for its request: both ids are equal.
-        or_(_S.id == any_(_IDS), and_(_S.object_id == any_(_IDS), _S.closed_at.is_(None)))
+        or_(_SANDBOXES.id == any_(_IDS), and_(_SANDBOXES.object_id == any_(_IDS), _SANDBOXES.closed_at.is_(None)))
     )
 )
 
 
 class Beyond(Struct, frozen=True):
-    """The log went back."""
+    """An object on the engine was made for a later position than the log has: the log went back."""
 
     last_position: int
     """The end of the log."""

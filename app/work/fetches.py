@@ -85,7 +85,7 @@ class Flight:
         return {waiter.tenant for waiter in self.waiters.values()}
 
     def report(self, progress: str) -> None:
-        """How far it is."""
+        """Keep how far the pull is, in words for people, until the next beat writes it to the rows that wait."""
         self.progress = progress
 
 

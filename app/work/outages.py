@@ -44,7 +44,7 @@ class Outages:
         self.since = self.since or last_seen
 
     def end(self, now: datetime) -> None:
-        """It answers again."""
+        """The engine answers again at this time, so the outage under way has ended."""
         if self.since is not None:
             self._ended.append((self.since, now))
         self.since = None

@@ -83,7 +83,7 @@ class WorkPolicy(Struct, frozen=True):
 
     @property
     def slots(self) -> int:
-        """Slots in all."""
+        """How many sandboxes this worker works on at once."""
         return self.concurrency + self.spare_slots
 
     @property
@@ -93,5 +93,5 @@ class WorkPolicy(Struct, frozen=True):
 
     @property
     def grace(self) -> timedelta:
-        """`missing_grace` for the core."""
+        """For how long a missing object is not yet judged lost, as the core takes it."""
         return timedelta(seconds=self.missing_grace)

@@ -59,7 +59,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Swept(Struct, frozen=True):
-    """What a sweep found."""
+    """What a sweep compared, put into the queue and removed."""
 
     objects: int = 0
     sandboxes: int = 0

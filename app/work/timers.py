@@ -42,7 +42,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def interval(seconds: float, *, start: datetime | None = None, jitter: float | None = None) -> IntervalTrigger:
-    """Every so often."""
+    """A trigger that fires every so many seconds from `start` on; `jitter` moves each time, in seconds."""
     make: Any = IntervalTrigger
     return make(seconds=seconds, start_date=start, jitter=jitter, timezone=UTC)
 
@@ -170,7 +170,7 @@ class Timers:
         )
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the scheduler's thread. Once."""
         self._scheduler.start()
 
     @property

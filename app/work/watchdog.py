@@ -18,7 +18,7 @@ class Watchdog:
         self._stamped: dict[str, float] = {}
 
     def stamp(self, loop: str) -> None:
-        """This loop goes round."""
+        """Note that this loop goes round; a loop that never stamps is not watched."""
         self._stamped[loop] = time.monotonic()
 
     def forget(self, loop: str) -> None:

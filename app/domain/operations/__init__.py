@@ -39,7 +39,7 @@ class Operations(Struct, frozen=True):
 
 
 def evolve(operations: Operations | None, recorded: Recorded) -> Operations:
-    """The next state."""
+    """The stream's place in the log after this event. None = before its first event."""
     schema = REGISTRY.schema_of(recorded)
     if operations is None:
         return Operations(recorded.stream_id, recorded.tenant, recorded.version, recorded.position, schema)

@@ -58,7 +58,7 @@ class Placed(Struct, frozen=True, omit_defaults=True):
 
 
 class Renewed(Struct, frozen=True, omit_defaults=True):
-    """The expiry was changed."""
+    """The sandbox expires at another time than before."""
 
     expires_at: datetime
     previous: datetime | None = None

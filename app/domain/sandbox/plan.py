@@ -23,11 +23,11 @@ WAIT_INTERVAL = timedelta(seconds=5)
 
 
 class Place(Struct, frozen=True):
-    """Choose an engine."""
+    """Choose an engine for a sandbox that has none."""
 
 
 class Observe(Struct, frozen=True):
-    """Ask the engine first."""
+    """Ask the engine what is there, because nothing can be decided without it."""
 
 
 class Fetch(Struct, frozen=True):
@@ -39,7 +39,7 @@ class Ensure(Struct, frozen=True):
 
 
 class SetPower(Struct, frozen=True):
-    """Pause or resume."""
+    """Pause or resume the object on its engine."""
 
     power: Power
 

@@ -172,7 +172,7 @@ class Sandbox(Struct, frozen=True):
 
     @property
     def phase(self) -> Phase:
-        """The public state."""
+        """The public state, derived from what is wanted and what was observed."""
         return derive_phase(self)
 
     @property

@@ -36,7 +36,7 @@ class Created(Struct, frozen=True, rename="pascal"):
 
 
 class State(Struct, frozen=True, rename="pascal"):
-    """What the container does."""
+    """What `inspect` says about the container's process."""
 
     status: str
     started_at: datetime

@@ -53,7 +53,7 @@ DEFAULT_ADDRESS = "unix:///var/run/docker.sock"
 
 
 class DockerDriver:
-    """One Docker engine."""
+    """The verbs of `Driver` on one Docker engine."""
 
     kind = identity.KIND
 

@@ -67,7 +67,7 @@ class Pull(Struct, frozen=True):
 
 
 class FakeEngine:
-    """One engine."""
+    """An engine in memory that tests can break; several drivers may share it."""
 
     def __init__(self, clock: Clock = lambda: datetime.now(UTC)) -> None:
         self.containers: dict[str, FakeContainer] = {}
@@ -192,7 +192,7 @@ class FakeEngine:
             self.destroy(container.name)
 
     def destroy(self, name: str) -> None:
-        """Remove a container."""
+        """Remove a container behind the drivers' backs, as an outsider would."""
         self._publish(self.containers.pop(name), Change.REMOVED)
 
     def leave(self, installation: UUID, leftover: Leftover) -> None:
@@ -211,7 +211,7 @@ class FakeEngine:
             stream.put_nowait(None)
 
     def open_stream(self) -> asyncio.Queue[News | None]:
-        """Events from now on."""
+        """A queue of all events from now on."""
         stream: asyncio.Queue[News | None] = asyncio.Queue()
         self._streams.add(stream)
         return stream

@@ -50,7 +50,12 @@ class Installation(Struct, frozen=True):
 
 
 async def read_installation(database: Database) -> Installation:
-    """Read the row."""
+    """Read the row.
+
+    Raises:
+        SettingsError: it is not there; without it no object on an engine can be told to be ours.
+        StoreUnavailable: PostgreSQL does not answer, or lacks the schema.
+    """
     row = await database.fetch_one(_READ)
     if row is None:
         raise SettingsError("the table installation is empty; restore it from a backup, it names what is ours")

@@ -351,7 +351,7 @@ class Database(Pool):
                 await driver.close(timeout=_CLOSE_SECONDS)
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close every connection of both pools, when the statements under way have ended."""
         if self._attending is not None:
             self._attending.cancel()
         await asyncio.gather(super().close(), self.reserved.close())

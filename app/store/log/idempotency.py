@@ -27,7 +27,7 @@ class FirstRequest(Struct, frozen=True):
 
 
 class IdempotencyKeys:
-    """Reads idempotency keys."""
+    """Finds the stream that an Idempotency-Key made. Keys are written by the append itself."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -100,7 +100,7 @@ class MasterKeys:
 
 
 class Sealer:
-    """Seals, unseals, digests."""
+    """Seals and unseals the values of streams, and makes keyed digests. One per process."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ def decode_master_key(text: str, source: str) -> bytes:
 
 
 def generate_master_key() -> str:
-    """A new key, base64."""
+    """32 random bytes for a new master key, in base64."""
     return base64.b64encode(os.urandom(_KEY_BYTES)).decode()
 
 

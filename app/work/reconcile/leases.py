@@ -99,7 +99,7 @@ class Leases:
         return held
 
     def drop(self, held: Held) -> None:
-        """It has ended."""
+        """The run of this claim has ended, so the lease is extended no more."""
         self._held.discard(held)
         if not self._held:
             self._holding.clear()
@@ -110,7 +110,7 @@ class Leases:
             held.left = True
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Extend the leases of all held claims, and give up those that may have run out, until cancelled."""
         async with asyncio.TaskGroup() as loops:
             loops.create_task(self._beat_forever(), name="leases-beat")
             loops.create_task(self._watch_trust(), name="leases-trust")
@@ -136,7 +136,7 @@ class Leases:
             self.distrust()
 
     async def beat(self) -> None:
-        """Extend every held claim."""
+        """Extend the lease of every held claim in one statement; a claim that is not ours any more is lost."""
         now = asyncio.get_running_loop().time()
         watched = [held for held in self._held if not held.ending]
         if not watched:

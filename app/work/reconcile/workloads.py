@@ -30,9 +30,11 @@ from app.store.tables import sealed_values
 from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable
 
 _LOG = logging.getLogger(__name__)
-_S = sealed_values.c
+_COLUMNS = sealed_values.c
 _SEALED = Statement(
-    select(_S.key_id, _S.wrapped_key, _S.sealed).where(_S.stream_id == bindparam("stream_id", type_=Uuid))
+    select(_COLUMNS.key_id, _COLUMNS.wrapped_key, _COLUMNS.sealed).where(
+        _COLUMNS.stream_id == bindparam("stream_id", type_=Uuid)
+    )
 )
 
 
@@ -44,7 +46,7 @@ def ref_of(sandbox: Sandbox) -> Ref:
 
 
 class Workloads:
-    """Makes workloads."""
+    """Makes what a driver needs from a sandbox and its sealed values."""
 
     def __init__(self, database: Database, sealer: Sealer) -> None:
         self._database = database
