@@ -14,7 +14,7 @@ from app.server.listener import uvicorn_server
 from app.server.protocol import HttpProtocol
 from app.settings import ServerSettings, Settings
 from tests.api.conftest import KEY, body, client
-from tests.api.test_review_listener import _parsed, _say, listening
+from tests.api.test_review_listener import _parsed, say, listening
 
 HUGE = b"POST /v1/sandboxes HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n"
@@ -43,20 +43,20 @@ async def test_a_body_that_never_comes_does_not_keep_the_connection(port: int, m
 
 async def test_nor_does_one_with_the_key_to_a_path_that_takes_none(port: int):
     head = f"GET /v1/sandboxes HTTP/1.1\r\nOPEN-SANDBOX-API-KEY: {KEY}\r\nContent-Length: 5\r\n\r\n"
-    status, headers, _ = _parsed(await _say(port, head.encode()))
+    status, headers, _ = _parsed(await say(port, head.encode()))
     assert (status, headers["connection"]) == (200, "close")
 
 
 async def test_a_small_body_that_came_costs_nobody_the_connection(port: int):
     one = b"POST /v1/sandboxes HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}"
-    heard = await _say(port, one + HEALTH + b"Connection: close\r\n\r\n")
+    heard = await say(port, one + HEALTH + b"Connection: close\r\n\r\n")
     assert heard.startswith(b"HTTP/1.1 401")
     assert heard.count(b"HTTP/1.1 200") == 1
 
 
 async def test_who_asks_first_is_refused_without_being_told_to_begin(port: int):
     head = b"POST /v1/sandboxes HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 500\r\n\r\n"
-    heard = await _say(port, head)
+    heard = await say(port, head)
     assert heard.startswith(b"HTTP/1.1 401")
     assert b"100 Continue" not in heard
 
@@ -64,7 +64,7 @@ async def test_who_asks_first_is_refused_without_being_told_to_begin(port: int):
 async def test_a_client_that_sends_all_of_a_large_body_first_reads_why_it_was_refused(port: int):
     large = json.dumps(body(x="y" * 4_000_000)).encode()
     head = f"POST /v1/sandboxes HTTP/1.1\r\nHost: a\r\nContent-Length: {len(large)}\r\n\r\n"
-    assert _parsed(await _say(port, head.encode() + large))[0] == 401
+    assert _parsed(await say(port, head.encode() + large))[0] == 401
 
 
 async def test_pinned_connections_do_not_stop_an_honest_client(port: int):
@@ -75,7 +75,7 @@ async def test_pinned_connections_do_not_stop_an_honest_client(port: int):
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 401")
             writer.write(b"x")  # after the answer: it used to end the time that an idle connection has
         while True:
-            status, headers, problem = _parsed(await _say(port, HEALTH + b"Connection: close\r\n\r\n"))
+            status, headers, problem = _parsed(await say(port, HEALTH + b"Connection: close\r\n\r\n"))
             if status == 200:
                 break
             assert (status, problem["code"]) == (503, "GENERAL::TOO_MANY_CONNECTIONS")
@@ -91,7 +91,7 @@ async def _wait_for(app: Litestar, port: int, count: int) -> list[asyncio.Task[b
     sent = json.dumps(body()).encode()
     head = f"POST /v1/sandboxes HTTP/1.1\r\nHost: a\r\nOPEN-SANDBOX-API-KEY: {KEY}\r\nPrefer: wait=60\r\n"
     head += f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(sent)}\r\n\r\n"
-    waiting = [asyncio.create_task(_say(port, head.encode() + sent)) for _ in range(count)]
+    waiting = [asyncio.create_task(say(port, head.encode() + sent)) for _ in range(count)]
     async with asyncio.timeout(20), client(app, **{"open-sandbox-api-key": KEY}) as http:
         while (await http.get("/v1/sandboxes")).json()["pagination"]["totalItems"] < count:
             await asyncio.sleep(0.02)
@@ -101,7 +101,7 @@ async def _wait_for(app: Litestar, port: int, count: int) -> list[asyncio.Task[b
 async def test_a_full_server_refuses_like_everything_else(app: Litestar, context: ApiContext):
     async with listening(app, limit_concurrency=3) as port:
         waiting = await _wait_for(app, port, 3)
-        status, headers, problem = _parsed(await _say(port, HEALTH + b"\r\n"))
+        status, headers, problem = _parsed(await say(port, HEALTH + b"\r\n"))
         assert (status, problem["code"]) == (503, "GENERAL::TOO_MANY_CONNECTIONS")
         assert headers["content-type"] == "application/json"
         assert headers["connection"] == "close"
@@ -119,7 +119,7 @@ async def test_who_says_nothing_makes_room_for_who_asks(app: Litestar, context: 
         half[1].write(b"GET /health HT")
         async with asyncio.timeout(20):
             for _ in range(3):
-                assert _parsed(await _say(port, HEALTH + b"Connection: close\r\n\r\n"))[0] == 200
+                assert _parsed(await say(port, HEALTH + b"Connection: close\r\n\r\n"))[0] == 200
             assert await silent[0].read() == b"", "it waited longest"
             context.stopping.set()
             assert _parsed(await waiting[0])[0] == 202, "a request under way is left alone"

@@ -298,7 +298,7 @@ async def test_a_removal_that_lasts_too_long_is_the_operators_whatever_failed_be
     world: World, settings: Settings, capsys: pytest.CaptureFixture[str]
 ):
     sandbox_id = await fail(world, "IMAGE_NOT_FOUND", "no such image")
-    await world.service.execute(sandbox_id, cmd.Terminate(), META)
+    await world.service.execute(sandbox_id, ANY_TENANT, cmd.Terminate(), META)
     await world.owner("UPDATE reconcile_queue SET last_reason = 'IMAGE_NOT_FOUND'")
     limits = replace(settings.sandledger.deadlines, stopping_seconds=0)
     well, found, _ = await told(replace(settings, sandledger=replace(settings.sandledger, deadlines=limits)), capsys)
