@@ -6,8 +6,9 @@ one, where every sandbox of the log would be found missing. A person can know be
 * an object on the engine bears the engine's own id that the log has of it, which no other engine can show;
 * the log has no object there, and the engine calls itself by the same id as before.
 
-Without proof the command refuses, and `--force` takes the person's word. The event comes first, then the mark: whatever
-dies in between, no mark is there that nobody accounts for, and the command can be repeated.
+Without proof the command refuses, and `--force` takes the person's word. What would make the mark fail is looked at
+before. Then the event comes first and the mark after it: whatever dies in between, no mark is there that nobody
+accounts for, and the command can be repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from app.domain.engine.events import MARK_ABSENT
 from app.domain.engine.state import Engine
 from app.domain.sandbox.state import RuntimeState
 from app.errors import SettingsError
-from app.runtime.driver import Driver, EngineInfo, Observed
+from app.runtime.driver import Driver, EngineInfo, Misnamed, Observed
 from app.server.assembly import MakeDriver, docker_driver
 from app.service.engines import Engines
 from app.settings import Settings
@@ -105,14 +106,22 @@ async def restore_mark(
             if why != MARK_ABSENT:
                 raise SettingsError(
                     f"the engine at {info.address} bears another mark ({info.mark}) than engine {name} "
-                    f"({engine.mark}): it is not the same engine, or its mark was made anew by hand. Correct the "
-                    "address"
+                    f"({engine.mark}). If it is another engine, correct the address. If it is the same one and its "
+                    "mark was made anew, remove that volume (`docker volume ls` shows sandledger-mark-...) and run "
+                    "this again"
+                )
+            if info.name_taken is not None:
+                raise SettingsError(
+                    f"the engine at {info.address} has a volume {info.name_taken} that is not ours, in the place of "
+                    f"the mark. Remove it (`docker volume rm {info.name_taken}`) and run this again"
                 )
             expected, found = await _compare(opened, driver, name)
             if not force:
                 _demand_proof(engine, info, expected, found)
             await engines.execute(name, RestoreMark(expected, found), operator())
-            await driver.prepare(engine.mark)
+            made = (await driver.prepare(engine.mark)).mark
+            if made != engine.mark:
+                raise SettingsError(f"another mark ({made}) was made at the same moment; run this again")
         finally:
             await driver.close()
     say(
@@ -127,7 +136,11 @@ def _sighting(name: str, info: EngineInfo) -> Sighting:
 
 async def _compare(opened: Database, driver: Driver, name: str) -> tuple[int, int]:
     """How many objects the log has on the engine, and how many of them the engine shows under the same id."""
-    shown = {one.main.runtime_id async for one in driver.inventory() if isinstance(one, Observed) and one.main}
+    shown: set[str] = set()
+    async for one in driver.inventory():
+        observed = one.observed if isinstance(one, Misnamed) else one
+        if isinstance(observed, Observed) and observed.main is not None:
+            shown.add(observed.main.runtime_id)
     known = [
         sandbox.runtime_id
         async for sandbox in open_sandboxes(opened, name)

@@ -43,6 +43,7 @@ __all__ = [
     "Image",
     "Leftover",
     "Limits",
+    "Misnamed",
     "Observed",
     "Part",
     "Pausing",
@@ -72,6 +73,8 @@ class EngineInfo(Struct, frozen=True):
     capacity: Capacity = Capacity()
     live_restore: bool | None = None
     """Whether sandboxes outlive a restart of the engine. None = the engine does not say."""
+    name_taken: str | None = None
+    """The name of something that is not ours and has the place of the mark, so that none can be made."""
 
 
 class FetchedImage(Struct, frozen=True):
@@ -113,6 +116,15 @@ class Hint(Struct, frozen=True):
     change: Change = Change.OTHER
     at: datetime | None = None
     """By the engine's clock. None = the engine did not say."""
+
+
+class Misnamed(Struct, frozen=True):
+    """A container with the labels of an object of ours and another name: somebody renamed ours, or made a copy of it.
+
+    Only who knows the engine's ids of our objects can tell the two apart. Its labels are no reason to remove it.
+    """
+
+    observed: Observed
 
 
 class Driver(Protocol):
@@ -158,7 +170,7 @@ class Driver(Protocol):
         """
         ...
 
-    def inventory(self) -> AsyncIterator[Observed | Leftover]:
+    def inventory(self) -> AsyncIterator[Observed | Leftover | Misnamed]:
         """Everything that bears our installation label, by object. Raises rather than ends early."""
         ...
 

@@ -47,7 +47,7 @@ from app.domain.engine.decide import RecordLogWentBack, RecordSighting, RecordSi
 from app.domain.engine.state import Engine, EngineState
 from app.domain.stream import Meta
 from app.errors import RuntimeFault, StoreUnavailable
-from app.runtime.driver import Driver, EngineInfo, Observed
+from app.runtime.driver import Driver, EngineInfo, Misnamed, Observed
 from app.service.engines import Engines
 from app.store.database.statement import Connections
 from app.store.log.store import EventLog, LogIdentity
@@ -321,7 +321,8 @@ class Station:
         """Whether the log reaches as far as the objects on the engine."""
         try:
             async with asyncio.timeout(_INVENTORY_S):
-                objects = [found async for found in self.driver.inventory()]
+                # Labels travel with copies, so what has another name proves nothing.
+                objects = [found async for found in self.driver.inventory() if not isinstance(found, Misnamed)]
         except (RuntimeFault, TimeoutError) as error:
             self._gone(None, f"its objects could not be listed: {error or type(error).__name__}")
             return False

@@ -14,7 +14,8 @@ worker saw it in two sweeps as the same object, it is older than `orphan_grace`,
 database is asked once more. What was seen once is kept in memory: a worker that saw something compares once more by
 itself after `sweep_confirm` seconds, so the second sweep does not depend on which worker takes the next one. A worker
 that dies meanwhile only delays the removal. What was removed is told as `engine.leftover_removed`. The inventory holds
-only what bears our installation's label: strangers are out of reach.
+only what bears our installation's label: strangers are out of reach. A container that bears our labels under another
+name is reported and left alone, unless its id is the one that the log knows.
 
 **One sweep an engine.** `engines.swept_at` is compared and set in one statement, so one worker takes it. A worker that
 needs one, because it may have missed something, takes it unless another began after the need arose. A sweep that fails
@@ -43,7 +44,7 @@ from app.domain.engine.decide import RecordLeftover
 from app.domain.sandbox.state import Desired, RuntimeState
 from app.domain.stream import Meta
 from app.errors import RuntimeFault, RuntimeUnavailable, StoreUnavailable
-from app.runtime.driver import Driver, Leftover, Observed, Power, Ref
+from app.runtime.driver import Driver, Leftover, Misnamed, Observed, Power, Ref
 from app.service.engines import Engines
 from app.store.database.statement import Connections
 from app.store.log.signal import Signal
@@ -119,6 +120,7 @@ class Sweeper:
         self._confirm_at = float("inf")
         self._failing = False
         self._suspects: frozenset[tuple[str, str]] = frozenset()
+        self._reported: frozenset[str] = frozenset()
         station.when_usable(self.mark_due)
 
     def mark_due(self) -> None:
@@ -174,9 +176,12 @@ class Sweeper:
         overdue = await self._count_overdue()
         unserved = await self._count_unserved()
         await self._confirm()
-        found: list[Found] = [one async for one in self._driver.inventory()]
+        listed = [one async for one in self._driver.inventory()]
+        found: list[Found] = [one for one in listed if not isinstance(one, Misnamed)]
         objects: dict[UUID, Observed] = {one.object_id: one for one in found if isinstance(one, Observed)}
-        differing, known = await self._compare(objects)
+        renamed = {_runtime_id(one.observed): one.observed for one in listed if isinstance(one, Misnamed)}
+        differing, known = await self._compare(objects, renamed)
+        self._report_misnamed(renamed)
         strays = [one for one in found if one.object_id not in known]
         ahead = await beyond(self._connections, strays)
         if ahead is not None and not await self._station.log_went_back(ahead.last_position, ahead.found_position):
@@ -194,14 +199,40 @@ class Sweeper:
             trouble = self._station.trouble or "its identity was in doubt a moment ago"
             raise RuntimeUnavailable(f"engine {self._driver.name} is not confirmed: {trouble}")
 
-    async def _compare(self, objects: Mapping[UUID, Observed]) -> tuple[list[UUID], set[UUID]]:
+    async def _compare(
+        self, objects: Mapping[UUID, Observed], renamed: dict[str, Observed]
+    ) -> tuple[list[UUID], set[UUID]]:
+        """Ids of sandboxes that differ, and of objects that the log knows. Takes what it accounts for out of `renamed`.
+
+        The container that the log knows counts, even where another one with copied labels has its name.
+        """
         differing: list[UUID] = []
         known: set[UUID] = set()
         async for sandbox in differences.open_sandboxes(self._connections, self._driver.name, self._policy.sweep_page):
             known.add(sandbox.object_id)
-            if contradicts(sandbox, objects.get(sandbox.object_id)):
+            shown = objects.get(sandbox.object_id)
+            if (ours := renamed.pop(sandbox.runtime_id or "", None)) is not None:
+                if shown is not None:
+                    renamed[_runtime_id(shown)] = shown
+                shown = ours
+            if contradicts(sandbox, shown):
                 differing.append(sandbox.id)
         return differing, known
+
+    def _report_misnamed(self, unaccounted: Mapping[str, Observed]) -> None:
+        """Say once of each that it is there. It may be a person's copy, so nobody removes it."""
+        for runtime_id in unaccounted.keys() - self._reported:
+            one = unaccounted[runtime_id]
+            _LOG.warning(
+                "container %s (%s) on %s bears the labels of object %s and is not the one that the log knows: it is a "
+                "copy, or it was renamed before it was recorded. It is left alone; remove it yourself if you do not "
+                "want it",
+                _name(one),
+                runtime_id[:12],
+                self._driver.name,
+                one.object_id,
+            )
+        self._reported = frozenset(unaccounted)
 
     async def _remove_strays(self, strays: Sequence[Found]) -> tuple[str, ...]:
         """Remove those that were there before; remember the others."""
@@ -309,6 +340,10 @@ class Sweeper:
             else:
                 for stream_id in due:
                     self._signal.poke(stream_id)
+
+
+def _runtime_id(one: Observed) -> str:
+    return "" if one.main is None else one.main.runtime_id
 
 
 def _key(stray: Found) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from app.server.listener import uvicorn_server
 from app.server.protocol import HttpProtocol
 from app.settings import ServerSettings, Settings
 from tests.api.conftest import KEY, body, client
-from tests.api.test_review_listener import _parsed, say, listening
+from tests.api.test_review_listener import _parsed, listening, say
 
 HUGE = b"POST /v1/sandboxes HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n"

@@ -82,6 +82,14 @@ async def test_a_container_of_the_log_proves_it_and_work_goes_on(stage: Stage, s
     assert await stage.phase(kept) in (Phase.STOPPING, Phase.TERMINATED)
 
 
+async def test_a_renamed_container_proves_it_too(stage: Stage, settings: Settings):
+    worker = stage.worker()
+    sandbox_id = await stage.running(worker)
+    stage.engine.rename(sandbox_id, "renamed")
+    stage.engine.marks.clear()
+    assert "1 of 1 objects" in await restore(stage, settings)
+
+
 async def test_another_engine_proves_nothing(stage: Stage, settings: Settings):
     """A mark on the wrong engine would have every sandbox recorded as lost."""
     worker = stage.worker()
@@ -101,7 +109,8 @@ async def test_copies_of_labels_prove_nothing(stage: Stage, settings: Settings):
     other = FakeEngine()
     copied = stage.engine.of(sandbox_id)
     assert copied is not None
-    other.make("another", copied.work, stage.installation)  # its id is the first one's, so the copy has the second
+    other.make("a stranger")  # its id is the one that the log has, so the copies have others
+    other.make("a copy", copied.work, stage.installation)
     other.make(copied.name, copied.work, stage.installation)
     with pytest.raises(SettingsError, match="none of the 1 objects"):
         await restore(stage, settings, other)
@@ -170,10 +179,17 @@ async def test_on_a_real_engine(stage: Stage, settings: Settings, docker_host: s
 
                 await until(is_wrong)
                 said: list[str] = []
+                # What a person would try first. No event may say that a mark was made then.
+                await docker.volumes.create({"Name": volume})
 
                 def make(_settings: Settings, installation: UUID) -> Driver:
                     return connect(DockerOptions(installation=installation), docker_host)
 
+                with pytest.raises(SettingsError, match=f"docker volume rm {volume}"):
+                    await cli.restore_mark(settings, driver.name, said.append, force=True, make_driver=make)
+                history = await stage.engines.history(driver.name)
+                assert not any(isinstance(one.event, engine_events.MarkRestored) for one in history)
+                await (await docker.volumes.get(volume)).delete()
                 await cli.restore_mark(settings, driver.name, said.append, force=False, make_driver=make)
                 assert "1 of 1 objects" in said[-1]
 

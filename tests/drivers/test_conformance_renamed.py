@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from app.domain.sandbox.observed import Ref
-from app.runtime.driver import Observed, Power, Workload
+from app.runtime.driver import Misnamed, Observed, Power, Workload
 from tests.drivers.looks import Eventually, exited, heard, id_of, inventory, power_of
 from tests.drivers.rig import Rig
 from tests.drivers.rigs import DockerRig
@@ -70,6 +70,21 @@ async def test_where_two_are_there_both_are_removed(rig: Rig):
     assert not await rig.exists(f"sandbox-{work.ref.object_id}")
 
 
+async def test_a_copy_under_its_name_is_not_taken_for_it(rig: Rig):
+    """A pause of the copy, or its removal alone, would leave the real one running with nobody knowing."""
+    work, seen, name = await renamed(rig)
+    copy = await rig.driver.ensure(msgspec.structs.replace(work, ref=Ref(work.ref.object_id)))
+    found = await rig.driver.observe(work.ref)
+    assert found is not None
+    assert id_of(found) == id_of(seen)
+    await rig.driver.set_power(work.ref, Power.PAUSED)
+    by_name = await rig.driver.observe(Ref(work.ref.object_id))
+    assert by_name is not None
+    assert (id_of(by_name), by_name.power) == (id_of(copy), Power.RUNNING)
+    assert await rig.driver.remove(work.ref) is True
+    assert not await rig.exists(name)
+
+
 async def test_its_end_is_heard(rig: Rig, eventually: Eventually):
     work, _, _ = await renamed(rig)
     async with heard(rig, eventually) as ids:
@@ -92,10 +107,16 @@ async def test_an_id_of_another_installation_or_object_is_a_strangers(rig: Rig):
     assert await power_of(rig.driver, ours.ref) is Power.RUNNING
 
 
-async def test_the_inventory_does_not_show_it(rig: Rig):
-    """A listing cannot tell it from a copy. The sweep then asks for it by its id."""
-    work, _, _ = await renamed(rig)
+async def test_the_inventory_shows_it_apart(rig: Rig):
+    """A listing cannot tell it from a copy. Who knows its id can."""
+    work, seen, name = await renamed(rig)
     assert await inventory(rig.driver) == []
+    (found,) = [one async for one in rig.driver.inventory()]
+    assert isinstance(found, Misnamed)
+    assert (found.observed.object_id, id_of(found.observed)) == (work.ref.object_id, id_of(seen))
+    assert found.observed.main is not None
+    assert (found.observed.main.name, found.observed.power) == (name, Power.RUNNING)
+    assert [one async for one in rig.elsewhere().inventory()] == []
     await rig.driver.remove(work.ref)
 
 

@@ -12,7 +12,7 @@ from app.runtime.docker import names
 from app.runtime.docker.answers import Inspected, Listed, listed, made_at
 from app.runtime.docker.engine import Engine, Refused, trouble
 from app.runtime.docker.verdicts import remove_verdict
-from app.runtime.driver import Leftover, Observed, Ref
+from app.runtime.driver import Leftover, Misnamed, Observed, Ref
 
 
 class Containers:
@@ -32,10 +32,17 @@ class Containers:
             raise trouble("show a container", refused) from None
 
     async def ours(self, ref: Ref) -> tuple[Inspected, names.Identity] | None:
-        """The part `main` of an object, by its name, else by the id that the log knows. None = none of ours."""
-        shown = await self.show(names.container_name(ref.object_id))
+        """The part `main` of an object, by the id that the log knows, else by its name. None = none of ours.
+
+        The id comes first: where a person renamed the container, another one with copied labels may have its name.
+        """
+        return await self.known(ref) or await self.named(ref.object_id)
+
+    async def named(self, object_id: UUID) -> tuple[Inspected, names.Identity] | None:
+        """The container that has the derived name and our labels."""
+        shown = await self.show(names.container_name(object_id))
         identity = None if shown is None else shown.identity(self._installation)
-        return (shown, identity) if shown is not None and identity is not None else await self.known(ref)
+        return (shown, identity) if shown is not None and identity is not None else None
 
     async def known(self, ref: Ref) -> tuple[Inspected, names.Identity] | None:
         """The container that bears the id that the log knows, whatever its name is now."""
@@ -67,7 +74,7 @@ class Containers:
         if shown is not None and identity is not None and identity.role == leftover.role:
             await self.delete(shown.id, identity.name)
 
-    async def list(self) -> list[Observed | Leftover]:
+    async def list(self) -> list[Observed | Leftover | Misnamed]:
         """Everything of ours, grouped by object, from one listing that is read whole. No exits and no addresses."""
         filters = {"label": [f"{names.INSTALLATION}={self._installation}"]}
         params = {"all": "1", "filters": msgspec.json.encode(filters).decode()}
@@ -78,10 +85,13 @@ class Containers:
         except Refused as refused:
             raise trouble("list containers", refused) from None
         objects: dict[UUID, list[tuple[names.Identity, Listed]]] = {}
+        misnamed: list[Misnamed] = []
         for row in rows:
             if identity := row.identity(self._installation):
                 objects.setdefault(identity.object_id, []).append((identity, row))
-        return [one for parts in objects.values() for one in _grouped(parts)]
+            elif (said := names.labelled(row.labels or {}, self._installation)) and said.role == names.MAIN:
+                misnamed.append(_misnamed(said, row))
+        return [*(one for parts in objects.values() for one in _grouped(parts)), *misnamed]
 
 
 def _grouped(parts: list[tuple[names.Identity, Listed]]) -> list[Observed | Leftover]:
@@ -91,6 +101,11 @@ def _grouped(parts: list[tuple[names.Identity, Listed]]) -> list[Observed | Left
         if identity.role == names.MAIN:
             return [listed(row, identity, shown)]
     return [_leftover(identity, row) for identity, row in parts]
+
+
+def _misnamed(identity: names.Identity, row: Listed) -> Misnamed:
+    name = next(iter(row.names or ()), "").removeprefix("/")
+    return Misnamed(listed(row, identity, (Part(identity.role, row.id, name),)))
 
 
 def _leftover(identity: names.Identity, row: Listed) -> Leftover:

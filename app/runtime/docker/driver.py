@@ -2,8 +2,9 @@
 
 Invariants.
 
-* Verbs act on the container id that an inspect call has shown to be ours, never on a name. A container that a person
-  has renamed is found by the id that the log knows.
+* Verbs act on the container id that an inspect call has shown to be ours, never on a name. The id that the log knows
+  comes before the name, so a container that a person has renamed is found, and a copy under its name is not taken for
+  it.
 * "None" was answered by the engine; anything less raises `RuntimeUnavailable`.
 * No verb waits for what the engine does by itself: `ensure` never pulls, `remove` answers False while a removal that
   somebody else asked for is under way.
@@ -41,6 +42,7 @@ from app.runtime.driver import (
     Hint,
     Image,
     Leftover,
+    Misnamed,
     Observed,
     Pausing,
     Power,
@@ -107,11 +109,11 @@ class DockerDriver:
 
     async def remove(self, ref: Ref) -> bool:
         """Kill and remove, anonymous volumes too."""
-        found = await self._containers.ours(ref)
+        found = await self._containers.named(ref.object_id)
         gone = found is None or await self._remove(*found)
-        if found is None or found[0].id == ref.runtime_id:
+        if found is not None and found[0].id == ref.runtime_id:
             return gone
-        # Another one has the name. The one that the log knows may still run under a name that a person gave it.
+        # The one that the log knows may run under a name that a person gave it.
         known = await self._containers.known(ref)
         return (known is None or await self._remove(*known)) and gone
 
@@ -119,7 +121,7 @@ class DockerDriver:
         # A container that the engine is removing would answer a second request with "in progress".
         return shown.state.status != REMOVING and await self._containers.delete(shown.id, whose.name)
 
-    async def inventory(self) -> AsyncIterator[Observed | Leftover]:
+    async def inventory(self) -> AsyncIterator[Observed | Leftover | Misnamed]:
         """Everything of ours, by object."""
         for one in await self._containers.list():
             yield one

@@ -59,7 +59,7 @@ async def check(engine: Engine, installation: UUID, can: Capabilities) -> Engine
         version = await engine.negotiate()
         _demand_api(engine, version)
         info = await engine.ask("info", Info)
-        mark = await _find_mark(engine, installation)
+        mark, taken = await _find_mark(engine, installation)
     except Refused as refused:
         raise trouble("say who it is", refused) from None
     return EngineInfo(
@@ -69,21 +69,24 @@ async def check(engine: Engine, installation: UUID, can: Capabilities) -> Engine
         engine_id=storable(info.id),
         address=engine.address,
         mark=mark,
+        name_taken=taken,
         capabilities=can,
         capacity=Capacity(info.cpus * NANO or None, info.memory or None),
         live_restore=info.live_restore,
     )
 
 
-async def _find_mark(engine: Engine, installation: UUID) -> str | None:
+async def _find_mark(engine: Engine, installation: UUID) -> tuple[str | None, str | None]:
+    """The mark, and the name of a volume that has its place and is not ours."""
     name = names.mark_name(installation)
     try:
         volume = await engine.ask(f"volumes/{name}", Volume, limit=engine.times.volume)
     except Refused as refused:
         if refused.status == HTTPStatus.NOT_FOUND:
-            return None
+            return None, None
         raise
-    return names.mark_in(volume.name, volume.labels or {}, installation)
+    mark = names.mark_in(volume.name, volume.labels or {}, installation)
+    return mark, name if mark is None else None
 
 
 def _demand_api(engine: Engine, version: Version) -> None:

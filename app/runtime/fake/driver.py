@@ -24,6 +24,7 @@ from app.runtime.driver import (
     Hint,
     Image,
     Leftover,
+    Misnamed,
     Observed,
     Part,
     Power,
@@ -112,10 +113,11 @@ class FakeDriver:
         if found is not None and observed.main is not None and found.runtime_id == observed.main.runtime_id:
             gone = self.engine.remove(found.name)
         await self._leave("remove")
-        # Where two were there, the one that the log knows is left.
-        return gone and (self._recorded(ref) is None or await self.remove(ref))
+        # Where two were there, the one that has the name is left.
+        again = gone and ref.runtime_id is not None and self._ours(ref) is not None
+        return await self.remove(ref) if again else gone
 
-    async def inventory(self) -> AsyncIterator[Observed | Leftover]:
+    async def inventory(self) -> AsyncIterator[Observed | Leftover | Misnamed]:
         """Everything of ours, without exits, addresses and GPUs, from one listing."""
         await self._enter("list")
         rows = [] if self.engine.empty_listing else list(self.engine.containers.values())
@@ -123,10 +125,11 @@ class FakeDriver:
         await self._leave("list")
         for row in rows:
             object_id = row.object_id
-            if object_id is not None and row is self.engine.of(object_id) and row.installation == self.installation:
-                observed = self._observed(row, object_id)
-                bare = replace(observed, exit=None, started_at=None, address=None, image_digest=None)
-                yield replace(bare, waiting=None, gpus=None)
+            if object_id is None or row.installation != self.installation:
+                continue
+            shown = self._observed(row, object_id)
+            shown = replace(shown, exit=None, started_at=None, address=None, image_digest=None, waiting=None, gpus=None)
+            yield shown if row is self.engine.of(object_id) else Misnamed(shown)
         for installation, leftover in leftovers:
             if installation == self.installation:
                 yield leftover
@@ -267,9 +270,11 @@ class FakeDriver:
         return self._observed(found, object_id, adopted=adopted)
 
     def _ours(self, ref: Ref) -> FakeContainer | None:
-        """By its name, else by the id that the log knows."""
+        """By the id that the log knows, else by its name."""
+        if (recorded := self._recorded(ref)) is not None:
+            return recorded
         found = self.engine.of(ref.object_id)
-        return found if found is not None and self._is_of(found, ref) else self._recorded(ref)
+        return found if found is not None and self._is_of(found, ref) else None
 
     def _recorded(self, ref: Ref) -> FakeContainer | None:
         found = self.engine.with_id(ref.runtime_id)
