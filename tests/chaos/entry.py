@@ -70,9 +70,11 @@ def make_driver(settings: Settings, installation: UUID) -> Driver:
     """The real driver, with the trace on its session.
 
     The installation is noted beside the configuration: the test removes what it has on the engine, also when the
-    database is away by then.
+    database is away by then. It is noted in one step, because a kill may come at any moment.
     """
-    Path(sys.argv[1]).with_suffix(".installation").write_text(str(installation))
+    noted = Path(sys.argv[1]).with_suffix(".installation")
+    noted.with_suffix(".noting").write_text(str(installation))
+    noted.with_suffix(".noting").replace(noted)
     driver = docker_driver(settings, installation)
     wanted = os.environ.get("DIE_AT")
     if wanted and isinstance(driver, DockerDriver):
