@@ -3,6 +3,9 @@
 A `Call` is made by `app.api.edge` before any routing, so it exists for every answer, also for one to a path that does
 not exist. It counts what arrives of the body: an answer may only leave the connection open when the whole body has
 arrived, because the next request begins where the body ends.
+
+When the process is asked to stop, nobody waits for bodies any more: a request whose body is not here is answered 503 at
+once. Otherwise slow clients would hold up the stop until uvicorn cancels their requests, which they see as 500.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import asyncio
 import hashlib
 import re
 import uuid
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from typing import Final, Protocol, cast
 from uuid import UUID
 
@@ -19,7 +23,7 @@ from litestar.types import HTTPScope, Receive, ReceiveMessage, Scope, WebSocketS
 
 from app import __version__
 from app.api.auth import API_KEY, Principal
-from app.api.errors import Problem
+from app.api.errors import STOPPING, Problem
 from app.domain.stream import Meta
 
 REQUEST_ID: Final = "x-request-id"
@@ -50,6 +54,11 @@ class Limits(Protocol):
     @property
     def body_total_seconds(self) -> float:
         """Longest time from the first byte of a body to its last."""
+        ...
+
+    @property
+    def stopping(self) -> asyncio.Event:
+        """Set when the process is asked to stop; no body is waited for then."""
         ...
 
 
@@ -88,7 +97,7 @@ class Call:
         self.sandbox_id: UUID | None = None
         """The sandbox that an earlier create with this Idempotency-Key made; other commands name theirs in the path."""
         self.stalled = False
-        """Whether the body stopped coming."""
+        """Whether the rest of the body is not waited for: it stopped coming, or the process stops."""
         headers = self.headers
         for raw_name, raw_value in scope["headers"]:
             name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
@@ -133,7 +142,7 @@ class Call:
         """The whole body.
 
         Raises:
-            Problem: 413, 408, or 400 when the client leaves.
+            Problem: 413, 408, 503 when the process stops, or 400 when the client leaves.
         """
         chunks: list[bytes] = []
         size = 0
@@ -154,16 +163,32 @@ class Call:
     async def _piece(self, until: float) -> ReceiveMessage:
         now, idle = asyncio.get_running_loop().time(), self.limits.body_idle_seconds
         try:
-            async with asyncio.timeout_at(min(now + idle, until)):
+            async with self._waiting(min(now + idle, until)):
                 return await self.receive()
         except TimeoutError:
             self.stalled = True
+            if self.limits.stopping.is_set():
+                raise _stopping() from None
             total = self.limits.body_total_seconds
             raise Problem(
                 408,
                 "GENERAL::REQUEST_TIMEOUT",
                 f"The body did not arrive in time: {idle:g} s for each piece, {total:g} s in all.",
             ) from None
+
+    @asynccontextmanager
+    async def _waiting(self, until: float) -> AsyncGenerator[None]:
+        """Wait for bytes of the client: until that time of the loop, or until the process is asked to stop.
+
+        Raises:
+            TimeoutError: for either. What has arrived already is taken also when the process stops.
+        """
+        async with asyncio.timeout_at(until) as timer:
+            watch = asyncio.create_task(_expire(timer, self.limits.stopping))
+            try:
+                yield
+            finally:
+                watch.cancel()
 
     async def arrived(self) -> bool:
         """Take what of the body is here already, without waiting. Says whether that was the rest of it.
@@ -172,7 +197,9 @@ class Call:
         sent none; taking a piece would ask it to begin.
         """
         if not self.ended and not self.stalled and "expect" not in self.headers:
-            await self._discard(0, _PENDING_BYTES)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    await self._discard(_PENDING_BYTES)
         return self.ended
 
     async def linger(self) -> None:
@@ -181,20 +208,36 @@ class Call:
         A socket that is closed while the client still sends is reset, and the client may never read the answer.
         """
         if not self.stalled:
-            await self._discard(LINGER_SECONDS, LINGER_BYTES)
+            with suppress(TimeoutError):
+                async with self._waiting(asyncio.get_running_loop().time() + LINGER_SECONDS):
+                    await self._discard(LINGER_BYTES)
 
-    async def _discard(self, seconds: float, most: int) -> None:
+    async def _discard(self, most: int) -> None:
         size = 0
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while not self.ended and size <= most:
-                    message = await self.receive()
-                    size += len(message.get("body", b"")) if message["type"] == "http.request" else 0
+        while not self.ended and size <= most:
+            message = await self.receive()
+            size += len(message.get("body", b"")) if message["type"] == "http.request" else 0
 
     async def disconnected(self) -> None:
         """Return when the client has gone. Only after the body was read, or where there is none."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+
+async def _expire(timer: asyncio.Timeout, stopping: asyncio.Event) -> None:
+    """End a wait when the process is asked to stop."""
+    await stopping.wait()
+    if not timer.expired():
+        timer.reschedule(asyncio.get_running_loop().time())
+
+
+def _stopping() -> Problem:
+    return Problem(
+        503,
+        STOPPING,
+        "The server stops, and the body of the request has not arrived; send it again.",
+        headers=[("retry-after", "1")],
+    )
 
 
 def uuid_in(text: str) -> UUID | None:

@@ -55,4 +55,5 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     ready_cache_seconds: float = 2
     """How long an answer of `/ready` holds."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the process is asked to stop; requests that wait then answer what they have."""
+    """Set when the process is asked to stop; requests that wait then answer what they have, or 503 when it is
+    their body that they wait for."""

@@ -10,7 +10,7 @@ written because the database is away, the refusal is still answered.
 
 An answer to a request whose body has not arrived whole says `Connection: close`. The rest of the body is then thrown
 away for two seconds at most, and the connection is closed. Otherwise a caller without a key could announce a huge body,
-send none of it, and hold the connection for ever.
+send none of it, and hold the connection for ever. When the process is asked to stop, neither is waited for.
 
 `Gate` lies inside Litestar's CORS layer, because a preflight has no key and a 401 must be readable by the page. It
 lets a request through with its principal, see `app.api.auth`. Browsers of other origins may call, without

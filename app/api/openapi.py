@@ -32,7 +32,7 @@ from litestar.router import Router
 from msgspec import Struct
 
 from app import __version__
-from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, VALIDATION, ErrorBody, Issue
+from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, STOPPING, VALIDATION, ErrorBody, Issue
 
 _DESCRIPTION: Final = """\
 Lifecycle of sandboxes. Every request that changes something becomes an event in an append-only log. Every refused
@@ -55,7 +55,7 @@ _STATUSES: Final = {
     422: "The request does not have the right shape. `detail` says where.",
     500: "A fault of the server.",
     501: "A part of the contract that is not served yet, or not by this runtime.",
-    503: "The database is not reachable at the moment, or the server has too many connections.",
+    503: "The database is not reachable at the moment, the server has too many connections, or it stops.",
 }
 _ID: Final = "0197a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"
 _CODES: Final[Mapping[str, tuple[int, str]]] = {
@@ -88,12 +88,14 @@ _CODES: Final[Mapping[str, tuple[int, str]]] = {
     "SANDBOX::API_NOT_SUPPORTED": (501, "volumes is not served yet."),
     "GENERAL::STORE_UNAVAILABLE": (503, "The database is not reachable at the moment; try again."),
     "GENERAL::TOO_MANY_CONNECTIONS": (503, "The server has too many connections; try again."),
+    STOPPING: (503, "The server stops, and the body of the request has not arrived; send it again."),
 }
 BODY: Final = (
     "GENERAL::REQUEST_TIMEOUT",
     "GENERAL::BODY_TOO_LARGE",
     "GENERAL::UNSUPPORTED_MEDIA_TYPE",
     VALIDATION,
+    STOPPING,
 )
 """Codes of every handler that takes a body."""
 COMMAND: Final = (

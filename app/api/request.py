@@ -87,7 +87,7 @@ class ApiRequest(Request[Principal, Any, State]):
         """All of it, also when it comes in chunks of unannounced length.
 
         Raises:
-            Problem: 415, 413, 408, or 422 when it is empty.
+            Problem: 415, 413, 408, 503 when the process stops, or 422 when it is empty.
         """
         call = self.call
         if not _says_json(call.headers.get("content-type", "")):

@@ -7,8 +7,8 @@ there, or a wrong key is.
 A database or a schema that is gone later is waited for: requests are answered 503, the log says why. When it comes back
 as another installation the process ends with exit code 1, see `app.store.database.installation`.
 
-Stop (SIGTERM or SIGINT): the listener closes, requests in flight finish within `timeout_graceful_shutdown`, the worker
-hands its leases back, nothing is marked failed. A second signal ends the process at once; leases then run out and
+Stop (SIGTERM or SIGINT): the listener closes, requests whose body has not arrived are answered 503 at once, other
+requests in flight finish within `timeout_graceful_shutdown`, the worker hands its leases back, nothing is marked failed. A second signal ends the process at once; leases then run out and
 another worker, or this one after its restart, goes on from the log.
 """
 
