@@ -8,8 +8,9 @@ A database or a schema that is gone later is waited for: requests are answered 5
 as another installation the process ends with exit code 1, see `app.store.database.installation`.
 
 Stop (SIGTERM or SIGINT): the listener closes, requests whose body has not arrived are answered 503 at once, other
-requests in flight finish within `timeout_graceful_shutdown`, the worker hands its leases back, nothing is marked failed. A second signal ends the process at once; leases then run out and
-another worker, or this one after its restart, goes on from the log.
+requests in flight finish within `timeout_graceful_shutdown`, the worker hands its leases back, nothing is marked
+failed. A second signal ends the process at once; leases then run out and another worker, or this one after its restart,
+goes on from the log.
 """
 
 from __future__ import annotations

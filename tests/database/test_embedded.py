@@ -336,3 +336,55 @@ def test_data_that_became_unreachable_are_not_replaced_by_new_ones(folder: Path)
     (folder / "open").chmod(0o700)
     with pytest.raises(SettingsError, match="cannot enter a folder above it"):
         EmbeddedPostgres.start(folder / "open" / "state")
+
+
+def drop_database(dsn: str) -> None:
+    sql(dsn.replace("/sandledger?", "/postgres?"), "DROP DATABASE sandledger WITH (FORCE)")
+
+
+def databases(dsn: str) -> str:
+    return sql(dsn.replace("/sandledger?", "/postgres?"), "SELECT string_agg(datname, ' ') FROM pg_database")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_server_does_not_make_a_lost_database_again(state: Path, killed: bool) -> None:
+    server = EmbeddedPostgres.start(state)
+    try:
+        server.revive()
+        drop_database(server.dsn)
+        if killed:
+            postmaster(server.data_dir).kill()
+        with pytest.raises(SettingsError, match="restore a backup.*or remove the state directory") as told:
+            server.revive()
+        assert str(server.data_dir) in str(told.value)
+        assert "sandledger" not in databases(server.dsn)
+        with pytest.raises(SettingsError, match="restore a backup"):
+            EmbeddedPostgres.start(state)
+        assert "sandledger" not in databases(server.dsn)
+    finally:
+        server.stop()
+
+
+def test_a_server_does_not_make_a_lost_cluster_again(state: Path) -> None:
+    server = EmbeddedPostgres.start(state)
+    try:
+        server.stop()
+        shutil.rmtree(server.data_dir)
+        with pytest.raises(SettingsError, match="restore a backup"):
+            server.revive()
+        assert not server.data_dir.exists()
+    finally:
+        server.stop()
+
+
+def test_a_restored_database_is_used(state: Path) -> None:
+    server = EmbeddedPostgres.start(state)
+    try:
+        drop_database(server.dsn)
+        with pytest.raises(SettingsError, match="restore a backup"):
+            server.revive()
+        sql(server.dsn.replace("/sandledger?", "/postgres?"), "CREATE DATABASE sandledger")
+        server.revive()
+        assert sql(server.dsn, "SELECT 1") == "1"
+    finally:
+        server.stop()

@@ -52,14 +52,20 @@ class Account(Struct, frozen=True):
     gid: int
 
     def spawn(
-        self, *argv: str | Path, keep: Sequence[int] = (), output: int = subprocess.PIPE
+        self,
+        *argv: str | Path,
+        keep: Sequence[int] = (),
+        output: int = subprocess.PIPE,
+        source: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[str]:
-        """Start a program as this account, with a bare environment. OSError when the program cannot be executed."""
+        """Start a program as this account, with a bare environment; it reads from `source`. OSError when the program
+        cannot be executed.
+        """
         switch = self.uid != os.geteuid()
         try:
             return subprocess.Popen(  # noqa: S603 - argv is ours, no shell
                 argv,
-                stdin=subprocess.DEVNULL,
+                stdin=source,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd="/",
@@ -79,9 +85,9 @@ class Account(Struct, frozen=True):
                 ) from error
             raise
 
-    def run(self, *argv: str | Path, keep: Sequence[int] = ()) -> tuple[int, str]:
+    def run(self, *argv: str | Path, keep: Sequence[int] = (), source: int = subprocess.DEVNULL) -> tuple[int, str]:
         """Run a program to its end: exit code, and what it printed."""
-        with self.spawn(*argv, keep=keep) as process:
+        with self.spawn(*argv, keep=keep, source=source) as process:
             printed, _ = process.communicate()
         return process.returncode, printed.strip()
 

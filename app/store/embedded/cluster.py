@@ -3,15 +3,16 @@
 This module does not know who else uses the cluster: callers hold the locks of `app.store.embedded.server`, and
 `launch` hands the one for the postmaster down to every process that it starts.
 
-**Invariants.** `data` is complete or absent: initdb works in `data.new`, which is synced and renamed; a `data.new` that
-exists was left by a kill and is made again. The postmaster has its own session, no standard input, none of our files
-but the lock and none of our environment. It listens on a socket only, in a folder (0700) that only its account and
-root can enter, which is why `trust` is enough. No statement, parameter or key value reaches its log: errors of clients
-go to the clients only, and details are cut. Configuration lies beside `data`, written at every start; the operator's
-own is `ALTER SYSTEM`, which wins.
+**Invariants.** `data` is complete or absent: initdb works in `data.new`, which gets the database of ours too, is synced
+and renamed; a `data.new` that exists was left by a kill and is made again. So a cluster without the database has lost
+it, and nothing here makes it a second time: an empty log must not take the place of a lost one. The postmaster has its
+own session, no standard input, none of our files but the lock and none of our environment. It listens on a socket only,
+in a folder (0700) that only its account and root can enter, which is why `trust` is enough. No statement, parameter or
+key value reaches its log: errors of clients go to the clients only, and details are cut. Configuration lies beside
+`data`, written at every start; the operator's own is `ALTER SYSTEM`, which wins.
 
-**Failure.** StoreUnavailable with the last lines of PostgreSQL's log; SettingsError for a folder that is no cluster or
-is another major version's.
+**Failure.** StoreUnavailable with the last lines of PostgreSQL's log; SettingsError for a folder that is no cluster, is
+another major version's, or has lost the database.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from app.errors import SettingsError, StoreUnavailable
 from app.store.durable import sync_folder
 from app.store.embedded.account import Account, account_for, home_for, programs_for, replace
 
+DATABASE = "sandledger"
 _SOCKET = ".s.PGSQL.5432"
 _MAX_SOCKET_PATH_BYTES = 107
 MAX_WAIT_SECONDS = 600.0
@@ -200,14 +202,16 @@ def _check_version(cluster: Cluster) -> None:
         )
 
 
-def launch(cluster: Cluster, lock: int) -> None:
-    """Start the postmaster, on a new cluster if there is none, and wait until it takes connections.
+def launch(cluster: Cluster, lock: int, *, create: bool) -> None:
+    """Start the postmaster, and wait until it takes connections. `create` makes a new cluster if there is none.
 
     `lock` is the postmaster lock, held: proof that pid files are leftovers. They go, since their pid may be somebody
     else's by now and PostgreSQL would then refuse to start. PostgreSQL's own interlock stays (the shared memory segment
     is found by the data folder's inode).
     """
     if not cluster.data.exists():
+        if not create:
+            raise _lost(cluster)
         _create(cluster, lock)
     (cluster.data / "postmaster.pid").unlink(missing_ok=True)
     (cluster.sockets / f"{_SOCKET}.lock").unlink(missing_ok=True)
@@ -264,6 +268,7 @@ def _create(cluster: Cluster, lock: int) -> None:
     )
     if code:
         raise StoreUnavailable(f"{fresh}: initdb failed: {' '.join(said.splitlines()[-3:])}")
+    _make_database(cluster, fresh, lock)
     fresh.rename(cluster.data)
     sync_folder(cluster.home)
 
@@ -303,11 +308,37 @@ def stop(cluster: Cluster) -> None:
     raise StoreUnavailable(f"PostgreSQL (pid {master.pid}) does not end, not even killed: {cluster.last_words()}")
 
 
-def ensure_database(cluster: Cluster, name: str) -> None:
-    """Make the database when missing. Callers hold the start lock, so nobody else makes it meanwhile."""
-    for sql in (f"SELECT 1 FROM pg_database WHERE datname = '{name}'", f"CREATE DATABASE {name}"):  # noqa: S608
-        code, said = cluster.client("psql", "-XAtqc", sql)
-        if code:
-            raise StoreUnavailable(f"PostgreSQL answers {said!r}: {cluster.last_words()}")
-        if said:
-            return
+def _make_database(cluster: Cluster, fresh: Path, lock: int) -> None:
+    """In single-user mode, so before anybody can use the cluster; what it writes is synced by its last checkpoint."""
+    single = ("--single", "-D", str(fresh), "-c", "dynamic_shared_memory_type=mmap", "-c", "log_min_messages=warning")
+    with tempfile.TemporaryFile() as statement:
+        statement.write(f"CREATE DATABASE {DATABASE}\n".encode())
+        statement.seek(0)
+        code, said = cluster.account.run(
+            cluster.programs / "postgres", *single, "postgres", keep=(lock,), source=statement.fileno()
+        )
+    # An error of a statement does not end this mode, and is only printed.
+    if code or "ERROR" in said or "FATAL" in said:
+        raise StoreUnavailable(f"{fresh}: the database was not made: {' '.join(said.splitlines()[-3:])}")
+
+
+def check_database(cluster: Cluster) -> None:
+    """Check that our database is there.
+
+    Raises:
+        SettingsError: it was dropped.
+    """
+    sql = f"SELECT 1 FROM pg_database WHERE datname = '{DATABASE}'"  # noqa: S608 - a constant of ours
+    code, said = cluster.client("psql", "-XAtqc", sql)
+    if code:
+        raise StoreUnavailable(f"PostgreSQL answers {said!r}: {cluster.last_words()}")
+    if not said:
+        raise _lost(cluster)
+
+
+def _lost(cluster: Cluster) -> SettingsError:
+    return SettingsError(
+        f"the database {DATABASE} is gone from {cluster.data}, and an empty log must not take its place: restore a "
+        f"backup (into a database {DATABASE} at the socket in {cluster.sockets}, or the whole folder while nothing "
+        "runs), or remove the state directory to begin anew"
+    )

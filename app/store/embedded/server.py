@@ -23,7 +23,8 @@ can be stale, whatever is killed and whichever pids are used again.
 registered before the postmaster is looked at, so no process stops it in between.
 
 **Failure.** A dead postmaster is replaced by the next `start` or by `revive`; PostgreSQL recovers by its WAL. Backends
-that outlive a killed postmaster get SIGQUIT. On a network file system `flock` is not handed down; the working
+that outlive a killed postmaster get SIGQUIT. A cluster or a database that is gone is not made again under a server that
+used it. On a network file system `flock` is not handed down; the working
 directory of the recorded pid is checked as well before anything is removed.
 """
 
@@ -39,11 +40,10 @@ from urllib.parse import quote
 
 from app.errors import SettingsError, StoreUnavailable
 from app.store.embedded.account import binaries
-from app.store.embedded.cluster import MAX_WAIT_SECONDS, Cluster, ensure_database, find, heal, launch, stop
+from app.store.embedded.cluster import DATABASE, MAX_WAIT_SECONDS, Cluster, check_database, find, heal, launch, stop
 
 __all__ = ["EmbeddedPostgres", "binaries"]
 
-DATABASE = "sandledger"
 SERVER = "sandledger_server"
 
 
@@ -85,16 +85,20 @@ class EmbeddedPostgres:
                 users = _open(root / "users.lock")
                 fcntl.flock(users, fcntl.LOCK_SH)
                 try:
-                    _bring_up(root, cluster)
+                    _bring_up(root, cluster, create=True)
                 except BaseException:
                     os.close(users)
                     raise
                 return cls(root, cluster, users)
 
     def revive(self) -> None:
-        """Start the postmaster again if it has died; cheap when it has not. The DSN stays."""
+        """Start the postmaster again if it has died; cheap when it has not. The DSN stays.
+
+        Raises:
+            SettingsError: the database is gone.
+        """
         with _troubles(self._root), _deciding(self._root, self._cluster.say):
-            _bring_up(self._root, self._cluster)
+            _bring_up(self._root, self._cluster, create=False)
 
     def stop(self, *, only_if_last: bool = True) -> None:
         """Give up the use, and stop the postmaster when no other process uses it. A second call does nothing."""
@@ -168,7 +172,7 @@ def _try(handle: int) -> bool:
     return True
 
 
-def _bring_up(root: Path, cluster: Cluster) -> None:
+def _bring_up(root: Path, cluster: Cluster, *, create: bool) -> None:
     """Until connections are taken: start when nothing lives, wait or heal when something does."""
     progress = _Progress(cluster.say)
     headed = 0.0
@@ -177,7 +181,7 @@ def _bring_up(root: Path, cluster: Cluster) -> None:
         lock = _open(root / "postmaster.lock")
         try:
             if _try(lock) and cluster.postmaster() is None:
-                launch(cluster, lock)
+                launch(cluster, lock, create=create)
                 continue
         finally:
             # The lock stays with the postmaster: it belongs to the open file, which was handed down.
@@ -186,4 +190,4 @@ def _bring_up(root: Path, cluster: Cluster) -> None:
             headed = progress.waited
         heal(cluster, progress.waited - headed)
         time.sleep(0.05)
-    ensure_database(cluster, DATABASE)
+    check_database(cluster)
