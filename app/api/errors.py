@@ -40,6 +40,8 @@ _PLACE = re.compile(r"^(?P<rule>.*?)(?: - at `(?:key` in `)?\$(?P<path>[^`]*)`)?
 _STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 _SHOWN = 3
+SHOW_EACH: Final = "show_each"
+"""Set on a record that must be in the process log, however many like it there are."""
 
 VALIDATION = "GENERAL::VALIDATION_ERROR"
 INVALID_HEADER = "GENERAL::INVALID_HEADER"
@@ -201,7 +203,7 @@ def problem_of(error: BaseException, request_id: str, fields: Mapping[str, Field
         case HTTPException() if error.status_code < 500:  # noqa: PLR2004
             return Problem(error.status_code, "GENERAL::BAD_REQUEST", "The request is not well-formed HTTP.")
         case _:
-            _LOG.error("request %s failed", request_id, exc_info=error)
+            _LOG.error("request %s failed", request_id, exc_info=error, extra={SHOW_EACH: True})
             return Problem(
                 500, "GENERAL::INTERNAL_ERROR", f"Something went wrong here; the log has it under request {request_id}."
             )
