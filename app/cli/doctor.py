@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import http.client
 import time
 from collections.abc import Callable
 from uuid import UUID
 
+import msgspec
 from msgspec import Struct
 from sqlalchemy import func, select
 
+from app.api.health import Health
 from app.cli.reporting import Say
-from app.errors import SandledgerError
+from app.errors import SandledgerError, SettingsError
 from app.runtime.driver import EngineInfo
 from app.server.assembly import database_of, docker_driver, open_database, read_master_keys
 from app.server.listener import listen
@@ -24,6 +28,10 @@ from app.store.log.store import EventLog
 from app.store.vault.keyfile import NoKeyFile
 
 _SKEW_S = 2.0
+_ANSWER_WITHIN_S = 2.0
+_MAX_ANSWER_BYTES = 1000
+_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked here, not listened on
+"""Where a server that listens on all addresses is asked."""
 _CLOCK = Statement(select(func.extract("epoch", func.clock_timestamp()).label("epoch")))
 
 
@@ -45,10 +53,13 @@ class Finding(Struct, frozen=True):
 
 
 async def examine(settings: Settings, say: Say) -> bool:
-    """Look at everything, print it, and say whether a server could start and work. Changes no schema."""
+    """Look at everything, print it, and say whether a server could start and work.
+
+    Makes no database and changes no schema.
+    """
     say("looking at port, database, migrations, clock, master key and engine ...")
     findings = [
-        _attempt("port", lambda: _port(settings)),
+        await asyncio.to_thread(_port, settings),
         _attempt("exposure", lambda: check_exposure(settings) or "not open to the world without a key"),
         *await _store(settings, say),
         *await _engine(settings),
@@ -141,10 +152,32 @@ def _live_restore(info: EngineInfo) -> list[Finding]:
     return [Finding("live-restore", fine=True, text=text, warning=True)]
 
 
-def _port(settings: Settings) -> str:
-    with listen(settings) as listener:
-        host, port = listener.getsockname()[:2]
-        return f"{host}:{port} is free"
+def _port(settings: Settings) -> Finding:
+    try:
+        with listen(settings) as listener:
+            host, port = listener.getsockname()[:2]
+            return Finding("port", fine=True, text=f"{host}:{port} is free")
+    except SettingsError as error:
+        host, port = settings.server.host, settings.server.port
+        # Only a taken port is ours for sure: an address that is not this machine's may lead to another one's server.
+        taken = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
+        if taken and _is_a_server(_ANYWHERE.get(host, host), port):
+            return Finding("port", fine=True, text=f"{host}:{port}: a server answers there already", warning=True)
+        return Finding("port", fine=False, text=str(error))
+
+
+def _is_a_server(host: str, port: int) -> bool:
+    """Whether what listens there answers as a server of ours."""
+    connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_WITHIN_S)
+    try:
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        health = msgspec.json.decode(answer.read(_MAX_ANSWER_BYTES), type=Health)
+        return answer.status == http.HTTPStatus.OK and health == Health() and "x-request-id" in answer.headers
+    except (OSError, http.client.HTTPException, msgspec.MsgspecError):
+        return False
+    finally:
+        connection.close()
 
 
 def _attempt(subject: str, look: Callable[[], str]) -> Finding:

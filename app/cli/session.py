@@ -1,7 +1,8 @@
 """How a command reaches the database, and in whose name it acts.
 
 Commands read and write the database themselves, so they work while no server runs. None of them but `migrate` touches
-the schema; on a schema of another version they stop and say what to do.
+the schema or makes an embedded database; on a schema of another version, or without a database, they stop and say
+what to do.
 """
 
 from __future__ import annotations

@@ -154,10 +154,13 @@ async def open_database(
 ) -> AsyncGenerator[Store]:
     """Start or join the embedded database, or connect to the configured one; migrate it unless `upgrade` is false.
 
-    `patient` waits for a configured database that is not there yet.
+    Without `upgrade` no embedded database is made either. `patient` waits for a configured database that is not there
+    yet.
     """
     async with AsyncExitStack() as stack:
-        store = await _store(settings, say, stack, settings.sandledger.start_wait_seconds if patient else 0)
+        store = await _store(
+            settings, say, stack, seconds=settings.sandledger.start_wait_seconds if patient else 0, create=upgrade
+        )
         done = await migrate(
             store.owner_dsn,
             apply=upgrade,
@@ -185,10 +188,10 @@ def check_schema(store: Store) -> None:
         )
 
 
-async def _store(settings: Settings, say: Say, stack: AsyncExitStack, seconds: float) -> Store:
+async def _store(settings: Settings, say: Say, stack: AsyncExitStack, *, seconds: float, create: bool) -> Store:
     pool = settings.store.postgresql
     if pool.dsn is None:
-        embedded = await asyncio.to_thread(EmbeddedPostgres.start, settings.sandledger.state_dir, say)
+        embedded = await asyncio.to_thread(EmbeddedPostgres.start, settings.sandledger.state_dir, say, create=create)
         stack.callback(embedded.stop)
         where = f"embedded PostgreSQL in {embedded.data_dir}"
         return Store(embedded.server_dsn, embedded.dsn, where, embedded)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socketserver
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
 
 from app.store.database.migrate import migrate
 from app.store.embedded.server import EmbeddedPostgres
+from tests.chaos.harness import ServerProcess, write_config
 from tests.cli.test_commands import config, home, run
 from tests.conftest import on_database
 from tests.support.sql import connected
@@ -60,6 +64,64 @@ def test_no_other_command_touches_the_schema(home: Path, empty: str, words: tupl
     assert "sandledger migrate" in done.stderr
     assert "Traceback" not in done.stderr
     assert asyncio.run(migrate(empty, apply=False)).before is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("doctor",),
+        ("status",),
+        ("events", str(uuid4())),
+        ("engines", "ls"),
+        ("engines", "trust", "x"),
+        ("keys", "rotate-master"),
+    ],
+)
+def test_where_there_is_no_database_none_is_made(home: Path, words: tuple[str, ...]):
+    path = config(home, f'[server]\nport = 0\n[sandledger]\nstate_dir = "{home}/state"\n')
+    done = run(*words, "--config", path, DOCKER_HOST=NONE, OPENSANDBOX_STORE_POSTGRESQL_DSN="", DATABASE_URL="")
+    assert done.returncode == 1
+    assert "there is no database yet" in done.stderr
+    assert "sandledger serve" in done.stderr
+    assert "dsn" in done.stderr
+    assert not (home / "state").exists(), "nothing was made"
+    if words == ("doctor",):
+        found = done.stderr.splitlines()
+        assert any(line.startswith("FAIL  database") for line in found)
+        assert any(line.startswith("FAIL  engine") for line in found), "the others are examined all the same"
+
+
+def listening_on(home: Path, dsn: str, port: int) -> str:
+    """What doctor says of a port where something listens."""
+    path = config(home, f'[server]\nport = {port}\n[sandledger]\nstate_dir = "{home}/state"\n')
+    done = run("doctor", "--config", path, OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn, DOCKER_HOST=NONE)
+    (line,) = [line for line in done.stderr.splitlines() if "  port " in line]
+    return line
+
+
+def test_a_server_of_ours_on_the_port_is_only_worth_a_warning(home: Path, dsn: str):
+    server = ServerProcess(write_config(home, dsn, NONE, "running"), role="api").start()
+    try:
+        line = listening_on(home, dsn, urlsplit(server.base).port or 0)
+    finally:
+        server.kill()
+    assert line.startswith("WARN  port")
+    assert "a server answers there already" in line
+
+
+@pytest.mark.parametrize("says", [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", b"SSH-2.0-x\r\n", b""])
+def test_anything_else_on_the_port_is_a_fault(home: Path, dsn: str, says: bytes):
+    class Other(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1000)
+            self.request.sendall(says)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        line = listening_on(home, dsn, other.server_address[1])
+        other.shutdown()
+    assert line.startswith("FAIL  port")
+    assert "Address already in use" in line
 
 
 def test_a_login_that_could_rewrite_the_log_is_warned_of(home: Path, dsn: str):

@@ -354,7 +354,7 @@ def test_a_server_does_not_make_a_lost_database_again(state: Path, killed: bool)
         drop_database(server.dsn)
         if killed:
             postmaster(server.data_dir).kill()
-        with pytest.raises(SettingsError, match="restore a backup.*or remove the state directory") as told:
+        with pytest.raises(SettingsError, match=r"restore a backup.*or remove the state directory") as told:
             server.revive()
         assert str(server.data_dir) in str(told.value)
         assert "sandledger" not in databases(server.dsn)

@@ -144,10 +144,20 @@ def _add_account() -> str:
         return f"useradd: {error.strerror}"
 
 
+def _recorded_home(root: Path) -> Path:
+    moved = root / "moved"
+    return Path(moved.read_text().strip()) if moved.exists() else root
+
+
+def has_cluster(root: Path) -> bool:
+    """Whether a cluster was made for `root`. One that is not found any more counts; `home_for` says what is wrong."""
+    home = _recorded_home(root)
+    return home != root or (home / "data").exists()
+
+
 def home_for(root: Path, say: Callable[[str], None]) -> Path:
     """The folder of cluster, log and socket: `root` itself, or where `moved` says. Callers hold the start lock."""
-    moved = root / "moved"
-    home = Path(moved.read_text().strip()) if moved.exists() else root
+    moved, home = root / "moved", _recorded_home(root)
     if not home.is_dir():
         raise SettingsError(f"{moved}: the database is in {home}, which is missing; bring it back, or move {root} away")
     account = account_for(home / "data")

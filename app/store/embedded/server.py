@@ -39,7 +39,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from app.errors import SettingsError, StoreUnavailable
-from app.store.embedded.account import binaries
+from app.store.embedded.account import binaries, has_cluster
 from app.store.embedded.cluster import DATABASE, MAX_WAIT_SECONDS, Cluster, check_database, find, heal, launch, stop
 
 __all__ = ["EmbeddedPostgres", "binaries"]
@@ -70,12 +70,21 @@ class EmbeddedPostgres:
         """The DSN that servers work with: a login that owns nothing. Migrations make it."""
 
     @classmethod
-    def start(cls, state_dir: Path, say: Callable[[str], None] = _silent) -> EmbeddedPostgres:
-        """Start the PostgreSQL of the state directory, or join the running one; return when it takes connections."""
+    def start(cls, state_dir: Path, say: Callable[[str], None] = _silent, *, create: bool = True) -> EmbeddedPostgres:
+        """Start the PostgreSQL of the state directory, or join the running one; return when it takes connections.
+
+        Without `create` nothing is made where there is no cluster, and nothing is left running when the database of one
+        is gone.
+        """
         root = state_dir.resolve() / "postgres"
         if unfit := set(str(root)) & set("\"'$`\\\n"):
             raise SettingsError(f"{state_dir}: PostgreSQL cannot live below a path with {min(unfit)!r}; choose another")
         with _troubles(root):
+            if not create and not has_cluster(root):
+                raise SettingsError(
+                    f"there is no database yet in {root}: start a server (`sandledger serve`) or run `sandledger "
+                    "migrate`, which make it, or name a PostgreSQL server in [store.postgresql] dsn"
+                )
             # One by one: `parents` would leave the state directory, where keys are too, to the umask.
             root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             root.mkdir(mode=0o700, exist_ok=True)
@@ -85,8 +94,10 @@ class EmbeddedPostgres:
                 users = _open(root / "users.lock")
                 fcntl.flock(users, fcntl.LOCK_SH)
                 try:
-                    _bring_up(root, cluster, create=True)
+                    _bring_up(root, cluster, create=create)
                 except BaseException:
+                    if not create and _try(users):
+                        stop(cluster)
                     os.close(users)
                     raise
                 return cls(root, cluster, users)
