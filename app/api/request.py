@@ -1,7 +1,7 @@
 """What Litestar reads from a request, by this contract's rules: the query and the body.
 
 * A query parameter that is no list must not be repeated. Litestar would take the last one.
-* A whole number has digits only. Litestar would also take `1.0` and `1e2`.
+* A whole number has digits only, also where it may be left out. Litestar would also take `1.0`, `1e2`, and `null`.
 * A body must say that it is JSON, must not be compressed, must arrive in time, and is bounded. Litestar knows the last
   of these only. Bodies are small, and a compressed one could be a thousand times longer than what is bounded.
 """
@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Any, Final, get_args
 from urllib.parse import parse_qsl
 
 from litestar import Request
@@ -71,7 +71,7 @@ class ApiRequest(Request[Principal, Any, State]):
             values = [value for sent, value in pairs if sent == name]
             if len(values) > 1 and not field.is_non_string_sequence:
                 raise wrong("query", name, rule="must not be repeated")
-            if field.annotation is int and not all(map(_WHOLE.fullmatch, values)):
+            if _is_whole(field) and not all(map(_WHOLE.fullmatch, values)):
                 raise wrong("query", name, rule="must be a whole number")
 
     def _parameters(self) -> list[tuple[str, FieldDefinition]]:
@@ -120,6 +120,10 @@ async def check(request: ApiRequest) -> None:
             raise too_large(limit)
     if request.scope["query_string"]:
         request.check_query()
+
+
+def _is_whole(field: FieldDefinition) -> bool:
+    return field.annotation is int or int in get_args(field.annotation)
 
 
 def _says_json(content_type: str) -> bool:

@@ -57,7 +57,7 @@ async def test_a_page_of_history_carries_the_epoch(http: httpx.AsyncClient, serv
     )
 
 
-@pytest.mark.parametrize("epoch", ["0", "-1", "x", str(2**31)])
+@pytest.mark.parametrize("epoch", ["0", "-1", "x", str(2**31), "null", "1.0", "1e0", "", " 1", "+1"])
 async def test_an_epoch_that_is_none(http: httpx.AsyncClient, epoch: str):
     made = await create(http)
     answer = await http.get(f"/v1/sandboxes/{made['id']}/events", params={"epoch": epoch})
