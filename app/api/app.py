@@ -42,6 +42,7 @@ _CORS: Final = CORSConfig(
         "Location",
         "Preference-Applied",
         "Retry-After",
+        "Sandledger-Epoch",
         "X-Request-ID",
     ],
 )

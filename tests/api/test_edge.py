@@ -118,6 +118,8 @@ async def test_other_origins(app: Litestar, make_context: MakeContext):
         refused = await http.get("/v1/sandboxes", headers={"Origin": "https://ui.example"})
         assert refused.headers["access-control-allow-origin"] == "*"
         assert "access-control-allow-credentials" not in refused.headers
+        exposed = set(refused.headers["access-control-expose-headers"].lower().split(", "))
+        assert exposed >= await _documented_headers(http), "a page may read what the document promises"
         assert "access-control-allow-origin" not in (await http.get("/health")).headers
     async with client(create_app(make_context(api_key=None)), base_url="http://localhost") as http:
         for answer in (await http.options("/v1/sandboxes", headers=asked), await http.get("/health", headers=asked)):
@@ -248,3 +250,11 @@ async def test_a_busy_server_is_not_called_a_database_that_is_away(make_context:
     await busy.close()
     assert (answer.status_code, answer.json()["code"]) == (503, "GENERAL::STORE_UNAVAILABLE")
     assert "busy" in answer.json()["message"]
+
+
+async def _documented_headers(http: httpx.AsyncClient) -> set[str]:
+    paths = (await http.get("/openapi.json")).json()["paths"]
+    answers = [
+        answer for methods in paths.values() for each in methods.values() for answer in each["responses"].values()
+    ]
+    return {name.lower() for answer in answers for name in answer.get("headers", {})}
