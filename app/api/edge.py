@@ -15,6 +15,9 @@ send none of it, and hold the connection for ever. When the process is asked to 
 `Gate` lies inside Litestar's CORS layer, because a preflight has no key and a 401 must be readable by the page. It
 lets a request through with its principal, see `app.api.auth`. Browsers of other origins may call, without
 credentials, when keys exist. Without keys no cross-origin header is ever sent.
+
+Our own listener has no WebSockets (`app.server.protocol`). What both layers do with them guards the application on
+other ASGI servers, where a WebSocket would otherwise come to the router without a key.
 """
 
 from __future__ import annotations
