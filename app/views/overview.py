@@ -3,10 +3,12 @@
 Each figure comes from one statement, so two figures may be some milliseconds apart. Nothing here asks an engine: an
 engine is as the workers last recorded it.
 
-A sandbox that fails because of what its user asked for (an image that does not exist, a registry that refuses, an
-entrypoint that is not there) is shown and is no problem: the operator cannot mend it, and any user could otherwise turn
-an alarm on. All else is the operator's: the engine, the database, errors of ours, sealed values, a name that another
-object has, and every phase that lasts too long.
+A sandbox that fails because of what its user asked for (an image that does not exist, a login that the registry
+refuses, an entrypoint that is not there) is shown and is no problem: the operator cannot mend it, and any user could
+otherwise turn an alarm on. These are the reasons that a driver gives as final because of the request. All else is the
+operator's: the engine, the database, errors of ours, sealed values, a name that another object has, every phase that
+lasts too long, and a pull that fails without a final answer of the registry. A host without DNS, with a full disk or
+behind a rate limit fails the pulls of everybody; that a user named a registry that does not exist looks the same.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import Any
 from uuid import UUID
 
 from msgspec import Struct
-from sqlalchemy import Double, Integer, Text, bindparam, case, extract, func, select
+from sqlalchemy import Double, Integer, Text, any_, bindparam, case, extract, func, literal, select
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
@@ -31,10 +34,21 @@ MAX_HELD_POSITIONS = 1000
 """A horizon that lies further behind is held back by a writer that hangs."""
 MAX_SHOWN = 20
 """Stuck sandboxes that are read and listed, the operator's first."""
-USERS_REASONS = "^(IMAGE|REGISTRY|ENTRYPOINT)_|^(START|SPEC)_REJECTED$"
-"""Reasons of failures that only the user of the sandbox can mend, as a regular expression."""
+USERS_REASONS = (
+    "ENTRYPOINT_NOT_EXECUTABLE",
+    "ENTRYPOINT_NOT_FOUND",
+    "IMAGE_AUTH_FAILED",
+    "IMAGE_AUTH_REQUIRED",
+    "IMAGE_NOT_FOUND",
+    "IMAGE_PLATFORM_MISMATCH",
+    "IMAGE_REFERENCE_INVALID",
+    "SPEC_REJECTED",
+    "START_REJECTED",
+)
+"""Reasons of failures that only the user of the sandbox can mend."""
 
 _now = func.clock_timestamp()
+_USERS = literal(list(USERS_REASONS), ARRAY(Text))
 _Q, _D, _S, _E = reconcile_queue.c, deadlines.c, sandboxes.c, engines.c
 
 
@@ -220,7 +234,7 @@ _PHASES = Statement(select(_S.phase, func.count()).where(_S.closed_at.is_(None))
 
 def _stuck_statement() -> Statement:
     reason = func.coalesce(_Q.last_reason, _S.waiting["reason"].astext).cast(Text)
-    users = func.coalesce((_S.phase == "Pending") & reason.regexp_match(USERS_REASONS), False)
+    users = func.coalesce((_S.phase == "Pending") & (reason == any_(_USERS)), False)
     since_s = _seconds(_S.changed_at)
     too_long = case(
         (_S.phase == "Stopping", since_s > bindparam("stopping_s", type_=Double)),

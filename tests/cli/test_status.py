@@ -263,9 +263,12 @@ async def test_stuck_sandboxes_are_listed_with_why(
     "reason",
     [
         "IMAGE_NOT_FOUND",
-        "IMAGE_PULL_FAILED",
-        "REGISTRY_UNREACHABLE",
+        "IMAGE_AUTH_REQUIRED",
+        "IMAGE_AUTH_FAILED",
+        "IMAGE_PLATFORM_MISMATCH",
+        "IMAGE_REFERENCE_INVALID",
         "ENTRYPOINT_NOT_FOUND",
+        "ENTRYPOINT_NOT_EXECUTABLE",
         "START_REJECTED",
         "SPEC_REJECTED",
     ],
@@ -284,7 +287,20 @@ async def test_what_only_a_user_can_mend_is_shown_and_is_no_problem(
 
 @pytest.mark.parametrize(
     "reason",
-    ["RUNTIME_UNAVAILABLE", "INTERNAL_ERROR", "SECRETS_SEALED", "NAME_TAKEN", "MY_IMAGE_X", "START_REJECTED_X"],
+    [
+        "RUNTIME_UNAVAILABLE",
+        "INTERNAL_ERROR",
+        "SECRETS_SEALED",
+        "NAME_TAKEN",
+        # What a host gives to every pull: no DNS, a full disk, a rate limit, a slow link.
+        "REGISTRY_UNREACHABLE",
+        "IMAGE_PULL_FAILED",
+        "REGISTRY_RATE_LIMITED",
+        "IMAGE_PULL_TIMEOUT",
+        "MY_IMAGE_X",
+        "IMAGE_NOT_FOUND_X",
+        "START_REJECTED_X",
+    ],
 )
 async def test_all_other_reasons_are_the_operators(
     world: World, settings: Settings, capsys: pytest.CaptureFixture[str], reason: str
