@@ -9,12 +9,13 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from sqlalchemy import Text, Uuid, bindparam, cast, func, literal_column, select, table
+from sqlalchemy import Text, Uuid, bindparam, cast, delete, func, literal_column, select
 
 from app.errors import SettingsError, StoreBusy, StoreUnavailable
 from app.store.database.dsn import address
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
+from app.store.tables import events
 from tests.conftest import on_database
 from tests.support.sql import connected
 
@@ -98,8 +99,10 @@ async def test_a_cancelled_statement_does_not_run_on(dsn: str, database: Databas
 async def test_a_mistake_of_ours_is_not_called_unavailability(database: Database):
     with pytest.raises(asyncpg.PostgresError):
         await database.fetch(Statement(select(cast(bindparam("x", type_=Uuid), Text))), x="not an id")
-    with pytest.raises(asyncpg.UndefinedTableError):
-        await database.fetch(Statement(select(literal_column("x")).select_from(table("nowhere"))))
+    with pytest.raises(asyncpg.UndefinedColumnError):
+        await database.fetch(Statement(select(literal_column("nothing"))))
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await database.fetch(Statement(delete(events)))
     with pytest.raises(KeyError):
         await database.fetch(NOTE)
     assert await database.fetch_one(PID) is not None

@@ -60,7 +60,8 @@ class TcpServer:
             os.chown(path, self.account.uid, self.account.gid)
         return path
 
-    def start(self, *, wait: bool = True, **settings: str) -> None:
+    def start(self, *, wait: bool = True, locales: Path | None = None, **settings: str) -> None:
+        """`locales` is a folder of compiled ones, beside the machine's."""
         values = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
@@ -72,7 +73,8 @@ class TcpServer:
         options = " ".join(f"-c {name}='{value}'" for name, value in values.items())
         flags = ("-w",) if wait else ("-W",)
         argv = (self.programs / "pg_ctl", "start", "-s", *flags, "-D", self.data, "-l", self.home / "log" / "pg.log")
-        starter = self.account.spawn(*argv, "-o", options, output=subprocess.DEVNULL)
+        within = () if locales is None else ("/usr/bin/env", f"LOCPATH={locales}")
+        starter = self.account.spawn(*within, *argv, "-o", options, output=subprocess.DEVNULL)
         assert starter.wait(timeout=60) == 0, (self.home / "log" / "pg.log").read_text()
 
     @property

@@ -57,6 +57,10 @@ GONE = (
     pg.ReadOnlySQLTransactionError,  # a standby since the last failover
 )
 """Errors of a statement after which nobody knows what became of it, or which another server would not give."""
+SCHEMA_MISSING = (pg.UndefinedTableError, pg.InvalidSchemaNameError)
+"""Errors of a statement whose table or schema is not there (any more). It is always ours, because statements qualify
+all names. Told by the code: PostgreSQL translates its texts.
+"""
 _FINAL = (
     pg.InvalidAuthorizationSpecificationError,  # and a wrong password, its child
     pg.InvalidCatalogNameError,
@@ -173,15 +177,6 @@ def explained(error: BaseException) -> StoreUnavailable | SettingsError:
     return StoreUnavailable(f"PostgreSQL is not reachable: {said}")
 
 
-def is_schema_missing(error: pg.PostgresError) -> bool:
-    """Whether a statement failed because our schema, or a table of it, is not there any more, or not as it was made for
-    the role of this connection. Statements qualify all names.
-    """
-    said = str(error)
-    gone = 'schema "sandledger"' in said or 'relation "sandledger.' in said
-    return gone or said == "permission denied for schema sandledger"
-
-
 class Connector:
     """Opens the connections of one process."""
 
@@ -219,6 +214,21 @@ class Connector:
         """See whether a new connection is let in. Raises as `dial` does."""
         driver = await dial(self._address, self._limit, {"application_name": "sandledger"})
         await driver.close(timeout=self._limit)
+
+    async def why_denied(self) -> StoreRefused | None:
+        """Why the role of this process may not use the schema (any more). None = it may, so the statement that was
+        denied asked for too much. On a new connection, because a denied statement ends a transaction, and because the
+        check is the one of every new connection.
+
+        Raises:
+            StoreUnavailable: PostgreSQL went away meanwhile.
+        """
+        try:
+            driver = await self.open()
+        except StoreRefused as error:
+            return error
+        driver.terminate()
+        return None
 
     async def _learn(self) -> str:
         async with self._learning:

@@ -36,7 +36,7 @@ import asyncpg
 from asyncpg import exceptions as pg
 
 from app.errors import SandledgerError, StoreBusy, StoreRefused, StoreUnavailable
-from app.store.database.connect import GONE, Connector, Login, explained, is_schema_missing
+from app.store.database.connect import GONE, SCHEMA_MISSING, Connector, Login, explained
 from app.store.database.statement import Statement
 
 T = TypeVar("T")
@@ -70,8 +70,10 @@ async def _no_reset(_driver: object) -> None:
 class Connection:
     """One connection that was taken from the pool."""
 
-    def __init__(self, driver: Any) -> None:
+    def __init__(self, driver: Any, why_denied: Callable[[], Awaitable[StoreRefused | None]]) -> None:
+        """`why_denied` says why the role may not use the schema. None = it may."""
         self._driver = driver
+        self._why_denied = why_denied
         self.broken = False
         """A statement of unknown fate may still run on it."""
 
@@ -107,17 +109,23 @@ class Connection:
                 raise  # a value of ours that does not fit; asyncpg counts it among the broken connections
             self.broken = True
             raise StoreUnavailable(f"PostgreSQL is not reachable: {_kind(error)}") from error
-        except (pg.UndefinedTableError, pg.InvalidSchemaNameError, pg.InsufficientPrivilegeError) as error:
-            if not is_schema_missing(error):
-                raise
-            self.broken = True  # a new connection is checked, and learns the role of a schema that was made again
-            raise StoreRefused(
-                f"the schema sandledger is gone, or was made again, under this server ({error}): restore a backup, or "
-                "run `sandledger migrate` for an empty one"
-            ) from None
+        except SCHEMA_MISSING as error:
+            raise self._schema_gone(error) from None
+        except pg.InsufficientPrivilegeError as error:
+            why = await self._why_denied()
+            if why is None:
+                raise  # a mistake of ours, as any other wrong statement
+            raise self._schema_gone(why) from None
         except asyncio.CancelledError:
             self.broken = True
             raise
+
+    def _schema_gone(self, why: Exception) -> StoreRefused:
+        self.broken = True  # a new connection is checked, and learns the role of a schema that was made again
+        return StoreRefused(
+            f"the schema sandledger is gone, or was made again, under this server ({why}): restore a backup, or "
+            "run `sandledger migrate` for an empty one"
+        )
 
 
 class Pool:
@@ -188,7 +196,7 @@ class Pool:
         except BaseException:
             self._slots.release()
             raise
-        return Connection(driver), driver
+        return Connection(driver, self._connector.why_denied), driver
 
     async def _give_back(self, connection: Connection, driver: Any) -> None:
         if connection.broken:
