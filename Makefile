@@ -16,6 +16,7 @@ define ready_for_tests
 @.ci/engine start || { [ -z "$${REQUIRE_ENGINE:-}" ] && echo "Tests that need an engine will be skipped."; }
 @$(have_compose) || [ "$$(id -u)" != 0 ] || .ci/apt docker-compose || echo "The test of compose.yaml needs Docker Compose."
 @command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || [ "$$(id -u)" != 0 ] || .ci/apt pgbouncer || echo "The test of poolers needs pgbouncer."
+@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] || .ci/apt postgresql || echo "The test of other versions needs a PostgreSQL of the distribution."
 endef
 
 # Whether no process holds this lock of the embedded PostgreSQL (app/store/embedded/server.py says which they are).
@@ -52,11 +53,14 @@ proof: setup ## Run the tests that take minutes, one after the other; ARGS and R
 	$(ready_for_tests)
 	@$(with_engine); .venv/bin/python -m pytest -m proof $(ARGS) || { code=$$?; [ $$code = 5 ] || exit $$code; echo "No test is marked as a proof."; }
 
-lint: setup ## Check style, format, types and import arrows
+# One pass over the tests' calls beside the strict one over app/: each takes a core for about half a minute. pytest reads
+# every test, so that one which cannot be imported is found here, and runs only those of the arrows.
+lint: setup ## Check style, format, types, import arrows, and that the tests fit together
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/basedpyright
-	.venv/bin/python -m pytest -q tests/unit/test_arrows.py
+	@echo ".venv/bin/basedpyright and .venv/bin/basedpyright --project tests"
+	@.venv/bin/basedpyright --project tests & tests=$$!; code=0; .venv/bin/basedpyright || code=1; wait $$tests || code=1; exit $$code
+	.venv/bin/python -m pytest -q -k test_arrows
 
 format: setup ## Format the code and fix what can be fixed
 	.venv/bin/ruff check --fix .

@@ -10,12 +10,10 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import uvicorn
-
 from app.api.app import create_app
 from app.api.context import ApiContext
 from app.runtime.fake import FakeDriver, FakeEngine
-from app.server.listener import uvicorn_server
+from app.server.listener import Listener, uvicorn_server
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import Settings
@@ -32,7 +30,7 @@ T = TypeVar("T")
 class Live:
     """A running server. `run` executes a coroutine on its loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, context: ApiContext, server: uvicorn.Server, port: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, context: ApiContext, server: Listener, port: int) -> None:
         self._loop = loop
         self.context = context
         self.server = server

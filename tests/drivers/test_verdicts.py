@@ -156,7 +156,8 @@ def test_pause(status: int, text: str, kind: type[Exception], reason: str):
 def test_remove():
     busy = "driver overlay2 failed to remove root filesystem: unlinkat /x: device or resource busy"
     error = remove_verdict("x", Refused(500, busy))
-    assert (type(error), error.reason) == (AttemptFailed, "REMOVE_REFUSED")
+    assert isinstance(error, AttemptFailed)
+    assert error.reason == "REMOVE_REFUSED"
     assert busy in error.message
     assert type(remove_verdict("x", Refused(503, busy))) is RuntimeUnavailable
 

@@ -89,7 +89,7 @@ class TestSecrecy:
     def test_settings_are_frozen(self):
         settings = Settings()
         with pytest.raises(AttributeError):
-            settings.server.api_key = "x"
+            settings.server.api_key = "x"  # pyright: ignore[reportAttributeAccessIssue] - that it fails is tested
 
 
 class TestRedactedDsn:

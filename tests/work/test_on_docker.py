@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import aiodocker
 import pytest
+from aiodocker.containers import DockerContainer
 
 from app.cli.local_image import ensure_busybox_image
 from app.domain.sandbox import commands as cmd
@@ -68,7 +69,7 @@ async def left(driver: DockerDriver) -> int:
     return len([found async for found in driver.inventory()])
 
 
-async def container(docker: aiodocker.Docker, sandbox: Sandbox) -> aiodocker.containers.DockerContainer:
+async def container(docker: aiodocker.Docker, sandbox: Sandbox) -> DockerContainer:
     assert sandbox.runtime is not None
     assert sandbox.runtime.main is not None
     return docker.containers.container(sandbox.runtime.main.runtime_id)

@@ -111,7 +111,7 @@ class Connection:
             raise StoreUnavailable(f"PostgreSQL is not reachable: {_kind(error)}") from error
         except SCHEMA_MISSING as error:
             raise self._schema_gone(error) from None
-        except pg.InsufficientPrivilegeError as error:
+        except pg.InsufficientPrivilegeError:
             why = await self._why_denied()
             if why is None:
                 raise  # a mistake of ours, as any other wrong statement
