@@ -26,6 +26,7 @@ class OwnEngine:
     def __init__(self) -> None:
         if os.geteuid() != 0:
             refuse_or_skip("only root can start an engine")
+        # With REQUIRE_ENGINE=1 this is no skip: the script installs what is missing, or the test fails.
         if os.environ.get("REQUIRE_ENGINE") != "1" and shutil.which("dockerd", path=SYSTEM_PATH) is None:
             pytest.skip("no dockerd here; run make engine")
         self.folder = Path(tempfile.mkdtemp(prefix="sl-", dir="/tmp"))

@@ -14,6 +14,7 @@ from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from tests.support.cluster import tcp_server
 from tests.support.drift import assert_no_drift
+from tests.support.needs import refuse_or_skip
 from tests.support.sql import app_role, connected
 from tests.support.stream import META, requested
 
@@ -24,7 +25,7 @@ SQL = ("CREATE ROLE owner LOGIN CREATEROLE", "CREATE DATABASE ledger OWNER owner
 @pytest.mark.parametrize("programs", PROGRAMS or [None], ids=lambda path: "none" if path is None else path.parent.name)
 async def test_another_major_version(programs: Path | None):
     if programs is None or not (programs / "initdb").exists():
-        pytest.skip("no other PostgreSQL is installed; .ci/apt postgresql installs one")
+        refuse_or_skip("no other PostgreSQL is installed; .ci/apt postgresql installs one")
     with tcp_server(programs) as server:
         server.create()
         server.start()
