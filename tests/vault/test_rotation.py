@@ -195,6 +195,49 @@ async def test_a_kill_around_the_record_leaves_none_out(installed: Database):
     assert len(recorded) == 2, "nothing was rotated, nothing is recorded"
 
 
+async def test_each_old_key_is_recorded(dsn: str, installed: Database, until: Until):
+    """A rotation is killed while it wraps the keys of the installation; two keys wrap them when the next one begins."""
+    third = MasterKeys(OTHER, NEW, OLD)
+    recorded: list[Rotated] = []
+
+    async def keep(done: Rotated) -> None:
+        recorded.append(done)
+
+    async def are_mixed() -> bool:
+        return set(await other_master_keys(installed, third.ids[0])) == {OLD_ID, NEW_ID}
+
+    async with connected(dsn, owner=True) as holder, holder.transaction():
+        last = await holder.fetchval("SELECT name FROM installation_keys ORDER BY ctid DESC LIMIT 1")
+        await holder.execute("SELECT FROM installation_keys WHERE name = $1 FOR UPDATE", last)
+        killed = asyncio.create_task(rotate(installed, BOTH, silent, nothing, notice=0))
+        await until(are_mixed)
+        killed.cancel()
+        await asyncio.gather(killed, return_exceptions=True)
+    await rotate(installed, third, silent, keep, notice=0)
+    assert {(one.old_key_id, one.new_key_id) for one in recorded} == {(old, third.ids[0]) for old in (OLD_ID, NEW_ID)}
+    assert (len(recorded), sum(one.rewrapped for one in recorded)) == (2, len(NAMES))
+
+
+async def test_a_key_that_wrapped_only_data_keys_is_recorded_too(installed: Database):
+    """A rotation is killed between its first pass and its record: its key is in use, and wraps no installation key."""
+    third = MasterKeys(OTHER, NEW, OLD)
+    recorded: list[str] = []
+
+    class Killed(Exception):
+        pass
+
+    async def die(_: Rotated) -> None:
+        raise Killed
+
+    async def keep(done: Rotated) -> None:
+        recorded.append(done.old_key_id)
+
+    with pytest.raises(Killed):
+        await rotate(installed, BOTH, silent, die, notice=0)
+    await rotate(installed, third, silent, keep, notice=0)
+    assert sorted(recorded) == sorted([OLD_ID, NEW_ID])
+
+
 async def test_two_rotations_at_once_share_the_work(dsn: str, installed: Database, service: Service):
     await fill(dsn, service, Sealer(BEFORE), MANY)
     others = [Database(dsn, max_size=2) for _ in range(3)]

@@ -141,7 +141,8 @@ async def rotate(
     """Make the first of these keys the one in use, and wrap everything by it. `report` gets the count so far.
 
     `record` is called before the old key goes out of use, so that a kill can record a rotation twice, never not at all.
-    Servers get twice `notice` seconds to seal by the new key.
+    It is called once for each old key: a rotation that began before another one had ended takes several out of use.
+    The answer names the last of them, and counts all. Servers get twice `notice` seconds to seal by the new key.
 
     Raises:
         SettingsError: the key in use now is not among them, or another rotation makes another key the one in use.
@@ -153,6 +154,11 @@ async def rotate(
             f"the database is sealed by master key {in_use}, which is not here; set it as "
             "SANDLEDGER_PREVIOUS_MASTER_KEY"
         )
+    others = await other_master_keys(database, new)
+    if in_use not in (new, *others):
+        # The rotation that brought it into use was killed before it wrapped a key of the installation by it. After the
+        # switch nothing says that it was in use.
+        await record(Rotated(in_use, new, 0))
     await switch_master_key(database, in_use, new)
     await _check_in_use(database, new)
     sealer = Sealer(master, key_id=new)
@@ -161,11 +167,22 @@ async def rotate(
     if others := await other_master_keys(database, new):
         await asyncio.sleep(2 * notice)
         await _check_in_use(database, new)
-        done = Rotated(others[0], new, done.rewrapped + len(others))
-        await record(done)
+        done = await _record_each(record, done, others)
         await rewrap_keys(database, master, new)
     await database.fetch(_DRAIN)
     return replace(done, rewrapped=await _pass(database, sealer, report, done.rewrapped))
+
+
+async def _record_each(record: Record, done: Rotated, others: list[str]) -> Rotated:
+    """Record each of these old keys, one entry a key of the installation that it wraps. Data keys were wrapped in one
+    pass, so the first event counts all of them.
+    """
+    rewrapped = done.rewrapped
+    for old in dict.fromkeys(others):
+        done = Rotated(old, done.new_key_id, rewrapped + others.count(old))
+        await record(done)
+        rewrapped = 0
+    return done
 
 
 async def is_due(database: Database, key_id: str) -> bool:
