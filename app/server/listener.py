@@ -34,8 +34,8 @@ class Listener(uvicorn.Server):
     async def main_loop(self) -> None:
         """Renew the `Date` header once a second until `leave`.
 
-        uvicorn's own loop looks ten times a second whether it should end. That was a third of what an idle server
-        costs.
+        uvicorn's own loop checks ten times a second whether it should end. That was a third of the CPU time of an idle
+        server.
         """
         while not await self.on_tick(0):
             with suppress(TimeoutError):

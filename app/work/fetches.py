@@ -149,15 +149,15 @@ class Fetches:
 
     async def beat(self) -> None:
         """Once: move the due times on, write progress, forget who does not wait any more."""
-        told = {
+        progress = {
             stream_id: _progress(flight, self._under_way())
             for flight in self._flights.values()
             for stream_id in flight.waiters
         }
-        if not told:
+        if not progress:
             return
-        waiting = await self._rows.keep_waiting(told, self._policy.lease)
-        doubtful = told.keys() - waiting
+        waiting = await self._rows.keep_waiting(progress, self._policy.lease)
+        doubtful = progress.keys() - waiting
         if doubtful:
             # Held by a run, or due: it may still want the image. Only who need not be provided any more is forgotten.
             for stream_id in doubtful - await self._rows.pending(doubtful):
@@ -213,7 +213,7 @@ class Fetches:
         outcome: FetchedImage | Exception
         try:
             outcome = await self._station.driver.fetch(flight.image, flight.report)
-        except Exception as error:  # noqa: BLE001 - each kind of failure is told apart below
+        except Exception as error:  # noqa: BLE001 - each kind of failure is distinguished below
             outcome = error
         took_ms = round((asyncio.get_running_loop().time() - begun) * 1000)
         self._take_down(flight)
@@ -221,7 +221,7 @@ class Fetches:
         if isinstance(outcome, Exception) and not isinstance(outcome, RuntimeRejected | RuntimeUnavailable):
             trouble = describe(_STEP, outcome)  # once, since what we did not raise is written to the process log
         for waiter in list(flight.waiters.values()):
-            # A task of its own: the flight's may be cancelled by whoever is told first.
+            # A task of its own: the flight's may be cancelled by the first waiter that hears of it.
             task = asyncio.create_task(self._settle(waiter, outcome, trouble, took_ms))
             self._settling.add(task)
             task.add_done_callback(self._settling.discard)

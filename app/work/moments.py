@@ -3,11 +3,11 @@
 An inspect call does not tell since when an object has been paused, and nothing about one that is gone. The engine's
 events do. So the last hint of each part is kept, and an observation that it explains takes its time from here.
 
-**Invariants.** A wrong time is worse than none. A time of a pause or a resume is given only if it is the last that was
-heard of this very part, by the engine's own id, and fits the power that was observed. When the event stream broke,
-something may have been missed, so all such times are forgotten; and when this worker paused or resumed a part itself,
-its older time is. The core compares what is left with the present run and phase (`app.domain.sandbox.observe`). The
-time of a removal stays true whatever happens: an engine removes a part once.
+**Invariants.** A wrong time is worse than none. The time of a pause or a resume is used only if it comes from the last
+hint about this part and fits the power that was observed. Parts are compared by the engine's own id. When the event
+stream breaks, hints may be missed, so all times of pauses and resumes are forgotten. When this worker pauses or resumes
+a part itself, the older time of that part is forgotten. The core compares the rest with the present run and phase
+(`app.domain.sandbox.observe`). The time of a removal is always true, because an engine removes a part once.
 
 **How it fails.** A hint that comes after the observation, a worker that was restarted and more than `MAX_PARTS` changes
 leave the time out.

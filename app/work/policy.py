@@ -34,7 +34,7 @@ class WorkPolicy(Struct, frozen=True):
     engine_check: float = 5
     """Longest wait for an engine that is asked who it is; one that hangs is noticed by this."""
     engine_beat: float = 5
-    """How often an engine that is well is asked who it is."""
+    """How often an engine that works is asked for its identity."""
     engine_probe: float = 1
     """How often an engine that is away, or is not the right one, is asked. Work resumes this soon after an outage."""
     seen_throttle: float = 3

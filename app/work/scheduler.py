@@ -61,7 +61,7 @@ class DeadlineStore(BaseJobStore):
         """Claim. The run time is `now`: the database has said that it is due.
 
         At the end of a longest wait nothing is expected, so this first asks what is next, and claims only if that is
-        due. An idle worker so sends one statement a second instead of two.
+        due. So an idle worker sends one statement a second instead of two.
         """
         if not self._expecting:
             self._wait = self._earliest()

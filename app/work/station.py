@@ -16,10 +16,10 @@ state       means                                                        what is
 `usable`    it answers, and the mark agrees                              work
 =========== ============================================================ ======================
 
-**What the log is told.** `engine.dark` when no worker at all has reached the engine for `dark_after` seconds, once, by
-any worker; `engine.back` by the first that finds the right engine again. A worker that finds the *wrong* engine stops
-at once, but says `engine.mismatch` only when no other worker has reached the right one lately. So two workers of which
-one is misled do not contradict each other in the log for ever.
+**What is recorded in the log.** `engine.dark` when no worker at all has reached the engine for `dark_after` seconds,
+once, by any worker; `engine.back` by the first that finds the right engine again. A worker that finds the *wrong*
+engine stops at once, but says `engine.mismatch` only when no other worker has reached the right one lately. So two
+workers of which one is misled do not contradict each other in the log for ever.
 
 **Invariants.** Absence is concluded only after `confirm_identity` was true: it asks the engine after the call began,
 and is false for `missing_grace` seconds after a wrong engine was found, so that two observations of a wrong engine
@@ -181,7 +181,7 @@ class Station:
         return random.uniform(longest / 2, longest)  # noqa: S311
 
     def refusals(self, stream_id: UUID) -> int:
-        """How many times in a row an engine that is well has not done what was asked for this stream."""
+        """How many times in a row an engine that works failed to do what was asked for this stream."""
         return 0 if self.open else self._streaks.get(stream_id, 0)
 
     def succeeded(self, stream_id: UUID) -> None:

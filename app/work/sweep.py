@@ -13,7 +13,7 @@ the log does not know, with a position beyond the end of the log, ends the sweep
 worker saw it in two sweeps as the same object, it is older than `orphan_grace`, and its id is still not open when the
 database is asked once more. What was seen once is kept in memory: a worker that saw something compares once more by
 itself after `sweep_confirm` seconds, so the second sweep does not depend on which worker takes the next one. A worker
-that dies meanwhile only delays the removal. What was removed is told as `engine.leftover_removed`. The inventory holds
+that dies meanwhile only delays the removal. Each removal is recorded as `engine.leftover_removed`. The inventory holds
 only what bears our installation's label: strangers are out of reach. A container that bears our labels under another
 name is reported and left alone, unless its id is the one that the log knows.
 

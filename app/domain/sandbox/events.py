@@ -147,8 +147,8 @@ class Ready(Struct, frozen=True, omit_defaults=True):
 
     after_ms: int = 0
     """Milliseconds from the start of this run until it answered. Always 0 when `via` is `runtime`: nothing is asked
-    then, so the sandbox is ready as soon as it runs. What lies between `occurred_at` of the start and `recorded_at` is
-    no part of that: it is how late we noticed, told by two clocks."""
+    then, so the sandbox is ready as soon as it runs. The time between `occurred_at` of the start and `recorded_at` does
+    not count: it is the delay until we noticed, and the two times come from two clocks."""
     via: str = "runtime"
     """`runtime`: the container runs and nothing else is waited for."""
 
