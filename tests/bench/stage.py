@@ -44,8 +44,6 @@ class Bench:
         self.home = home
         self.server = server
         self.docker_host = docker_host
-        self.floor_rate: float | None = None
-        """Set by the first case that needs it."""
         self._made = 0
 
     async def fresh(self) -> str:

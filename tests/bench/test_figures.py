@@ -13,6 +13,7 @@ import pytest
 from app.store.embedded.server import EmbeddedPostgres
 from tests.bench.__main__ import BenchCase, main
 from tests.bench.figures import Case, Figure, Result, at_least, at_most, measure
+from tests.bench.over_http import REFERENCE_FLOOR, at_rate
 from tests.bench.stage import Bench
 
 MET, MISSED = 2.0, 0.5
@@ -86,6 +87,12 @@ def test_a_target_is_met_exactly_at_its_bound():
     assert [at_most("x", "", "", value, 1.1).met for value in (1.09, 1.1, 1.11)] == [True, True, False]
     assert at_least("x", "", "", float("nan"), 1).met is False, "what could not be measured is not met"
     assert at_most("x", "", "", float("nan"), 1).met is False
+
+
+def test_a_rate_is_judged_by_the_floor_that_was_measured_with_it():
+    """A machine that others use gives half of both."""
+    given = [(1310, REFERENCE_FLOOR), (655, REFERENCE_FLOOR / 2), (655, REFERENCE_FLOOR)]
+    assert [at_rate("creates", "", rate, floor, 1300).met for rate, floor in given] == [True, True, False]
 
 
 # The command
