@@ -265,8 +265,8 @@ class Sweeper:
             return False
         _LOG.warning("orphan removed: %s: %s", what, why)
         role = stray.role if isinstance(stray, Leftover) else "main"
-        told = RecordLeftover(role, _name(stray), stray.object_id, stray.position)
-        await self._engines.execute(self._driver.name, told, self._meta)
+        removed = RecordLeftover(role, _name(stray), stray.object_id, stray.position)
+        await self._engines.execute(self._driver.name, removed, self._meta)
         return True
 
     async def _rescue_stranded(self) -> int:

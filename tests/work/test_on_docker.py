@@ -20,7 +20,7 @@ from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.stream import ActorKind
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect
-from app.runtime.driver import Ref
+from app.runtime.driver import Misnamed, Observed, Ref
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
@@ -59,8 +59,10 @@ async def driver(stage: Stage, docker: aiodocker.Docker, docker_host: str) -> As
     made = connect(DockerOptions(installation=stage.installation), docker_host)
     yield made
     async for found in made.inventory():
-        assert found.object_id is not None
-        await made.remove(Ref(found.object_id))
+        one = found.observed if isinstance(found, Misnamed) else found
+        main = one.main if isinstance(one, Observed) else None
+        assert one.object_id is not None
+        await made.remove(Ref(one.object_id, runtime_id=None if main is None else main.runtime_id))
     await remove_mark(docker, stage.installation)
     await made.close()
 
