@@ -36,6 +36,21 @@ class Limits(Struct, frozen=True):
     gpus_all: bool = False
 
 
+class Agent(Struct, frozen=True):
+    """What a sandbox needs so that the agent runs in it."""
+
+    volume: str
+    """The engine's volume with the agent's files."""
+    token: str
+    """What the agent asks of its callers. Never stored, logged or labelled by a driver."""
+    init: bool = False
+    """The agent runs as process 1 (`EXECD_INIT`)."""
+
+    def __repr__(self) -> str:
+        """Keep the token out of tracebacks."""
+        return f"Agent(volume={self.volume!r})"
+
+
 class Workload(Struct, frozen=True):
     """All that a driver needs to make one object, resolved and the same for every driver."""
 
@@ -48,6 +63,8 @@ class Workload(Struct, frozen=True):
     generation: int = 1
     position: int = 0
     """Log position that led to the object; a label of it."""
+    agent: Agent | None = None
+    """None = the sandbox runs without one."""
 
     def __repr__(self) -> str:
         """Keep env values out of tracebacks."""
