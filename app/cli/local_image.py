@@ -21,6 +21,7 @@ import shutil
 import struct
 import subprocess
 import tarfile
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
@@ -44,10 +45,15 @@ _PT_INTERP = 3
 
 async def ensure_busybox_image(docker: aiodocker.Docker, reference: str = "sandledger-demo:1") -> str:
     """Make sure that the engine has `reference` (a name with a tag), and return it."""
+    return await ensure_local_image(docker, reference, lambda: [root_filesystem()])
+
+
+async def ensure_local_image(docker: aiodocker.Docker, reference: str, layers: Callable[[], Sequence[bytes]]) -> str:
+    """The same for an image of other layers, each a tar of its files."""
     try:
         if not await _present(docker, reference):
             architecture = (await docker.version())["Arch"]
-            archive = await asyncio.to_thread(_image_archive, reference, architecture)
+            archive = await asyncio.to_thread(lambda: _image_archive(reference, architecture, layers()))
             # cast: the library's annotation mixes the streaming with the plain answer.
             await cast("Any", docker.images).import_image(io.BytesIO(archive))
     except aiodocker.DockerError as error:
@@ -75,25 +81,25 @@ async def _present(docker: aiodocker.Docker, reference: str) -> bool:
     return True
 
 
-def _image_archive(reference: str, architecture: str) -> bytes:
-    layer = root_filesystem()
+def _image_archive(reference: str, architecture: str, layers: Sequence[bytes]) -> bytes:
+    digests = [hashlib.sha256(layer).hexdigest() for layer in layers]
     config = msgspec.json.encode(
         {
             "architecture": architecture,
             "os": "linux",
             "created": _EPOCH,
             "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"]},
-            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
-            "history": [{"created": _EPOCH, "comment": "local busybox"}],
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]},
+            "history": [{"created": _EPOCH, "comment": "local busybox"} for _ in layers],
         }
     )
     config_name = f"{hashlib.sha256(config).hexdigest()}.json"
-    manifest = [{"Config": config_name, "RepoTags": [reference], "Layers": ["layer.tar"]}]
-    return _tar(
+    manifest = [{"Config": config_name, "RepoTags": [reference], "Layers": [f"{digest}.tar" for digest in digests]}]
+    return tar(
         [
-            _file(config_name, config),
-            _file("layer.tar", layer),
-            _file("manifest.json", msgspec.json.encode(manifest)),
+            regular_file(config_name, config),
+            *(regular_file(f"{digest}.tar", layer) for digest, layer in zip(digests, layers, strict=True)),
+            regular_file("manifest.json", msgspec.json.encode(manifest)),
         ]
     )
 
@@ -129,27 +135,30 @@ def _applets(busybox: Path) -> list[str]:
 
 
 def _root_file_system(busybox: bytes, applets: list[str]) -> bytes:
-    entries = [_entry(name, tarfile.DIRTYPE, mode) for name, mode in _FOLDERS.items()]
-    entries += [_file(name, content) for name, content in _FILES.items()]
-    entries.append(_file("bin/busybox", busybox, 0o755))
-    entries += [_entry(f"bin/{name}", tarfile.SYMTYPE, 0o777, "busybox") for name in applets]
-    entries.append(_entry("usr/bin", tarfile.SYMTYPE, 0o777, "../bin"))  # for scripts that ask /usr/bin/env
-    return _tar(entries)
+    entries = [entry(name, tarfile.DIRTYPE, mode) for name, mode in _FOLDERS.items()]
+    entries += [regular_file(name, content) for name, content in _FILES.items()]
+    entries.append(regular_file("bin/busybox", busybox, 0o755))
+    entries += [entry(f"bin/{name}", tarfile.SYMTYPE, 0o777, "busybox") for name in applets]
+    entries.append(entry("usr/bin", tarfile.SYMTYPE, 0o777, "../bin"))  # for scripts that ask /usr/bin/env
+    return tar(entries)
 
 
-def _entry(name: str, kind: bytes, mode: int, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
+def entry(name: str, kind: bytes, mode: int, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
+    """One entry of a tar, without content."""
     info = tarfile.TarInfo(name)  # owner 0:0 and time 0, as it comes
     info.type, info.mode, info.linkname = kind, mode, target
     return info, b""
 
 
-def _file(name: str, content: bytes, mode: int = 0o644) -> tuple[tarfile.TarInfo, bytes]:
-    info, _ = _entry(name, tarfile.REGTYPE, mode)
+def regular_file(name: str, content: bytes, mode: int = 0o644) -> tuple[tarfile.TarInfo, bytes]:
+    """A file of a tar."""
+    info, _ = entry(name, tarfile.REGTYPE, mode)
     info.size = len(content)
     return info, content
 
 
-def _tar(entries: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+def tar(entries: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+    """The entries in their order; the same ones always give the same bytes."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for info, content in entries:

@@ -1,0 +1,229 @@
+"""What our server and the public SDK count on in an agent. The stand-in is held to the real one by these checks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import aiohttp
+import pytest
+from opensandbox.adapters.command_adapter import CommandsAdapter
+from opensandbox.adapters.filesystem_adapter import FilesystemAdapter
+from opensandbox.adapters.health_adapter import HealthAdapter
+from opensandbox.adapters.metrics_adapter import MetricsAdapter
+from opensandbox.config import ConnectionConfig
+from opensandbox.exceptions import SandboxApiException
+from opensandbox.models.execd import Execution, RunCommandOpts
+from opensandbox.models.filesystem import WriteEntry
+from opensandbox.models.sandboxes import SandboxEndpoint
+
+from app.agent import TOKEN_HEADER
+from tests.agent.conftest import TOKEN, Sandbox
+
+pytestmark = pytest.mark.engine
+Eventually = Callable[[Callable[[], Any]], Awaitable[Any]]
+PATHS = ("/ping", "/metrics", "/files/info?path=/etc/passwd", "/command/status/x", "/proxy/3000/", "/nothing")
+
+
+@pytest.fixture
+async def session(sandbox: Sandbox, eventually: Eventually) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(f"http://{sandbox.agent}", headers={TOKEN_HEADER: TOKEN}) as session:
+
+        async def answers() -> bool:
+            try:
+                async with session.get("/ping") as answer:
+                    return answer.status == 200
+            except aiohttp.ClientError:
+                return False
+
+        await eventually(answers)
+        yield session
+
+
+@pytest.fixture
+def endpoint(session: aiohttp.ClientSession, sandbox: Sandbox) -> tuple[ConnectionConfig, SandboxEndpoint]:
+    """As the SDK gets it from the server."""
+    config = ConnectionConfig(request_timeout=timedelta(seconds=30))
+    return config, SandboxEndpoint(endpoint=sandbox.agent, headers={TOKEN_HEADER: TOKEN})
+
+
+def lines(execution: Execution) -> tuple[list[str], list[str]]:
+    logs = execution.logs
+    return [each.text for each in logs.stdout], [each.text for each in logs.stderr]
+
+
+# token
+
+
+@pytest.mark.parametrize("token", [None, "another", ""])
+@pytest.mark.parametrize("path", PATHS)
+async def test_no_path_without_the_token(
+    session: aiohttp.ClientSession, sandbox: Sandbox, path: str, token: str | None
+):
+    headers = {} if token is None else {TOKEN_HEADER: token}
+    async with (
+        aiohttp.ClientSession(headers=headers) as stranger,
+        stranger.get(f"http://{sandbox.agent}{path}") as answer,
+    ):
+        assert answer.status == 401
+
+
+async def test_ping(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    assert await HealthAdapter(*endpoint).ping("any")
+
+
+# commands
+
+
+async def test_a_command_with_output(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    execution = await CommandsAdapter(*endpoint).run("echo one; echo two; echo three >&2")
+    assert lines(execution) == (["one", "two"], ["three"])
+    assert (execution.exit_code, execution.error) == (0, None)
+    assert execution.id
+    assert execution.complete is not None
+
+
+async def test_a_command_that_fails(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    execution = await CommandsAdapter(*endpoint).run("exit 3")
+    assert execution.exit_code == 3
+    assert execution.error is not None
+
+
+async def test_a_command_with_options(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    opts = RunCommandOpts(working_directory="/tmp", envs={"WHO": "me"})
+    execution = await CommandsAdapter(*endpoint).run("pwd; echo $WHO", opts=opts)
+    assert lines(execution)[0] == ["/tmp", "me"]
+
+
+async def test_arguments_without_a_shell(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    execution = await CommandsAdapter(*endpoint).run(["echo", "$HOME two"])
+    assert lines(execution)[0] == ["$HOME two"]
+
+
+async def test_an_environment_that_stays(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    commands = CommandsAdapter(*endpoint)
+    await commands.set_env("STAYS", "with a space")
+    assert lines(await commands.run("echo $STAYS"))[0] == ["with a space"]
+
+
+async def test_a_command_in_the_background(endpoint: tuple[ConnectionConfig, SandboxEndpoint], eventually: Eventually):
+    commands = CommandsAdapter(*endpoint)
+    execution = await commands.run("echo begun; exit 4", opts=RunCommandOpts(background=True))
+    assert execution.id is not None
+
+    async def ended() -> bool:
+        return not (await commands.get_command_status(execution.id or "")).running
+
+    await eventually(ended)
+    assert (await commands.get_command_status(execution.id)).exit_code == 4
+    assert "begun" in (await commands.get_background_command_logs(execution.id)).content
+
+
+async def test_an_interrupt(endpoint: tuple[ConnectionConfig, SandboxEndpoint], eventually: Eventually):
+    commands = CommandsAdapter(*endpoint)
+    execution = await commands.run("sleep 3600", opts=RunCommandOpts(background=True))
+    assert (await commands.get_command_status(execution.id or "")).running
+    await commands.interrupt(execution.id or "")
+
+    async def ended() -> bool:
+        return not (await commands.get_command_status(execution.id or "")).running
+
+    assert await eventually(ended)
+
+
+# files and metrics
+
+
+@pytest.mark.parametrize("proxied", [False, True], ids=["chunked", "with-length"])
+async def test_files(endpoint: tuple[ConnectionConfig, SandboxEndpoint], proxied: bool):
+    config, place = endpoint
+    files = FilesystemAdapter(config.model_copy(update={"use_server_proxy": proxied}), place)
+    content = bytes(range(256)) * 1000
+    await files.write_files(
+        [WriteEntry(path="/tmp/deep/a.bin", data=content, mode=640), WriteEntry(path="/tmp/b", data="ü\n")]
+    )
+    assert await files.read_bytes("/tmp/deep/a.bin") == content
+    assert await files.read_file("/tmp/b") == "ü\n"
+    assert await files.read_bytes("/tmp/deep/a.bin", range_header="bytes=10-19") == content[10:20]
+    info = (await files.get_file_info(["/tmp/deep/a.bin"]))["/tmp/deep/a.bin"]
+    assert (info.size, info.mode, info.owner) == (len(content), 640, "root")
+    await files.delete_files(["/tmp/b"])
+    with pytest.raises(SandboxApiException) as caught:
+        await files.get_file_info(["/tmp/b"])
+    assert caught.value.status_code == 404
+
+
+async def test_metrics(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    metrics = await MetricsAdapter(*endpoint).get_metrics("any")
+    assert metrics.cpu_count >= 1
+    assert metrics.memory_total_in_mib > 0
+
+
+# proxy
+
+
+async def head(session: aiohttp.ClientSession, method: str, path: str, **given: Any) -> list[str]:
+    """The head that the program got."""
+    async with session.request(method, path, **given) as answer:
+        assert answer.status == 200
+        return (await answer.text()).splitlines()
+
+
+async def test_proxy_to_a_program(session: aiohttp.ClientSession):
+    got = await head(session, "PUT", "/proxy/3000/a/b?x=1&y=%2B", data=b"body", headers={"X-Mine": "1"})
+    assert got[0] == "PUT /a/b?x=1&y=%2B HTTP/1.1"
+    assert "X-Mine: 1" in got
+    assert "Content-Length: 4" in got
+
+
+async def test_proxy_changes_these_heads(session: aiohttp.ClientSession):
+    forged = {
+        "Host": "app.example",
+        "X-Forwarded-For": "6.6.6.6",
+        "X-Forwarded-Proto": "https",
+        "X-Forwarded-Host": "evil",
+    }
+    got = await head(session, "GET", "/proxy/3000/", headers=forged)
+    assert "Host: app.example" in got
+    assert "X-Forwarded-Proto: http" in got
+    assert not [line for line in got if line.lower().startswith("x-forwarded-host")]
+    assert not [line for line in got if line == "X-Forwarded-For: 6.6.6.6"]
+
+
+async def test_proxy_decodes_an_encoded_slash(sandbox: Sandbox, session: aiohttp.ClientSession):
+    """Why user traffic does not go through the agent where it need not."""
+    reader, writer = await asyncio.open_connection(*sandbox.agent.split(":"))
+    writer.write(f"GET /proxy/3000/a%2Fb HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}: {TOKEN}\r\n\r\n".encode())
+    got = (await reader.read()).decode()
+    writer.close()
+    assert "GET /a/b HTTP/1.1" in got
+
+
+async def test_proxy_to_nobody(session: aiohttp.ClientSession):
+    async with session.get("/proxy/3001/") as answer:
+        assert answer.status == 502
+
+
+async def test_proxy_streams(session: aiohttp.ClientSession, endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    """The first event arrives before the program has written the second."""
+    async with session.get("/proxy/3000/stream") as answer:
+        assert answer.headers["Content-Type"] == "text/event-stream"
+        assert await answer.content.readuntil(b"\n\n") == b"data: 1\n\n"
+        await CommandsAdapter(*endpoint).run("echo go > /tmp/go")
+        assert await answer.content.readuntil(b"\n\n") == b"data: 2\n\n"
+
+
+async def test_proxy_switches_protocols(sandbox: Sandbox, session: aiohttp.ClientSession):
+    reader, writer = await asyncio.open_connection(*sandbox.agent.split(":"))
+    asked = ["GET /proxy/3000/socket HTTP/1.1", "Host: x", f"{TOKEN_HEADER}: {TOKEN}", "Connection: Upgrade"]
+    asked += ["Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
+    writer.write("\r\n".join([*asked, "Sec-WebSocket-Protocol: chat", "", ""]).encode())
+    answered = (await reader.readuntil(b"\r\n\r\n")).decode()
+    assert answered.startswith("HTTP/1.1 101 ")
+    assert "Sec-WebSocket-Protocol: chat\r\n" in answered
+    for sent in (b"\x81\x85\0\0\0\0hello", bytes(range(256)) * 100):
+        writer.write(sent)
+        assert await reader.readexactly(len(sent)) == sent
+    writer.close()
