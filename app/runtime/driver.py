@@ -8,11 +8,13 @@ the same result:
 * `remove` of something absent succeeds;
 * only objects that bear our installation label are ever touched.
 
-No verb but `fetch` may take long: `ensure` never pulls, and answers what it saw instead of waiting for it.
+No verb but `fetch` and `install_agent` may take long: `ensure` never pulls, and answers what it saw instead of waiting
+for it.
 
 Failures: `RuntimeUnavailable` when the engine cannot be reached or is failing (says nothing about the sandbox),
 `RuntimeRejected` when its answer is final for this request, `AttemptFailed` when this attempt failed and another may
-work, `ImageMissing` when `ensure` needs a `fetch` first. Anything else that escapes is a bug and is counted.
+work, `ImageMissing` when `ensure` needs a `fetch` first, `AgentMissing` when it needs an `install_agent` first.
+Anything else that escapes is a bug and is counted.
 
 Cancellation: once `ensure` has begun to create, it finishes create and start before it lets the cancellation through,
 so that no caller concludes "absent" while a create is still under way.
@@ -41,6 +43,7 @@ __all__ = [
     "FetchedImage",
     "Hint",
     "Image",
+    "InstalledAgent",
     "Leftover",
     "Limits",
     "Misnamed",
@@ -85,6 +88,18 @@ class FetchedImage(Struct, frozen=True):
     image_digest: str | None = None
     """The digest that its registry knows it by. None: it came from no registry."""
     size_bytes: int | None = None
+
+
+class InstalledAgent(Struct, frozen=True):
+    """The files of an agent on the engine, complete."""
+
+    image_id: str
+    volume: str
+    """What `Workload.agent` names."""
+    files: tuple[str, ...]
+    size_bytes: int
+    made: bool
+    """This call had them copied. False = they were there. Two calls at the same time may both say True."""
 
 
 class Leftover(Struct, frozen=True):
@@ -144,6 +159,8 @@ class Driver(Protocol):
 
         Raises:
             ImageMissing: the engine does not have the image.
+            AgentMissing: the volume of `Workload.agent` does not hold the agent: `install_agent` makes it again.
+            AttemptFailed: e.g. `PORTS_EXHAUSTED`, there is no free port to publish the agent on.
             RuntimeRejected: final, e.g. `NAME_TAKEN` when a stranger's object has the name.
         """
         ...
@@ -199,6 +216,17 @@ class Driver(Protocol):
 
     async def image(self, reference: str) -> FetchedImage | None:
         """Inspect an image on the engine. None = it is not there."""
+        ...
+
+    async def install_agent(self, image: str) -> InstalledAgent:
+        """Copy the agent's files out of an image into a volume, once for each image id; a moved tag is another one.
+
+        Raises:
+            ImageMissing: the engine does not have the image. `fetch` brings it, as any other.
+            AttemptFailed: `AGENT_IMAGE_INCOMPLETE`, the image lacks a file that is needed; `AGENT_INSTALLING`, another
+                process copies at this moment.
+            RuntimeRejected: `NAME_TAKEN`, a stranger's volume or container has the name.
+        """
         ...
 
     async def check(self) -> EngineInfo:

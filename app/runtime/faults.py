@@ -6,6 +6,7 @@
     ├── RuntimeUnavailable     engine trouble: retried, never counted
     ├── ImageMissing           `ensure` needs a `fetch` first
     ├── AttemptFailed          this attempt failed for a reason of its own: counted, retried with back-off
+    │   ├── AgentMissing       `ensure` needs an `install_agent` first
     │   └── ImagePullFailed    the registry's trouble: rate limit, unreachable, too slow
     └── RuntimeRejected        final
 """
@@ -33,6 +34,10 @@ class AttemptFailed(RuntimeFault):
         super().__init__(f"{reason}: {message}")
         self.reason = reason
         self.message = message
+
+
+class AgentMissing(AttemptFailed):
+    """The volume with the agent's files is gone or empty, so whoever remembers it as installed has to forget that."""
 
 
 class ImagePullFailed(AttemptFailed):

@@ -36,6 +36,11 @@ class Limits(Struct, frozen=True):
     gpus_all: bool = False
 
 
+AGENT_PORT, HTTP_PORT = "44772", "8080"
+"""Ports of a sandbox with an agent that the engine publishes, as `Address.ports` names them: the agent's own, and one
+for direct clients of the user's program."""
+
+
 class Agent(Struct, frozen=True):
     """What a sandbox needs so that the agent runs in it."""
 

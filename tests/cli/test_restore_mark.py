@@ -147,7 +147,7 @@ async def test_a_mark_that_could_not_be_made_is_made_by_the_next_run(stage: Stag
     stage.engine.marks.clear()
 
     async def away(call: str) -> None:
-        if call == "make_mark":
+        if call == "make_volume":
             raise RuntimeUnavailable("away")
 
     def make(_settings: Settings, installation: UUID) -> Driver:

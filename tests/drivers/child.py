@@ -1,6 +1,6 @@
 """A process that does one verb and may be killed in it: `python -m tests.drivers.child ADDRESS INSTALLATION VERB WHAT`.
 
-`WHAT` is an object's id, or an image to fetch. A fetch prints how far it is.
+`WHAT` is an object's id, or an image to fetch or to install an agent from. A fetch prints how far it is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ async def act(driver: DockerDriver, verb: str, what: str) -> None:
             await driver.ensure(workload(ref=Ref(UUID(what))))
         case "pause" | "resume":
             await driver.set_power(Ref(UUID(what)), Power.PAUSED if verb == "pause" else Power.RUNNING)
+        case "install_agent":
+            await driver.install_agent(what)
         case "remove":
             await driver.remove(Ref(UUID(what)))
         case _:

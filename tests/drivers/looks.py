@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import UUID
 
-from app.runtime.driver import Driver, FetchedImage, Image, Leftover, Observed, Power, Ref, Workload
-from app.runtime.faults import ImageMissing
+from app.runtime.driver import Driver, FetchedImage, Image, InstalledAgent, Leftover, Observed, Power, Ref, Workload
+from app.runtime.faults import AttemptFailed, ImageMissing
 from tests.drivers.rig import Rig
 
 Eventually = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -45,6 +45,16 @@ async def run(driver: Driver, work: Workload) -> Observed:
     except ImageMissing:
         await driver.fetch(work.image, lambda _: None)
         return await driver.ensure(work)
+
+
+async def insist(driver: Driver, image: str) -> InstalledAgent:
+    """Again as long as another one copies, as a worker does."""
+    while True:
+        try:
+            return await driver.install_agent(image)
+        except AttemptFailed as failed:
+            assert failed.reason == "AGENT_INSTALLING"  # noqa: PT017
+            await asyncio.sleep(0)
 
 
 async def exited(rig: Rig, work: Workload, eventually: Eventually) -> Observed:

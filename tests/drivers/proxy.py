@@ -20,6 +20,8 @@ from aiohttp import web
 CALLS = (
     ("POST", r"containers/create", "create"),
     ("POST", r"containers/[^/]+/start", "start"),
+    ("POST", r"containers/[^/]+/wait", "wait"),
+    ("GET", r"containers/[^/]+/logs", "logs"),
     ("POST", r"containers/[^/]+/pause", "pause"),
     ("POST", r"containers/[^/]+/unpause", "unpause"),
     ("GET", r"containers/[^/]+/json", "inspect"),
@@ -28,11 +30,12 @@ CALLS = (
     ("POST", r"images/create", "pull"),
     ("GET", r"images/.+/json", "image"),
     ("GET", r"events", "events"),
-    ("POST", r"volumes/create", "make_mark"),
+    ("POST", r"volumes/create", "make_volume"),
     ("GET", r"volumes/.+", "mark"),
     ("GET", r"version", "version"),
     ("GET", r"info", "info"),
 )
+TAKEN = "driver failed programming external connectivity: listen tcp4 127.0.0.1:40001: bind: address already in use"
 PER_CONNECTION = {"connection", "transfer-encoding", "content-length", "content-encoding", "host", "keep-alive"}
 
 
@@ -79,6 +82,8 @@ class EngineProxy:
         self.late_gates: dict[str, Gate] = {}
         """When the engine has acted, before anybody hears of it."""
         self.lost: Counter[str] = Counter()
+        self.scarce: Counter[str] = Counter()
+        """How many of these calls the engine is not asked any more, since a port is taken."""
         self.refusals: dict[str, Refusal | int] = {}
         """What calls are answered with by the proxy itself; a number stands for a status with plain words."""
         self.canned: dict[str, list[dict[str, object]]] = {}
@@ -134,6 +139,9 @@ class EngineProxy:
             await gate.pass_through()
         if (named := re.match(r"/(v[\d.]+)/", request.path)) is not None:
             self.versions.append(named[1])
+        if self.scarce[call]:
+            self.scarce[call] -= 1
+            return Refusal(500, TAKEN).answer()
         if refusal := self.refusals.get(call):
             return (Refusal(refusal) if isinstance(refusal, int) else refusal).answer()
         if answer := self.answers.get(call):

@@ -58,6 +58,38 @@ class Rig(Protocol):
         """The same, and its pull stops half way."""
         ...
 
+    async def agent_image(self) -> str:
+        """An image that holds an agent, on the engine."""
+        ...
+
+    async def slow_agent(self) -> SlowAgent:
+        """The same, and the copy of its files stops half way."""
+        ...
+
+    async def bare_image(self) -> str:
+        """An image on the engine that holds none."""
+        ...
+
+    def agent_name(self, image_id: str) -> str:
+        """Of the volume with its files, and of the helper that copies them."""
+        ...
+
+    async def agent_works(self, volume: str) -> bool:
+        """All its files are in the volume, whole."""
+        ...
+
+    async def forget_agent(self, volume: str) -> None:
+        """Somebody removes the volume and the helper."""
+        ...
+
+    async def strange_volume(self, name: str) -> None:
+        """A volume that is not ours."""
+        ...
+
+    def take_ports(self, starts: int) -> None:
+        """So many starts find the port taken that they were to publish."""
+        ...
+
     async def stranger(self, name: str) -> None:
         """A container that is not ours."""
         ...
@@ -126,3 +158,19 @@ class SlowImage:
         self.reference = reference
         self.reached = reached
         self.gate = gate
+
+
+class SlowAgent:
+    """An agent image whose copy stops half way, until `finish`. `kill` ends the helper there."""
+
+    def __init__(
+        self,
+        reference: str,
+        reached: Callable[[], Awaitable[object]],
+        finish: Callable[[], Awaitable[object]],
+        kill: Callable[[], Awaitable[object]],
+    ) -> None:
+        self.reference = reference
+        self.reached = reached
+        self.finish = finish
+        self.kill = kill

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections import Counter
 from contextlib import AsyncExitStack
 from typing import Any
@@ -14,11 +15,12 @@ import msgspec
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect, names
 from app.runtime.driver import Driver, Exit, Leftover, Limits, Ref, Workload
-from app.runtime.fake import FakeDriver, FakeEngine, Pull
+from app.runtime.fake import FakeDriver, FakeEngine, FakeVolume, Pull, agent_name
 from app.runtime.faults import AttemptFailed
+from tests.agent.image import BOOTSTRAP, SLEEPER, ensure_tiny_agent_image
 from tests.drivers.proxy import EngineProxy, Gate, Refusal
 from tests.drivers.registry import Registry, serve
-from tests.drivers.rig import BUSYBOX, SlowImage, workload
+from tests.drivers.rig import BUSYBOX, SlowAgent, SlowImage, workload
 
 
 class FakeRig:
@@ -72,6 +74,48 @@ class FakeRig:
                 await asyncio.sleep(0)
 
         return SlowImage(reference, reached, gate)
+
+    async def agent_image(self) -> str:
+        return f"agent/{uuid4().hex}:1"
+
+    async def slow_agent(self) -> SlowAgent:
+        reference, gate = await self.agent_image(), asyncio.Event()
+        image = self.engine.image(reference)
+        assert image is not None
+        name = self.agent_name(image.image_id)
+        self.engine.fill_gates[name] = gate
+
+        async def reached() -> None:
+            while name not in self.engine.fills or self.engine.fills[name].done():
+                await asyncio.sleep(0)
+
+        async def finish() -> None:
+            gate.set()
+
+        async def kill() -> None:
+            self.engine.end(self.engine.containers[name], Exit(137))
+            gate.set()
+
+        return SlowAgent(reference, reached, finish, kill)
+
+    async def bare_image(self) -> str:
+        return f"bare/{uuid4().hex}:1"
+
+    def agent_name(self, image_id: str) -> str:
+        return agent_name(self._installation, image_id)
+
+    async def agent_works(self, volume: str) -> bool:
+        return self.engine.volumes[volume].filled
+
+    async def forget_agent(self, volume: str) -> None:
+        self.engine.destroy(volume)
+        del self.engine.volumes[volume]
+
+    async def strange_volume(self, name: str) -> None:
+        self.engine.volumes[name] = FakeVolume()
+
+    def take_ports(self, starts: int) -> None:
+        self.engine.starts_without_port = starts
 
     async def stranger(self, name: str) -> None:
         self.engine.make(name)
@@ -160,6 +204,7 @@ class DockerRig:
         self._installations = [uuid4()]
         self._drivers: list[DockerDriver] = []
         self._strangers: list[str] = []
+        self._strange_volumes: list[str] = []
         self._stack = AsyncExitStack()
         self._registry: Registry | None = None
         self.driver: Driver = self.another()
@@ -218,6 +263,53 @@ class DockerRig:
         registry.blob_gate = asyncio.Event()
         registry.blob_started.clear()
         return SlowImage(await self.image_to_pull(), registry.blob_started.wait, registry.blob_gate)
+
+    async def agent_image(self) -> str:
+        return await ensure_tiny_agent_image(self.direct)
+
+    async def slow_agent(self) -> SlowAgent:
+        reference = await ensure_tiny_agent_image(self.direct, blocks=True)
+        helper = self.agent_name((await self.direct.images.inspect(reference))["Id"])
+        container = self.direct.containers.container
+
+        async def reached() -> None:
+            while (shown := await self.inspect(helper)) is None or not shown["State"]["Running"]:
+                await asyncio.sleep(0.02)
+
+        async def finish() -> None:
+            go = await container(helper).exec(["sh", "-c", "echo '#!/bin/sh' > /execd"])
+            await go.start(detach=True)
+
+        async def kill() -> None:
+            await container(helper).kill()
+
+        return SlowAgent(reference, reached, finish, kill)
+
+    async def bare_image(self) -> str:
+        return BUSYBOX
+
+    def agent_name(self, image_id: str) -> str:
+        return names.agent_name(self._installations[0], image_id)
+
+    async def agent_works(self, volume: str) -> bool:
+        """Reads the volume through the helper, which runs no more."""
+        archive = await self.direct.containers.container(volume).get_archive("/t")
+        found = {file.name.partition("/")[2]: file for file in archive.getmembers() if file.isfile()}
+        read = {name: (archive.extractfile(file) or io.BytesIO()).read() for name, file in found.items()}
+        return read == {"execd": SLEEPER, "bootstrap.sh": BOOTSTRAP} and {
+            each.mode & 0o7777 for each in found.values()
+        } == {0o755}
+
+    async def forget_agent(self, volume: str) -> None:
+        await self.direct.containers.container(volume).delete()
+        await (await self.direct.volumes.get(volume)).delete()
+
+    async def strange_volume(self, name: str) -> None:
+        await self.direct.volumes.create({"Name": name})
+        self._strange_volumes.append(name)
+
+    def take_ports(self, starts: int) -> None:
+        self.proxy.scarce["start"] = starts
 
     async def stranger(self, name: str, labels: dict[str, str] | None = None) -> None:
         labels = {names.INSTALLATION: str(uuid4())} if labels is None else labels
@@ -292,10 +384,7 @@ class DockerRig:
         for driver in self._drivers:
             await driver.close()
         await self.proxy.close()
-        for installation in self._installations:
-            filters = msgspec.json.encode({"label": [f"{names.INSTALLATION}={installation}"]}).decode()
-            for container in await self.direct.containers.list(all="1", filters=filters):
-                await container.delete(force=True, v=True)
+        await self.clear()
         for name in self._strangers:
             if await self.exists(name):
                 await self.direct.containers.container(name).delete(force=True, v=True)
@@ -304,11 +393,22 @@ class DockerRig:
         await self._stack.aclose()
         await self.direct.close()
 
+    async def clear(self) -> None:
+        """Remove the containers of this rig."""
+        for installation in self._installations:
+            filters = msgspec.json.encode({"label": [f"{names.INSTALLATION}={installation}"]}).decode()
+            for container in await self.direct.containers.list(all="1", filters=filters):
+                await container.delete(force=True, v=True)
+
+    async def volumes(self) -> list[str]:
+        """Those of this rig's installations."""
+        ours = {str(installation) for installation in self._installations}
+        rows = (await self.direct.volumes.list())["Volumes"] or ()
+        return [row["Name"] for row in rows if (row["Labels"] or {}).get(names.INSTALLATION) in ours]
+
     async def _forget_volumes(self) -> None:
-        ours = {names.mark_name(installation) for installation in self._installations}
-        for row in (await self.direct.volumes.list())["Volumes"] or ():
-            if row["Name"] in ours:
-                await (await self.direct.volumes.get(row["Name"])).delete()
+        for name in [*await self.volumes(), *self._strange_volumes]:
+            await (await self.direct.volumes.get(name)).delete()
 
     async def _forget_images(self) -> None:
         if self._registry is None:

@@ -54,7 +54,7 @@ async def test_a_mark_that_is_gone_is_absent_and_a_new_one_is_another(rig: Rig):
 
 
 async def test_prepare_after_its_reply_got_lost(rig: Rig):
-    rig.lose_reply("make_mark")
+    rig.lose_reply("make_volume")
     try:
         await rig.driver.prepare()
     except Exception:

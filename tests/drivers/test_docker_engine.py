@@ -78,7 +78,7 @@ async def test_what_names_no_version_is_no_engine(docker_rig: DockerRig, answer:
 
 
 @pytest.mark.parametrize("refusal", [Refusal(403, HTML, is_json=False), Refusal(401), Refusal(403)])
-@pytest.mark.parametrize("call", ["create", "start", "inspect", "pause", "remove", "list", "make_mark", "info"])
+@pytest.mark.parametrize("call", ["create", "start", "inspect", "pause", "remove", "list", "make_volume", "info"])
 async def test_a_proxy_that_forbids_a_call_ends_no_sandbox(docker_rig: DockerRig, call: str, refusal: Refusal):
     driver, work = docker_rig.driver, docker_rig.work()
     if call not in ("create", "start"):
@@ -91,7 +91,7 @@ async def test_a_proxy_that_forbids_a_call_ends_no_sandbox(docker_rig: DockerRig
         "pause": lambda: driver.set_power(work.ref, Power.PAUSED),
         "remove": lambda: driver.remove(work.ref),
         "list": lambda: anext(driver.inventory()),
-        "make_mark": driver.prepare,
+        "make_volume": driver.prepare,
         "info": driver.check,
     }
     with pytest.raises(RuntimeUnavailable, match="let it through the proxy or plugin"):

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from app.runtime.docker import connect
 from app.runtime.driver import Driver, Power, Workload
-from tests.drivers.looks import id_of, inventory, power_of
+from tests.drivers.looks import id_of, insist, inventory, power_of
 from tests.drivers.proxy import Gate
 from tests.drivers.rigs import DockerRig
 
@@ -26,12 +27,21 @@ VERBS: dict[str, tuple[str, Callable[[Driver, Workload], Awaitable[object]], Pow
 """By the call at which the process dies: what it does, how another one repeats it, and what must come of it."""
 
 
-async def die(rig: DockerRig, verb: str, work: Workload, gate: Gate) -> None:
-    arguments = rig.proxy.address, str(rig.options.installation), verb, str(work.ref.object_id)
+async def start(rig: DockerRig, verb: str, what: str, gate: Gate) -> asyncio.subprocess.Process:
+    """A process that stands at the gate."""
+    arguments = rig.proxy.address, str(rig.options.installation), verb, what
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "tests.drivers.child", *arguments)
     await gate.reached.wait()
+    return process
+
+
+async def kill(process: asyncio.subprocess.Process) -> None:
     process.kill()
     assert await process.wait() == -signal.SIGKILL
+
+
+async def die(rig: DockerRig, verb: str, work: Workload, gate: Gate) -> None:
+    await kill(await start(rig, verb, str(work.ref.object_id), gate))
 
 
 @pytest.mark.parametrize("acted", [False, True], ids=["before", "after"])
@@ -58,3 +68,26 @@ async def test_a_killed_process_leaves_what_another_one_finishes(docker_rig: Doc
         assert seen is not None
         assert id_of(seen)
         assert seen.started_at == started_at, "nothing was started a second time"
+
+
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["then", "meanwhile"])
+@pytest.mark.parametrize("acted", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("call", ["image", "inspect", "make_volume", "create", "start", "wait", "logs"])
+async def test_a_process_that_is_killed_while_it_installs_an_agent(
+    docker_rig: DockerRig, engine: str, call: str, acted: bool, meanwhile: bool
+):
+    """Another worker installs it, after the kill or while the first one stands there."""
+    image, gate = await docker_rig.agent_image(), Gate()
+    (docker_rig.proxy.late_gates if acted else docker_rig.proxy.gates)[call] = gate
+    process = await start(docker_rig, "install_agent", image, gate)
+    other = connect(docker_rig.options, engine)  # not through the gate
+    try:
+        if meanwhile:
+            await insist(other, image)
+        await kill(process)
+        gate.open()
+        installed = await insist(other, image)
+    finally:
+        await other.close()
+    assert await docker_rig.agent_works(installed.volume)
+    assert len(await docker_rig.volumes()) == 1

@@ -14,7 +14,8 @@ from app.runtime.docker.pull_verdicts import pull_cause
 from app.runtime.docker.spec import container_config
 from app.runtime.docker.verdicts import create_verdict, power_verdict, remove_verdict, start_verdict
 from app.runtime.driver import Image, Power, RegistryAuth
-from app.runtime.faults import AttemptFailed, ImageMissing
+from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
+from app.runtime.workload import Agent
 from tests.drivers.rig import workload
 
 AUTH = RegistryAuth("reader", "a-long-password")
@@ -206,3 +207,43 @@ def test_signatures_of_storage_links_stay_out_of_messages():
     error = pull_cause(Image("team/app:1"), f'Get "{link}": EOF').error()
     assert "abcdef" not in str(error)
     assert "REGISTRY_UNREACHABLE" in str(error)
+
+
+AGENT = Agent("sandledger-agent-x", "t0ken-of-a-sandbox")
+BOOTSTRAP = "/opt/opensandbox/bin/bootstrap.sh"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "driver failed programming external connectivity on endpoint x: Bind for 127.0.0.1:40000 failed: port is already allocated",
+        "driver failed programming external connectivity on endpoint x: all ports are allocated",
+        "driver failed programming external connectivity: listen tcp4 127.0.0.1:40000: bind: address already in use",
+    ],
+)
+@pytest.mark.parametrize(("port_range", "advice"), [("", "no free port"), ("40000-40003", "range 40000-40003 is full")])
+def test_a_port_that_is_taken(text: str, port_range: str, advice: str):
+    verdict = start_verdict(workload(agent=AGENT), Refused(500, text), port_range)
+    assert isinstance(verdict, AttemptFailed)
+    assert verdict.reason == "PORTS_EXHAUSTED"
+    assert advice in verdict.message
+    assert ("widen docker.port_range_min" in verdict.message) == bool(port_range)
+
+
+def test_an_agent_that_is_not_in_its_volume():
+    text = f'{OCI}exec: "{BOOTSTRAP}": stat {BOOTSTRAP}: no such file or directory: unknown'
+    assert isinstance(start_verdict(workload(agent=AGENT), Refused(400, text)), AgentMissing)
+
+
+def test_an_agent_that_cannot_be_executed_ends_no_sandbox():
+    text = f'{OCI}exec: "{BOOTSTRAP}": permission denied: unknown'
+    verdict = start_verdict(workload(agent=AGENT), Refused(400, text))
+    assert isinstance(verdict, AttemptFailed)
+    assert not isinstance(verdict, AgentMissing)
+    assert verdict.reason == "START_FAILED"
+
+
+def test_the_token_is_in_no_message():
+    text = f"invalid environment variable: EXECD_ACCESS_TOKEN={AGENT.token}"
+    assert AGENT.token not in str(create_verdict(workload(agent=AGENT), Refused(400, text)))
+    assert AGENT.token not in str(start_verdict(workload(agent=AGENT), Refused(500, text)))

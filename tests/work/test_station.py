@@ -52,7 +52,7 @@ async def test_the_first_contact_leaves_a_mark_and_registers(field: Field):
     assert (await field.standing()).last_seen_at is not None
     assert await field.station().confirm_identity(), "another worker finds the same"
     assert await field.engine_told() == ["registered", "seen"]
-    assert field.engine.calls["make_mark"] == 1
+    assert field.engine.calls["make_volume"] == 1
 
 
 async def test_two_servers_at_first_contact_register_one_engine(field: Field):
@@ -76,7 +76,7 @@ async def test_another_engine_is_not_believed_and_not_marked(field: Field, caplo
     assert (event.why, event.expected, event.found) == ("MARK_ABSENT", (await field.known_engine()).mark, "none")
     assert "sandledger engines trust" in caplog.text
     assert "MARK_ABSENT" in caplog.text
-    assert other.calls["make_mark"] == 0, "a mark would make it ours"
+    assert other.calls["make_volume"] == 0, "a mark would make it ours"
     assert other.marks == {}
     assert await field.phase(sandbox_id) is Phase.RUNNING
     assert await right.confirm_identity()

@@ -26,6 +26,7 @@ import msgspec
 from app.errors import SettingsError
 from app.runtime.completion import to_completion
 from app.runtime.docker import events, identity, names
+from app.runtime.docker.agent import Agents
 from app.runtime.docker.answers import REMOVING, Inspected, observed
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused
@@ -41,6 +42,7 @@ from app.runtime.driver import (
     FetchedImage,
     Hint,
     Image,
+    InstalledAgent,
     Leftover,
     Misnamed,
     Observed,
@@ -71,6 +73,7 @@ class DockerDriver:
         self._engine = Engine(docker, options.times)
         self._containers = Containers(self._engine, options.installation)
         self._images = Images(self._engine)
+        self._agents = Agents(self._engine, self._containers, self._images, options.installation)
         self._pulls = Pulls(Engine(pulling, options.times), self._images, options.pull_timeout)
 
     async def ensure(self, workload: Workload) -> Observed:
@@ -143,6 +146,10 @@ class DockerDriver:
         """Inspect an image."""
         shown = await self._images.show(reference)
         return None if shown is None else self._images.fetched(shown, reference)
+
+    async def install_agent(self, image: str) -> InstalledAgent:
+        """Copy the agent's files unless they are there."""
+        return await self._agents.install(image)
 
     async def check(self) -> EngineInfo:
         """Ask the engine who it is."""

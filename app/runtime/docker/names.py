@@ -1,14 +1,16 @@
 """Names and labels of everything that the driver puts on an engine. No other module knows one.
 
-============ ==================================== =======================================================
-role         name                                 what it is
-============ ==================================== =======================================================
-`main`       `sandbox-<object id>`                the container that runs the workload
-`egress`     `sandbox-egress-<object id>`         the container that filters its traffic (not made yet)
-`mark`       `sandledger-mark-<installation>`     a volume; its label identifies this engine
-============ ==================================== =======================================================
+======== ========================================= ===================================================================
+role     name                                      what it is
+======== ========================================= ===================================================================
+`main`   `sandbox-<object id>`                     the container that runs the workload
+`egress` `sandbox-egress-<object id>`              the container that filters its traffic (not made yet)
+`mark`   `sandledger-mark-<installation>`          a volume; its label identifies this engine
+`agent`  `sandledger-agent-<installation>-<image>` a volume with the agent's files, and the container that filled it
+======== ========================================= ===================================================================
 
-`<installation>` is the first eight hex digits of the installation's id, which is random.
+`<installation>` is the first eight hex digits of the installation's id, which is random; `<image>` the first twelve of
+the image's id. What has the role `agent` or `mark` is ours and part of no object: no inventory shows it.
 
 Labels are ours only (`sandledger.io/`). The public server lists and removes whatever bears `opensandbox.io/id`, so no
 object of ours bears a label of that prefix, and no label of that prefix makes an object ours.
@@ -35,7 +37,7 @@ POSITION = "sandledger.io/position"
 MARK = "sandledger.io/mark"
 
 MAIN, EGRESS = "main", "egress"
-ROLE_OF_MARK = "mark"
+ROLE_OF_MARK, ROLE_OF_AGENT = "mark", "agent"
 PREFIXES = {MAIN: "sandbox-", EGRESS: "sandbox-egress-"}
 """Roles of containers."""
 
@@ -100,6 +102,21 @@ def mark_in(name: str, labels: Mapping[str, str], installation: UUID) -> str | N
     """The mark that a volume bears; None = the volume is not ours."""
     ours = name == mark_name(installation) and labels.get(INSTALLATION) == str(installation)
     return (labels.get(MARK) or None) if ours and labels.get(ROLE) == ROLE_OF_MARK else None
+
+
+def agent_name(installation: UUID, image_id: str) -> str:
+    """The volume with the files of one agent image, and the container that fills it."""
+    return f"sandledger-agent-{installation.hex[:8]}-{image_id.removeprefix('sha256:')[:12]}"
+
+
+def agent_labels(installation: UUID) -> dict[str, str]:
+    """Labels of both."""
+    return {INSTALLATION: str(installation), ROLE: ROLE_OF_AGENT}
+
+
+def is_agent(labels: Mapping[str, str], installation: UUID) -> bool:
+    """Whether a volume or container with the name of one is ours."""
+    return labels.get(INSTALLATION) == str(installation) and labels.get(ROLE) == ROLE_OF_AGENT
 
 
 def generation_in(labels: Mapping[str, str]) -> int:

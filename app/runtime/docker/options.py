@@ -89,6 +89,10 @@ class DockerOptions(Struct, frozen=True, kw_only=True):
     """A request above it is rejected; a request without a limit gets at most this."""
     max_memory_bytes: int | None = None
     sandbox_env: dict[str, str] = {}
+    publish_host: str = "127.0.0.1"
+    """Where the ports of a sandbox with an agent are published."""
+    port_range: tuple[int, int] | None = None
+    """First and last port of the engine's host that it may take for them; None = the engine's own range."""
     log_max_size: str = "10m"
     log_max_files: int = 3
 

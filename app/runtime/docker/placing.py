@@ -29,7 +29,7 @@ from app.runtime.docker.answers import REMOVING, Created, Inspected, observed
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused
 from app.runtime.docker.spec import ContainerConfig
-from app.runtime.docker.verdicts import clean, create_verdict, start_verdict
+from app.runtime.docker.verdicts import clean, create_verdict, is_about_ports, start_verdict
 from app.runtime.driver import Observed, Power, Workload
 from app.runtime.faults import AttemptFailed
 
@@ -37,6 +37,8 @@ SETTLE_SECONDS = 5.0
 """How long the engine may keep a name that no visible container has: a removal under way, or another create not yet
 visible."""
 POLL_FIRST, POLL_LONGEST = 0.02, 0.5
+MAX_REPEATED_STARTS = 8
+"""For ports. The engine only learns at the start that somebody else has a port, and takes the next one at the next."""
 
 
 class Placing:
@@ -89,7 +91,7 @@ class Placing:
     async def _start(self, runtime_id: str, *, adopted: bool) -> Observed:
         conflict, name = "", self._identity.name
         try:
-            await self._engine.command("POST", f"containers/{runtime_id}/start")
+            await self._start_on_free_ports(runtime_id)
         except Refused as refused:
             conflict = await self._start_refused(runtime_id, refused)
         shown = await self._containers.show(runtime_id)
@@ -100,12 +102,23 @@ class Placing:
             raise AttemptFailed("START_FAILED", f"the engine did not start {name}: {conflict}")
         return result
 
+    async def _start_on_free_ports(self, runtime_id: str) -> None:
+        for repeats in range(MAX_REPEATED_STARTS + 1):
+            try:
+                await self._engine.command("POST", f"containers/{runtime_id}/start")
+            except Refused as refused:
+                if repeats == MAX_REPEATED_STARTS or not is_about_ports(refused):
+                    raise
+            else:
+                return
+
     async def _start_refused(self, runtime_id: str, refused: Refused) -> str:
         """Raise the verdict; return only when the state that the next inspect call shows says everything."""
         gone = refused.status == HTTPStatus.NOT_FOUND and "no such container" in refused.message.lower()
         if refused.status == HTTPStatus.CONFLICT or gone:
             return clean(refused.message, self._work)
-        verdict = start_verdict(self._work, refused)
+        ranges = {each.host_port for port in self._config.host_config.port_bindings.values() for each in port}
+        verdict = start_verdict(self._work, refused, max(ranges, default=""))
         if not isinstance(verdict, RuntimeUnavailable):
             with suppress(RuntimeFault):
                 await self._containers.delete(runtime_id, self._identity.name)

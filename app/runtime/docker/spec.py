@@ -1,4 +1,9 @@
-"""What a sandbox's container is made of. Pure: a `Workload` and `DockerOptions` in, the engine's own words out."""
+"""What a sandbox's container is made of. Pure: a `Workload` and `DockerOptions` in, the engine's own words out.
+
+With an agent, a container gets a small tmpfs at `/opt/opensandbox`, which every user may write to (`.env` and
+certificates), and below it, read-only, the volume with the agent's files. It needs a directory of its own, because an
+engine of API 1.41 mounts whole volumes only. The agent's `bootstrap.sh` runs as entrypoint and starts the request's.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,16 @@ from app.runtime.docker import names
 from app.runtime.docker.answers import GPU
 from app.runtime.docker.options import DockerOptions, Ulimit
 from app.runtime.driver import Workload
+from app.runtime.workload import AGENT_PORT, HTTP_PORT, Agent
+
+RUNTIME_FOLDER = "/opt/opensandbox"
+AGENT_FOLDER = f"{RUNTIME_FOLDER}/bin"
+BOOTSTRAP = f"{AGENT_FOLDER}/bootstrap.sh"
+TMPFS_OPTIONS = "mode=1777,size=1m"
+UNPUBLISHED = ("host", "none")
+"""Network modes in which the engine publishes no port; neither does it for one who shares another's network."""
+OURS = ("EXECD", "EXECD_ACCESS_TOKEN", "EXECD_INIT", "OPENSANDBOX_ID")
+"""Environment variables of a sandbox with an agent that a request does not decide."""
 
 
 class LogConfig(Struct, frozen=True, rename="pascal"):
@@ -25,6 +40,29 @@ class DeviceRequest(Struct, frozen=True, rename="pascal"):
 
     count: int
     capabilities: tuple[tuple[str, ...], ...]
+
+
+class Binding(Struct, frozen=True, rename="pascal"):
+    """Where a port is to be published. No port = the engine takes a free one; `A-B` = a free one of these."""
+
+    host_ip: str
+    host_port: str
+
+
+class VolumeOptions(Struct, frozen=True, rename="pascal"):
+    """How a volume is mounted, and with which labels the engine makes one that is not there."""
+
+    labels: dict[str, str]
+    no_copy: bool = True
+
+
+class Mount(Struct, frozen=True, rename="pascal", tag_field="Type", tag="volume"):
+    """A volume in a container."""
+
+    source: str
+    target: str
+    volume_options: VolumeOptions
+    read_only: bool = False
 
 
 class HostConfig(Struct, frozen=True, rename="pascal", omit_defaults=True):
@@ -42,9 +80,13 @@ class HostConfig(Struct, frozen=True, rename="pascal", omit_defaults=True):
     memory_swap: int | None = None
     nano_cpus: int | None = None
     device_requests: tuple[DeviceRequest, ...] = ()
+    tmpfs: dict[str, str] = {}
+    mounts: tuple[Mount, ...] = ()
+    port_bindings: dict[str, tuple[Binding, ...]] = {}
+    readonly_rootfs: bool = False
 
 
-class ContainerConfig(Struct, frozen=True, rename="pascal"):
+class ContainerConfig(Struct, frozen=True, rename="pascal", omit_defaults=True):
     """The body of a create call."""
 
     image: str
@@ -53,6 +95,8 @@ class ContainerConfig(Struct, frozen=True, rename="pascal"):
     env: tuple[str, ...]
     labels: dict[str, str]
     host_config: HostConfig
+    exposed_ports: dict[str, dict[str, str]] = {}
+    user: str = ""
 
     def __repr__(self) -> str:
         """Keep env values out of tracebacks."""
@@ -77,6 +121,9 @@ def host_config(work: Workload, options: DockerOptions) -> HostConfig:
         memory_swap=memory,  # memory and swap together: equal means no swap at all
         nano_cpus=cpus,
         device_requests=_devices(work),
+        tmpfs={} if work.agent is None else {RUNTIME_FOLDER: TMPFS_OPTIONS},
+        mounts=() if work.agent is None else (_agent_files(work.agent, options),),
+        port_bindings={port: (Binding(options.publish_host, _host_port(options)),) for port in _ports(work, options)},
     )
 
 
@@ -84,8 +131,9 @@ def container_config(work: Workload, options: DockerOptions) -> ContainerConfig:
     """The whole create call. RuntimeRejected `SPEC_REJECTED` for what no engine could take."""
     return ContainerConfig(
         image=work.image.reference,
-        entrypoint=command(work),
-        cmd=(),  # with the entrypoint given and no cmd, the image's own command is not used
+        # With the entrypoint given and no cmd, the image's own command is not used.
+        entrypoint=command(work) if work.agent is None else (BOOTSTRAP,),
+        cmd=() if work.agent is None else command(work),
         env=_environment(work, options),
         labels=names.labels_of(
             options.installation,
@@ -96,6 +144,7 @@ def container_config(work: Workload, options: DockerOptions) -> ContainerConfig:
             position=work.position,
         ),
         host_config=host_config(work, options),
+        exposed_ports={port: {} for port in _ports(work, options)},
     )
 
 
@@ -110,6 +159,27 @@ def command(work: Workload) -> tuple[str, ...]:
     if not words or not words[0]:
         raise RuntimeRejected("SPEC_REJECTED", "the entrypoint is empty")
     return words
+
+
+def program(work: Workload) -> str:
+    """What the engine itself executes."""
+    return command(work)[0] if work.agent is None else BOOTSTRAP
+
+
+def _agent_files(agent: Agent, options: DockerOptions) -> Mount:
+    # The labels are for an engine that has lost the volume: it makes an empty one, which then is ours to fill.
+    labels = names.agent_labels(options.installation)
+    return Mount(agent.volume, AGENT_FOLDER, VolumeOptions(labels), read_only=True)
+
+
+def _ports(work: Workload, options: DockerOptions) -> tuple[str, ...]:
+    if work.agent is None or options.network_mode.partition(":")[0] in (*UNPUBLISHED, "container"):
+        return ()
+    return f"{AGENT_PORT}/tcp", f"{HTTP_PORT}/tcp"
+
+
+def _host_port(options: DockerOptions) -> str:
+    return "" if options.port_range is None else "{}-{}".format(*options.port_range)
 
 
 def _limit(what: str, asked: int | None, default: int | None, largest: int | None) -> int | None:
@@ -139,8 +209,15 @@ def _security(options: DockerOptions) -> tuple[str, ...]:
 
 def _environment(work: Workload, options: DockerOptions) -> tuple[str, ...]:
     merged = {**options.sandbox_env, **work.env, "OPENSANDBOX_ID": str(work.ref.object_id)}
+    if work.agent is not None:
+        merged = {name: value for name, value in merged.items() if name not in OURS} | _of_agent(work, work.agent)
     # The engine repeats a malformed entry, value and all, in its error; such an entry must never get there.
     for name, value in merged.items():
         if not name or "=" in name or "\0" in name or "\0" in value:
             raise RuntimeRejected("SPEC_REJECTED", f"the environment variable {name!r} has no valid name or value")
     return tuple(f"{name}={value}" for name, value in merged.items())
+
+
+def _of_agent(work: Workload, agent: Agent) -> dict[str, str]:
+    ours = {"EXECD": f"{AGENT_FOLDER}/execd", "EXECD_ACCESS_TOKEN": agent.token}
+    return ours | {"OPENSANDBOX_ID": str(work.ref.object_id)} | ({"EXECD_INIT": "1"} if agent.init else {})

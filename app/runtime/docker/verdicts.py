@@ -23,9 +23,9 @@ import msgspec
 from app.domain.text import storable
 from app.errors import RuntimeFault, RuntimeRejected
 from app.runtime.docker.engine import Refused, trouble
-from app.runtime.docker.spec import command
+from app.runtime.docker.spec import program
 from app.runtime.driver import Power, Workload
-from app.runtime.faults import AttemptFailed, ImageMissing
+from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
 
 HIDDEN = "***"
 MIN_SECRET_CHARS = 4
@@ -45,12 +45,16 @@ USER = ("unable to find user", "unable to find group", "no matching entries in")
 DEVICE = ("could not select device driver",)
 ABSENT = ("executable file not found", "no such file or directory")
 FORBIDDEN = ("permission denied", "is a directory", "exec format error")
+PORTS = ("port is already allocated", "all ports are allocated", "address already in use")
+"""Of a port to publish. The next start of the same container tries another one."""
 NO_FREEZER = ("freezer not supported", "freezer is not supported", "freezer not mounted", "not implemented")
 
 
 def clean(text: str, work: Workload) -> str:
-    """The text without any value of the workload's environment, without its password and control characters."""
-    return storable(without(text, [*work.env.values(), *([work.image.auth.password] if work.image.auth else [])]))
+    """The text without any value of the workload's environment, without its password, token and control characters."""
+    password = [work.image.auth.password] if work.image.auth else []
+    token = [work.agent.token] if work.agent else []
+    return storable(without(text, [*work.env.values(), *password, *token]))
 
 
 def is_image_missing(refused: Refused) -> bool:
@@ -73,12 +77,23 @@ def create_verdict(work: Workload, refused: Refused) -> RuntimeFault:
     return AttemptFailed("START_FAILED", f"the engine did not create the container: {message}")
 
 
-def start_verdict(work: Workload, refused: Refused) -> RuntimeFault:
+def is_about_ports(refused: Refused) -> bool:
+    """True when a start call was refused for a port to publish, so that the same call may work at once."""
+    return has_any(refused.message, PORTS)
+
+
+def start_verdict(work: Workload, refused: Refused, port_range: str = "") -> RuntimeFault:
     """A start call that was refused. 404 for the container itself and 409 are the caller's to know."""
     message = clean(refused.message, work)
     if refused.is_engine_trouble:
         return trouble("start the container", refused, message)
+    if is_about_ports(refused):
+        return _no_port(message, port_range)
     if _is_about_program(work, refused.message):
+        if work.agent is not None and has_any(refused.message, ABSENT):
+            return AgentMissing("START_FAILED", f"the volume {work.agent.volume} does not hold the agent: {message}")
+        if work.agent is not None:
+            return AttemptFailed("START_FAILED", f"the engine cannot execute the agent's bootstrap.sh: {message}")
         if has_any(refused.message, ABSENT):
             return RuntimeRejected("ENTRYPOINT_NOT_FOUND", message)
         if has_any(refused.message, FORBIDDEN):
@@ -86,6 +101,13 @@ def start_verdict(work: Workload, refused: Refused) -> RuntimeFault:
     if has_any(message, USER) or has_any(message, DEVICE):
         return RuntimeRejected("START_REJECTED", message)
     return AttemptFailed("START_FAILED", f"the engine did not start the container: {message}")
+
+
+def _no_port(message: str, port_range: str) -> RuntimeFault:
+    if not port_range:
+        return AttemptFailed("PORTS_EXHAUSTED", f"the engine has no free port to publish: {message}")
+    advice = "widen docker.port_range_min and docker.port_range_max"
+    return AttemptFailed("PORTS_EXHAUSTED", f"range {port_range} is full or taken: {advice} ({message})")
 
 
 def power_verdict(power: Power, name: str, refused: Refused) -> RuntimeFault:
@@ -124,8 +146,8 @@ def _is_about_program(work: Workload, text: str) -> bool:
     """The runtime names the program that it could not execute. It may be another than the request's: a helper that the
     host lacks, such as a hook of a device driver or the engine's init, is missing for every sandbox.
     """
-    program = command(work)[0]
-    return f'exec: "{_quoted(program)}"' in text or f"executable file `{program}`" in text
+    executed = program(work)
+    return f'exec: "{_quoted(executed)}"' in text or f"executable file `{executed}`" in text
 
 
 def _quoted(text: str) -> str:

@@ -4,7 +4,8 @@ Several `FakeDriver` on one `FakeEngine` are several servers on one engine. The 
 order as the Docker one (create, start, inspect, ...), and the same conformance suite runs against both.
 """
 
+from app.runtime.fake.agent import agent_name
 from app.runtime.fake.driver import FakeDriver, Hook
-from app.runtime.fake.engine import FakeContainer, FakeEngine, Pull, name_of
+from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, name_of
 
-__all__ = ["FakeContainer", "FakeDriver", "FakeEngine", "Hook", "Pull", "name_of"]
+__all__ = ["FakeContainer", "FakeDriver", "FakeEngine", "FakeVolume", "Hook", "Pull", "agent_name", "name_of"]

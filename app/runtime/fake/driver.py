@@ -23,6 +23,7 @@ from app.runtime.driver import (
     FetchedImage,
     Hint,
     Image,
+    InstalledAgent,
     Leftover,
     Misnamed,
     Observed,
@@ -32,12 +33,14 @@ from app.runtime.driver import (
     Ref,
     Workload,
 )
-from app.runtime.fake.engine import FakeContainer, FakeEngine, Pull, name_of
-from app.runtime.faults import AttemptFailed, ImageMissing
+from app.runtime.fake.agent import FakeAgents
+from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, name_of
+from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
 from app.runtime.flights import Flights
 
 Hook: TypeAlias = Callable[[str], Awaitable[None]]
 RETRY_PAUSE_SECONDS = 0.01
+MAX_REPEATED_STARTS = 8
 CAPACITY = Capacity(4_000_000_000, 8 << 30)
 
 
@@ -63,6 +66,7 @@ class FakeDriver:
         self.after = after
         self._fetches: Flights[Image, FetchedImage | RuntimeFault] = Flights()
         self._known: set[str] = set()
+        self._agents = FakeAgents(engine, installation, self._enter, self._leave)
 
     async def ensure(self, workload: Workload) -> Observed:
         """Create or adopt, and start."""
@@ -182,6 +186,10 @@ class FakeDriver:
             self._known.add(reference)
         return found
 
+    async def install_agent(self, image: str) -> InstalledAgent:
+        """Copy the agent's files unless they are there."""
+        return await self._agents.install(image)
+
     async def check(self) -> EngineInfo:
         """Ask the engine who it is."""
         for call in ("version", "info", "mark"):
@@ -192,9 +200,9 @@ class FakeDriver:
 
     async def prepare(self, mark: str | None = None) -> EngineInfo:
         """Leave our mark unless it is there, then check."""
-        await self._enter("make_mark")
+        await self._enter("make_volume")
         self.engine.marks.setdefault(self.installation, mark or uuid4().hex)
-        await self._leave("make_mark")
+        await self._leave("make_volume")
         return await self.check()
 
     async def close(self) -> None:
@@ -250,11 +258,12 @@ class FakeDriver:
 
     async def _start(self, work: Workload, *, adopted: bool) -> Observed:
         object_id = work.ref.object_id
-        await self._enter("start")
+        await self._enter_start(work)
         created = self._ours(work.ref)
         if created is not None and created.power is Power.CREATED and object_id not in self.engine.waiting:
             try:
                 self._refuse("start")
+                self._refuse_without_agent(work)
                 program = work.entrypoint[0].partition(" ")[0]
                 if program.startswith("/missing/"):
                     raise RuntimeRejected("ENTRYPOINT_NOT_FOUND", f"{program}: no such file or directory")
@@ -268,6 +277,25 @@ class FakeDriver:
         if found is None:
             raise AttemptFailed("START_FAILED", f"{name_of(object_id)} was removed while it was started")
         return self._observed(found, object_id, adopted=adopted)
+
+    async def _enter_start(self, work: Workload) -> None:
+        """Again and again while the port to publish is taken."""
+        await self._enter("start")
+        for repeats in range(MAX_REPEATED_STARTS + 1):
+            if work.agent is None or not self.engine.starts_without_port:
+                return
+            self.engine.starts_without_port -= 1
+            await self._leave("start")
+            if repeats < MAX_REPEATED_STARTS:
+                await self._enter("start")
+        self.engine.destroy(name_of(work.ref.object_id))
+        raise AttemptFailed("PORTS_EXHAUSTED", "the engine has no free port to publish")
+
+    def _refuse_without_agent(self, work: Workload) -> None:
+        if work.agent is not None:
+            volume = self.engine.volumes.setdefault(work.agent.volume, FakeVolume(self.installation))
+            if not volume.filled:
+                raise AgentMissing("START_FAILED", f"the volume {work.agent.volume} does not hold the agent")
 
     def _ours(self, ref: Ref) -> FakeContainer | None:
         """By the id that the log knows, else by its name."""

@@ -1,7 +1,7 @@
 """The engine of the fake: what several drivers share. Tests read and set the public fields, and play every accident.
 
 By convention images named `missing/...` are in no registry, and entrypoints below `/missing/` in no image. An image in
-`to_pull` exists and is not on the engine yet; all others are on it.
+`to_pull` exists and is not on the engine yet; all others are on it. Images named `bare/...` hold no agent.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from msgspec import Struct
 from app.domain.sandbox.observed import Address, Waiting
 from app.errors import RuntimeFault
 from app.runtime.driver import Change, Exit, FetchedImage, Leftover, Power, Workload
+from app.runtime.workload import AGENT_PORT, HTTP_PORT
 
 Clock: TypeAlias = Callable[[], datetime]
 KILLED_CODE = 137
+INCOMPLETE_CODE = 3
+AGENT_FILES = ("execd", "bootstrap.sh")
+FIRST_PORT = 32768
 IMAGE_BYTES = 1_000_000
 
 
@@ -66,6 +70,13 @@ class Pull(Struct, frozen=True):
     """Waited for between the progress and the end."""
 
 
+class FakeVolume(Struct, frozen=True):
+    """A volume with an agent's files. `installation` None = made by a stranger."""
+
+    installation: UUID | None = None
+    filled: bool = False
+
+
 class FakeEngine:
     """An engine in memory that tests can break; several drivers may share it."""
 
@@ -88,6 +99,14 @@ class FakeEngine:
         """Objects that are created and not started before `settle`."""
         self.refusals: dict[str, RuntimeFault] = {}
         """Calls that a healthy engine refuses, by name: `pause`, `unpause`, `remove`, `create`, `start`, `pull`."""
+        self.volumes: dict[str, FakeVolume] = {}
+        """By name."""
+        self.fills: dict[str, asyncio.Task[None]] = {}
+        """Copies of an agent's files, by the name of volume and helper."""
+        self.fill_gates: dict[str, asyncio.Event] = {}
+        """Waited for by the copy of this name, half way."""
+        self.starts_without_port = 0
+        """How many starts of sandboxes with an agent find their port taken."""
         self.gpus: int | None = None
         """How many GPUs "all" are. None = the engine does not say."""
         self.slow_removals = False
@@ -97,6 +116,7 @@ class FakeEngine:
         self._clock = clock
         self._streams: set[asyncio.Queue[News | None]] = set()
         self._made = 0
+        self._published = 0
 
     def of(self, object_id: UUID) -> FakeContainer | None:
         """The container that has this object's name."""
@@ -127,6 +147,20 @@ class FakeEngine:
         ends = self.scripts.get(container.object_id) if container.object_id else None
         if ends is not None:
             self.end(container, msgspec.structs.replace(ends, at=ends.at or self._clock()))
+
+    def start_fill(self, name: str, *, incomplete: bool) -> None:
+        """Start a helper, which copies the agent's files and ends by itself."""
+        self._run(name)
+        self.fills[name] = asyncio.create_task(self._fill(name, incomplete))
+
+    async def _fill(self, name: str, incomplete: bool) -> None:
+        if (gate := self.fill_gates.get(name)) is not None:
+            await gate.wait()
+        helper = self.containers.get(name)
+        if helper is not None and helper.power is Power.RUNNING:
+            if not incomplete:
+                self.volumes[name] = FakeVolume(helper.installation, filled=True)
+            self.end(helper, Exit(INCOMPLETE_CODE if incomplete else 0, at=self._clock()))
 
     def settle(self, object_id: UUID) -> None:
         """What was waiting is up now, as when the engine itself starts it."""
@@ -166,6 +200,7 @@ class FakeEngine:
         self.engine_id = str(uuid4())
         self.marks.clear()
         self.containers.clear()
+        self.volumes.clear()
         self.leftovers.clear()
         self.drop_streams()
 
@@ -231,8 +266,17 @@ class FakeEngine:
             power=Power.RUNNING,
             started_at=self._clock(),
             exit=None,
-            address=Address("fake", f"10.0.0.{self._made % 250 + 1}"),
+            address=Address("fake", f"10.0.0.{self._made % 250 + 1}", self._ports(name)),
         )
+
+    def _ports(self, name: str) -> dict[str, str]:
+        """Others than the last time, as on a real engine."""
+        work = self.containers[name].work
+        if work is None or work.agent is None:
+            return {}
+        self._published += 2
+        first = FIRST_PORT + self._published
+        return {AGENT_PORT: f"127.0.0.1:{first}", HTTP_PORT: f"127.0.0.1:{first + 1}"}
 
     def end(self, container: FakeContainer, end: Exit) -> None:
         """Let this container's workload end, whatever its name is."""
