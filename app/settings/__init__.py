@@ -16,14 +16,16 @@ this version does not serve are warnings; those whose silent loss would weaken i
 """
 
 from app.settings.dsn import redacted_dsn
-from app.settings.exposure import check_exposure, is_loopback
+from app.settings.exposure import check_exposure, is_loopback, publish_host
 from app.settings.loading import Loaded, load
 from app.settings.schema import (
+    AgentSettings,
     ApiSettings,
     DockerSettings,
     Level,
     LogSettings,
     PostgresqlSettings,
+    ProxySettings,
     RuntimeSettings,
     SandledgerSettings,
     ServerSettings,
@@ -33,12 +35,14 @@ from app.settings.schema import (
 )
 
 __all__ = [
+    "AgentSettings",
     "ApiSettings",
     "DockerSettings",
     "Level",
     "Loaded",
     "LogSettings",
     "PostgresqlSettings",
+    "ProxySettings",
     "RuntimeSettings",
     "SandledgerSettings",
     "ServerSettings",
@@ -48,5 +52,6 @@ __all__ = [
     "check_exposure",
     "is_loopback",
     "load",
+    "publish_host",
     "redacted_dsn",
 ]

@@ -1,6 +1,7 @@
-"""The start-up guard: a server without a key must not be reachable from other machines by accident.
+"""What other machines can reach: the start-up guard, and where ports of sandboxes are published.
 
-Fails closed: a name that does not resolve, or resolves to one address that is not loopback, counts as exposed.
+A server without a key must not be reachable from other machines by accident. Fails closed: a name that does not
+resolve, or resolves to one address that is not loopback, counts as exposed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import socket
 
 from app.errors import SettingsError
 from app.settings.schema import Settings
+
+_LOOPBACK = "127.0.0.1"
+_ANYWHERE = "0.0.0.0"  # noqa: S104 - the operator asked for it
 
 
 def check_exposure(settings: Settings) -> None:
@@ -24,6 +28,34 @@ def check_exposure(settings: Settings) -> None:
         " Set server.api_key or OPENSANDBOX_SERVER_API_KEY, or accept a server that anyone can use with"
         ' OPENSANDBOX_INSECURE_SERVER=YES, or listen on "127.0.0.1".'
     )
+
+
+def publish_host(settings: Settings) -> str:
+    """The IP address on which ports of sandboxes are published: the operator's, else the loopback unless the server
+    itself listens wider. May ask the resolver, because engines take no names.
+
+    Raises:
+        SettingsError: the name does not resolve.
+    """
+    key, host = "docker.publish_host", settings.docker.publish_host
+    if not host:
+        if is_loopback(settings.server.host):
+            return _LOOPBACK
+        key, host = "server.host", settings.server.host
+    if host == "::":
+        # The engine takes it for IPv6 only; a socket of ours takes both kinds there.
+        return _ANYWHERE
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    try:
+        return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):
+        raise SettingsError(
+            f'{key} = "{host}" does not resolve to an IPv4 address, so ports of sandboxes cannot be published there;'
+            " set docker.publish_host to an address of the engine's machine"
+        ) from None
 
 
 def is_loopback(host: str) -> bool:

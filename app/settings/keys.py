@@ -67,7 +67,7 @@ def _walk(raw: Toml, cls: type | None, prefix: str) -> Iterator[str]:
         path = prefix + (name if _BARE.fullmatch(name) else json.dumps(name))
         kind = served[name].type if name in served else None
         below = kind.cls if isinstance(kind, StructType) else None
-        if path in unserved.KEYS and not (kind is not None and value == ""):
+        if path in unserved.KEYS:
             yield f"{path} has no effect in this version"
         elif is_table(value) and (below is not None or path in unserved.TABLES):
             yield from _walk(value, below, path + ".")

@@ -4,10 +4,7 @@ Names, bounds and defaults follow the public server, so that its configuration f
 differs (`server.host`, `docker.network_mode`, `store.type`), the field says so. `app.settings.keys` walks these types
 to distinguish known keys from unknown ones, `app.settings.problems` to say what a key allows; nothing is listed twice.
 
-Two marks in `Meta(extra=...)` carry meaning:
-
-* `secret`: the value never appears in a repr, a rich repr or an error message;
-* `env_only`: the value comes from the named environment variable and is refused in a file.
+The kinds of values, with their bounds, are in `app.settings.values`.
 """
 
 from __future__ import annotations
@@ -21,60 +18,29 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.inspect import Field, Metadata, StructType, Type, UnionType, type_info
 
+from app.settings.values import (
+    ApiKey,
+    Count,
+    CountOrNone,
+    Dsn,
+    EngineAddress,
+    Environment,
+    Grace,
+    Host,
+    Insecure,
+    Lease,
+    LogSize,
+    MasterKey,
+    Port,
+    PreviousMasterKey,
+    PublicAddress,
+    Quantity,
+    Seconds,
+    Text,
+    WholeSeconds,
+)
+
 MASK = "***"
-
-_MAX_SECONDS = 366 * 24 * 3600
-
-Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-CountOrNone = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Text = Annotated[str, Meta(min_length=1)]
-Seconds = Annotated[float, Meta(gt=0, le=_MAX_SECONDS)]
-Grace = Annotated[float, Meta(ge=0, le=_MAX_SECONDS)]
-Lease = Annotated[float, Meta(ge=1, le=_MAX_SECONDS)]
-"""A shorter one would run out between two statements: nothing would ever be held, and the loops would spin."""
-WholeSeconds = Annotated[int, Meta(ge=1, le=_MAX_SECONDS)]
-ApiKey = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z", description="text in one line", extra={"secret": True})]
-Environment = Annotated[
-    dict[str, str], Meta(description="a table of text values (quote numbers)", extra={"secret": True})
-]
-Dsn = Annotated[
-    str,
-    Meta(
-        pattern=r"^\s*((postgres|postgresql|postgresql\+asyncpg)://|\w+\s*=)",
-        description="a URL that starts with postgresql://, postgres:// or postgresql+asyncpg://, or libpq's key=value",
-        extra={"secret": True},
-    ),
-]
-MasterKey = Annotated[
-    bytes,
-    Meta(
-        min_length=32,
-        max_length=32,
-        description="32 random bytes in base64, such as `openssl rand -base64 32` prints",
-        extra={"secret": True, "env_only": "SANDLEDGER_MASTER_KEY"},
-    ),
-]
-PreviousMasterKey = Annotated[
-    bytes,
-    Meta(
-        min_length=32,
-        max_length=32,
-        description="the master key that was in use before, in base64",
-        extra={"secret": True, "env_only": "SANDLEDGER_PREVIOUS_MASTER_KEY"},
-    ),
-]
-Quantity = Annotated[str, Meta(pattern=r"^[0-9.]+[a-zA-Z]*\Z", description="a Kubernetes quantity such as 500m or 2Gi")]
-Insecure = Annotated[bool, Meta(extra={"env_only": "OPENSANDBOX_INSECURE_SERVER=YES"})]
-EngineAddress = Annotated[
-    str,
-    Meta(
-        pattern=r"^(unix|tcp|http|https|npipe)://.",
-        description="a URL such as unix:///var/run/docker.sock or tcp://127.0.0.1:2375",
-    ),
-]
-LogSize = Annotated[
-    str, Meta(pattern=r"^[1-9][0-9]*[kmg]?\Z", description="a size in bytes, or with k, m or g, such as 10m")
-]
 
 
 def marks(kind: Type) -> dict[str, object]:
@@ -134,6 +100,9 @@ class ServerSettings(Table, frozen=True):
     """Read for compatibility. Every value means httptools, because its heads are bounded in bytes and in time."""
     api_key: ApiKey | None = None
     """The key clients send; None = requests need no key. A blank key in file or environment becomes None."""
+    eip: PublicAddress = ""
+    """Address at which clients reach this machine, for endpoints; empty = found by the rules of
+    `app.domain.sandbox.endpoints`. A scheme is ignored. The server-proxy form uses all of it, the others its host."""
     max_sandbox_timeout_seconds: Annotated[int, Meta(ge=60, le=2**31 - 1)] | None = None
     """Longest time to live, in seconds, that a create or renewal may ask for; None = no limit."""
     insecure: Insecure = False
@@ -179,6 +148,8 @@ class RuntimeSettings(Table, frozen=True):
     """The driver. Mandatory in the public server, `docker` by default here."""
     execd_image: str = ""
     """Image that holds the in-sandbox agent; empty = sandboxes without one."""
+    execd_run_as_init: bool = False
+    """Run the agent as process 1 of the sandbox (`EXECD_INIT`)."""
 
 
 class DockerSettings(Table, frozen=True):
@@ -188,6 +159,15 @@ class DockerSettings(Table, frozen=True):
     """Address of the engine; None = the engine's default socket. `DOCKER_HOST` wins."""
     network_mode: Text = "bridge"
     """`bridge`, `host` or the name of a network. The public server defaults to `host`, where sandboxes share ports."""
+    host_ip: Host = ""
+    """Address of the engine's machine in endpoints, when this server runs in a container; empty = not known."""
+    publish_host: Host = ""
+    """Address of the engine's machine on which ports of sandboxes are published. Empty = the loopback, unless
+    `server.host` is wider: then that address. The public server publishes on 0.0.0.0."""
+    port_range_min: Port | None = None
+    """First port to publish on; None = the engine picks ports. The public server defaults to 40000."""
+    port_range_max: Port | None = None
+    """Last port to publish on; None = the engine picks ports. The public server defaults to 60000."""
     api_timeout: WholeSeconds = 60
     """Seconds that a create, start or remove call may take; other calls get a fixed share of it, pulls their own."""
     pull_timeout_seconds: Seconds = 600
@@ -221,6 +201,28 @@ class DockerSettings(Table, frozen=True):
     """Log files the engine keeps per container."""
     sandbox_env: Environment = msgspec.field(default_factory=dict[str, str])
     """Environment of every sandbox; the request's own values win."""
+
+    def __post_init__(self) -> None:
+        """Check what one field cannot say."""
+        low, high = self.port_range_min, self.port_range_max
+        if (low is None) != (high is None):
+            raise ValueError("port_range_min and port_range_max belong together: set both, or none")
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"port_range_min ({low}) must be below port_range_max ({high}): each sandbox publishes two ports"
+            )
+
+
+class ProxySettings(Table, frozen=True):
+    """`[proxy]`: traffic to sandboxes through this server."""
+
+    resolve_internal: bool = True
+    """Whether this server reaches sandboxes at their own addresses; false = at their published ports."""
+    auth: Literal["key", "open"] = "key"
+    """`key`: proxied requests need the API key where one is configured. `open`: they need none, as on the public
+    server; the agent then asks the caller for its token."""
+    public_address: PublicAddress = ""
+    """Address of this server in endpoints that lead through it; wins over `server.eip` and the request's own host."""
 
 
 _MIN_CONNECTIONS = 5
@@ -305,6 +307,13 @@ class DeadlineSettings(Table, frozen=True):
     """Seconds until a removal that does not end is reported; each next report waits twice as long."""
 
 
+class AgentSettings(Table, frozen=True):
+    """`[sandledger.agent]`: the agent inside sandboxes."""
+
+    ready_seconds: Seconds = 30
+    """Seconds that a sandbox which runs waits for its agent; it is Running after that even if none answers."""
+
+
 class ApiSettings(Table, frozen=True):
     """`[sandledger.api]`: bounds of requests."""
 
@@ -331,6 +340,7 @@ class SandledgerSettings(Table, frozen=True):
     """Seconds that a server waits at its start for a database that is not there yet; 0 = not at all."""
     worker: WorkerSettings = WorkerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
+    agent: AgentSettings = AgentSettings()
     api: ApiSettings = ApiSettings()
 
 
@@ -341,5 +351,6 @@ class Settings(Table, frozen=True):
     log: LogSettings = LogSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     docker: DockerSettings = DockerSettings()
+    proxy: ProxySettings = ProxySettings()
     store: StoreSettings = StoreSettings()
     sandledger: SandledgerSettings = SandledgerSettings()

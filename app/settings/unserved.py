@@ -34,13 +34,11 @@ KUBERNETES = "kubernetes is known but not served by this version; set it to dock
 """Why `runtime.type = "kubernetes"` stops the start."""
 
 _BY_TABLE: dict[str, tuple[str, ...]] = {
-    "server": ("thread_pool_size", "eip"),
-    "proxy": ("resolve_internal",),
+    "server": ("thread_pool_size",),
     "renew_intent": ("enabled", "min_interval_seconds"),
     "renew_intent.redis": ("enabled", "dsn", "queue_key", "consumer_concurrency"),
     "otel": ("enabled", "endpoint", "service_name", "export_interval_millis"),
-    "runtime": ("execd_image", "execd_run_as_init"),
-    "docker": ("host_ip", "port_range_min", "port_range_max", "publish_host", "sandbox_binds"),
+    "docker": ("sandbox_binds",),
     "kubernetes": (
         "kubeconfig_path",
         "insecure_skip_tls_verify",

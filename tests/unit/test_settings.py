@@ -203,7 +203,6 @@ class TestKeys:
         """A file that sets each served key to something other than its default; the list is the structs' own."""
         loaded = toml(EVERY_KEY)
         assert [line.partition(": ")[2] for line in loaded.warnings] == [
-            "runtime.execd_image has no effect in this version",
             'store.type = "sqlite" is not served, the server of the dsn is used instead',
         ]
         same = {path for path in served_paths() if attrgetter(path)(loaded.settings) == attrgetter(path)(Settings())}
@@ -217,7 +216,7 @@ class TestKeys:
         assert loaded.warnings[0].startswith(f"{loaded.source}: ")
 
     def test_no_key_is_both_served_and_not(self):
-        assert served_paths() & unserved.KEYS == {"runtime.execd_image"}
+        assert served_paths() & unserved.KEYS == set()
 
     def test_lists_and_tables_below_a_key_are_one_warning(self, toml):
         text = f"""
@@ -304,6 +303,20 @@ class TestBadValues:
                 "store.postgresql: min_pool_size (11) exceeds max_pool_size (10)",
             ),
             ("[store.postgresql]\nmax_pool_size = 2", "store.postgresql: max_pool_size (2) must be at least 5: one"),
+            ('proxy.auth = "none"', 'proxy.auth = "none" is not allowed, expected one of key, open'),
+            ('docker.publish_host = "0.0.0.0:80/x"', "expected an IP address or a host name, without scheme and port"),
+            ('docker.host_ip = "http://h"', "expected an IP address or a host name, without scheme and port"),
+            ('server.eip = "a b"', "expected a host, with a port and a path if need be"),
+            ('server.eip = "user@host"', "expected a host, with a port and a path if need be"),
+            ('proxy.public_address = "h/x?y"', "expected a host, with a port and a path if need be"),
+            (
+                "docker.port_range_min = 80",
+                "docker.port_range_min = 80 is not allowed, expected a whole number from 1024",
+            ),
+            ("docker.port_range_min = 40000", "docker: port_range_min and port_range_max belong together"),
+            ("[docker]\nport_range_min = 2000\nport_range_max = 2000", "port_range_min (2000) must be below"),
+            ("[docker]\nport_range_min = 2001\nport_range_max = 2000", "port_range_min (2001) must be below"),
+            ("sandledger.agent.ready_seconds = 0", "expected a number above 0"),
             ("sandledger.worker.backoff_base_seconds = 301", "backoff_base_seconds (301) exceeds backoff_max_seconds"),
         ],
     )
@@ -353,6 +366,7 @@ backlog = 99
 loop = "asyncio"
 http = "h11"
 api_key = "k"
+eip = "edge.example.com:8443/path"
 max_sandbox_timeout_seconds = 60
 [log]
 level = "debug"
@@ -364,9 +378,14 @@ file_backup_count = 0
 [runtime]
 type = "docker"
 execd_image = "agent:1"
+execd_run_as_init = true
 [docker]
 host = "unix:///e.sock"
 network_mode = "host"
+host_ip = "10.0.0.9"
+publish_host = "0.0.0.0"
+port_range_min = 1024
+port_range_max = 65535
 api_timeout = 1
 pull_timeout_seconds = 1.5
 capabilities = []
@@ -383,6 +402,10 @@ pids_limit = 10
 log_max_size = "1g"
 log_max_files = 1
 sandbox_env = { A = "b" }
+[proxy]
+resolve_internal = false
+auth = "open"
+public_address = "https://proxy.example.com"
 [store]
 type = "sqlite"
 [store.postgresql]
@@ -406,5 +429,6 @@ worker.missing_grace_seconds = 0
 worker.expiry_lease_seconds = 1
 worker.orphan_dry_run = true
 deadlines = { pending_seconds = 1, pausing_seconds = 1, resuming_seconds = 1, stopping_seconds = 1 }
+agent = { ready_seconds = 1 }
 api = { wait_seconds_max = 0, body_limit_bytes = 1024, metadata_max_entries = 0 }
 """

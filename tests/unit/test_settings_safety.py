@@ -12,6 +12,7 @@ from rich.pretty import pretty_repr
 
 from app.errors import SettingsError
 from app.settings import (
+    DockerSettings,
     PostgresqlSettings,
     SandledgerSettings,
     ServerSettings,
@@ -19,6 +20,7 @@ from app.settings import (
     StoreSettings,
     check_exposure,
     load,
+    publish_host,
     redacted_dsn,
 )
 
@@ -46,6 +48,36 @@ class TestExposure:
         check_exposure(load(path, environ).settings)
         with pytest.raises(SettingsError):
             check_exposure(load(path, environ | {"OPENSANDBOX_SERVER_API_KEY": " "}).settings)
+
+
+class TestPublishing:
+    """Ports of sandboxes are published on the loopback unless the server itself listens wider, or the operator says so."""
+
+    @pytest.mark.parametrize(
+        ("server", "asked", "published"),
+        [
+            ("127.0.0.1", "", "127.0.0.1"),
+            ("localhost", "", "127.0.0.1"),
+            ("::1", "", "127.0.0.1"),
+            ("0.0.0.0", "", "0.0.0.0"),
+            ("::", "", "0.0.0.0"),
+            ("10.1.2.3", "", "10.1.2.3"),
+            ("0.0.0.0", "127.0.0.1", "127.0.0.1"),
+            ("127.0.0.1", "10.0.0.9", "10.0.0.9"),
+            ("127.0.0.1", "localhost", "127.0.0.1"),
+            ("127.0.0.1", "fd00::1", "fd00::1"),
+        ],
+    )
+    def test_where(self, server, asked, published):
+        settings = Settings(server=ServerSettings(host=server), docker=DockerSettings(publish_host=asked))
+        assert publish_host(settings) == published
+
+    def test_a_name_that_does_not_resolve_is_refused_with_what_to_set(self):
+        settings = Settings(docker=DockerSettings(publish_host="a" * 70))
+        with pytest.raises(
+            SettingsError, match=r"docker\.publish_host = .* does not resolve .* set docker\.publish_host"
+        ):
+            publish_host(settings)
 
 
 class TestSecrecy:
