@@ -23,7 +23,7 @@ from app.runtime.docker.options import CAPABILITIES
 from app.runtime.driver import Driver
 from app.service.engines import Engines
 from app.service.sandboxes import Service
-from app.settings import Settings, is_loopback, redacted_dsn
+from app.settings import DockerSettings, Settings, is_loopback, publish_host, redacted_dsn
 from app.store.database.dsn import address
 from app.store.database.installation import claim_master_key, read_installation
 from app.store.database.migrate import Migration, migrate
@@ -74,8 +74,17 @@ class Opened(Struct, frozen=True):
 
 def docker_driver(settings: Settings, installation: UUID) -> Driver:
     """The driver that the settings ask for."""
+    return connect(docker_options(settings, installation), settings.docker.host)
+
+
+def docker_options(settings: Settings, installation: UUID) -> DockerOptions:
+    """What the settings say about every container.
+
+    Raises:
+        SettingsError: names the key.
+    """
     docker, bounds = settings.docker, limit_bounds(settings)
-    options = DockerOptions(
+    return DockerOptions(
         installation=installation,
         network_mode=docker.network_mode,
         api_timeout=docker.api_timeout,
@@ -92,10 +101,16 @@ def docker_driver(settings: Settings, installation: UUID) -> Driver:
         no_new_privileges=docker.no_new_privileges,
         pids_limit=docker.pids_limit,
         sandbox_env=docker.sandbox_env,
+        publish_host=publish_host(settings),
+        port_range=_port_range(docker),
         log_max_size=docker.log_max_size,
         log_max_files=docker.log_max_files,
     )
-    return connect(options, docker.host)
+
+
+def _port_range(docker: DockerSettings) -> tuple[int, int] | None:
+    first, last = docker.port_range_min, docker.port_range_max
+    return None if first is None or last is None else (first, last)
 
 
 def limit_bounds(settings: Settings) -> Bounds:
