@@ -9,9 +9,9 @@ from __future__ import annotations
 import hmac
 from uuid import UUID
 
-AGENT_PORT = 44772
-"""Where the agent listens inside the sandbox."""
-TOKEN_HEADER = "X-EXECD-ACCESS-TOKEN"  # noqa: S105 - the name of a header
+from app.domain.sandbox.endpoints import AGENT_PORT, TOKEN_HEADER
+
+__all__ = ["AGENT_PORT", "TOKEN_HEADER", "agent_token"]
 _PURPOSE = b"agent"
 
 
