@@ -21,6 +21,7 @@ from app.api.bodies import StrictBody
 from app.api.context import ApiContext
 from app.api.controller import ApiController, bound
 from app.api.edge import Edge, Gate
+from app.api.endpoints import Endpoints
 from app.api.errors import allowed, problem_of
 from app.api.health import Server
 from app.api.history import History
@@ -30,7 +31,7 @@ from app.api.request import ApiRequest, check, principal
 from app.api.sandboxes import Sandboxes
 from app.api.unserved import refusing
 
-BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (Sandboxes, Lifecycle, History)
+BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (Sandboxes, Lifecycle, Endpoints, History)
 """Served below `/v1` and at the root, as in the contract."""
 V1_ONLY: Final[tuple[type[ApiController], ...]] = (Metrics,)
 ROOT_ONLY: Final[tuple[type[ApiController], ...]] = (Server, docs.Docs)

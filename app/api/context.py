@@ -8,6 +8,8 @@ from collections.abc import Callable
 from msgspec import Struct, field
 
 from app.api.auth import Authenticate
+from app.api.waiters import Waiters
+from app.domain.sandbox.endpoints import Network
 from app.domain.sandbox.spec import Bounds
 from app.runtime.driver import Driver
 from app.service.sandboxes import Service
@@ -16,6 +18,20 @@ from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer
 from app.views.listing import Listing
+
+
+class EndpointParts(Struct, frozen=True):
+    """What lookups of endpoints need."""
+
+    token_key: bytes
+    """The key `token` of the installation."""
+    network: Network = Network()
+    wait_seconds: float = 20
+    """Longest wait for a Pending sandbox."""
+
+    def __repr__(self) -> str:
+        """Keep the key out of tracebacks."""
+        return f"EndpointParts(network={self.network!r})"
 
 
 class ApiContext(Struct, frozen=True, kw_only=True):
@@ -29,6 +45,7 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     database: Database
     driver: Driver
     """Asked by `/ready` only, and only where this process has a worker. Requests work on the database alone."""
+    endpoints: EndpointParts
     api_key: str | None = None
     """None or blank = every request is accepted that `app.api.auth` does not refuse."""
     authenticate: Authenticate | None = None
@@ -54,6 +71,8 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     """Why this process's worker does not use the engine that answers; empty = it does. None = there is no worker."""
     ready_cache_seconds: float = 2
     """How long an answer of `/ready` holds."""
+    waiters: Waiters = field(default_factory=Waiters)
+    """The requests that wait."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the process is asked to stop; requests that wait then answer what they have, or 503 when it is
     their body that they wait for."""

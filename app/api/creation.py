@@ -36,6 +36,9 @@ from app.store.vault.seal import Secrets
 
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 _RESERVED_ENV = "OPENSANDBOX_LIFECYCLE"
+_AGENT_ENV = ("EXECD", "EXECD_ACCESS_TOKEN", "EXECD_ENVS", "EXECD_INIT", "OPENSANDBOX_ID")
+"""What the agent's bootstrap reads and this server decides. With a value of the client's own the sandbox would have no
+agent, or one that does not ask for the token. `EXECD_BOOTSTRAP_PRE_SCRIPT` is the client's."""
 _POOL = "poolRef"
 _RENEW = "access.renew.extend.seconds"
 _ISOLATION = "bootstrap.execd.isolation"
@@ -159,7 +162,15 @@ def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], con
     check_timeout(request.timeout, context.max_sandbox_timeout_seconds)
     check_image(image)
     _check_strings(entrypoint, request.env or {})
+    if context.endpoints.network.agent:
+        _check_agent_env(request.env or {})
     return platform
+
+
+def _check_agent_env(env: dict[str, str | None]) -> None:
+    for name in _AGENT_ENV:
+        if env.get(name) is not None:
+            raise Invalid(INVALID_PARAMETER, f"env.{name} is set by the server for the agent. Leave it out.")
 
 
 def _check_strings(entrypoint: list[str], env: dict[str, str | None]) -> None:

@@ -37,7 +37,7 @@ from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, STOPPING, VALIDATI
 _DESCRIPTION: Final = """\
 Lifecycle of sandboxes. Every request that changes something becomes an event in an append-only log. Every refused
 command of a known caller becomes a record beside it. All paths below `/v1` are also served without that prefix. Other
-routes of the public contract (endpoints, proxy, network policies, diagnostics, snapshots, pools, templates) answer 501.
+routes of the public contract (proxy, network policies, diagnostics, snapshots, pools, templates) answer 501.
 
 Errors are always `{"code", "message"}`; 422 adds `detail`. No answer repeats a value that was sent.
 """
@@ -65,15 +65,21 @@ _CODES: Final[Mapping[str, tuple[int, str]]] = {
     "INVALID_METADATA_LABEL": (400, "Keys that begin with opensandbox.io/ are reserved."),
     "DOCKER::INVALID_ENTRYPOINT": (400, "entrypoint must begin with a program."),
     "DOCKER::INVALID_EXPIRATION": (400, "expiresAt must lie in the future."),
+    "DOCKER::INVALID_PORT": (400, "port must be from 1 to 65535."),
     INVALID_HEADER: (400, "The header idempotency-key must not be repeated."),
     "MISSING_API_KEY": (401, "The header OPEN-SANDBOX-API-KEY is missing."),
     "INVALID_API_KEY": (401, "The API key is not valid."),
     "SANDLEDGER::HOST_NOT_ALLOWED": (403, "Without an API key this server answers only to localhost."),
     "SANDLEDGER::ORIGIN_NOT_ALLOWED": (403, "Without an API key this server accepts no changes from other origins."),
     "DOCKER::SANDBOX_NOT_FOUND": (404, f"Sandbox {_ID} does not exist."),
+    "KUBERNETES::POD_IP_NOT_AVAILABLE": (
+        404,
+        "The sandbox is Pending (IMAGE_PULLING): Image busybox:1 is being pulled. 1 of 2 layers, 3.1 of 9.4 MB.",
+    ),
     "GENERAL::REQUEST_TIMEOUT": (408, "The body did not arrive in time: 30 s for each piece, 120 s in all."),
     "DOCKER::SANDBOX_NOT_RUNNING": (409, "The sandbox is Paused; only a running sandbox can be paused."),
     "DOCKER::SANDBOX_NOT_PAUSED": (409, "The sandbox is Running; only a paused sandbox can be resumed."),
+    "SANDBOX::AGENT_UNREACHABLE": (409, "The agent cannot be reached (AGENT_NOT_LISTENING): nothing listens there."),
     "SANDLEDGER::CONCURRENT_CHANGE": (409, "The sandbox is being changed by too many callers at once. Try again."),
     "SANDLEDGER::CURSOR_EXPIRED": (410, "The cursor belongs to another epoch of the log."),
     "SANDLEDGER::VERSION_MISMATCH": (
@@ -86,6 +92,7 @@ _CODES: Final[Mapping[str, tuple[int, str]]] = {
     "SANDLEDGER::IDEMPOTENCY_KEY_REUSED": (422, "This Idempotency-Key was used before with a different body."),
     "GENERAL::INTERNAL_ERROR": (500, "Something went wrong here; the log has it under request 5f2c9a."),
     "SANDBOX::API_NOT_SUPPORTED": (501, "volumes is not served yet."),
+    "SANDBOX::AGENT_NOT_AVAILABLE": (501, "This sandbox was made without an agent. Create it again."),
     "GENERAL::STORE_UNAVAILABLE": (503, "The database is not reachable at the moment; try again."),
     "GENERAL::TOO_MANY_CONNECTIONS": (503, "The server has too many connections; try again."),
     STOPPING: (503, "The server stops, and the body of the request has not arrived; send it again."),
@@ -120,15 +127,17 @@ _KEYED: Final = (
 )
 
 
-def may_refuse(*codes: str, keyed: bool = True) -> dict[int, ResponseSpec]:
-    """The error answers of a handler. `keyed` = it needs a key."""
+def may_refuse(*codes: str | tuple[int, str, str], keyed: bool = True) -> dict[int, ResponseSpec]:
+    """The error answers of a handler. A code comes with status and message where it has another status than usual.
+    `keyed` = it needs a key.
+    """
     found: dict[int, list[Example]] = {}
-    for code in dict.fromkeys((*codes, *_ALWAYS, *(_KEYED if keyed else ()))):
-        status, message = _CODES[code]
+    for each in dict.fromkeys((*codes, *_ALWAYS, *(_KEYED if keyed else ()))):
+        status, code, message = (_CODES[each][0], each, _CODES[each][1]) if isinstance(each, str) else each
         detail = (Issue(("body", "timeout"), "expected `int` >= 60", "value_error"),) if code == VALIDATION else None
         value: dict[str, Any] = {"code": code, "message": message}
         if detail:
-            value["detail"] = [{"loc": list(each.loc), "msg": each.msg, "type": each.type} for each in detail]
+            value["detail"] = [{"loc": list(one.loc), "msg": one.msg, "type": one.type} for one in detail]
         found.setdefault(status, []).append(Example(id=code, summary=code, value=value))
     return {
         status: ResponseSpec(ErrorBody, generate_examples=False, description=_STATUSES[status], examples=examples)

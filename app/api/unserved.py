@@ -30,7 +30,6 @@ class Part(Struct, frozen=True):
 
 
 UNSERVED: Final = (
-    Part("Endpoints", {f"{_ONE}/endpoints/{{port:str}}": ("GET",)}),
     Part("Proxied requests", {f"{_ONE}/proxy/{{port:str}}": _ALL, f"{_ONE}/proxy/{{port:str}}/{{rest:path}}": _ALL}),
     Part("Network policies", {f"{_ONE}/networkpolicy": ("GET", "PUT", "PATCH", "DELETE")}),
     Part("Diagnostics", {f"{_ONE}/diagnostics/{kind}": ("GET",) for kind in ("logs", "events", "inspect", "summary")}),

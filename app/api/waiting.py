@@ -1,10 +1,12 @@
 """Waiting inside a request until a sandbox reaches a state, without polling and without holding anything.
 
 Between reads the request holds no connection and no lock, only a subscription. It reads again when the signal says
-that there may be news, and once a second anyway, because a signal can be lost. It ends with the state that it has when
-that is the wanted one, the time is over, the client is gone, the server is asked to stop, or the database is away:
-what the client asked for is committed already, and waiting is only a courtesy. A read that gets no answer is given up,
-so that a database which hangs does not keep the client longer than it asked for.
+that there may be news, and after a second anyway, because a signal can be lost. Where many requests wait, that second
+becomes longer: all of them together then read at most 200 times a second without a signal. It ends with the state that
+it has when that is the wanted one, the time is over, the client is gone, the server is asked to stop, or the database
+is away: what the client asked for is committed already, and waiting is only a courtesy. It does not begin when too many
+wait already. A read that gets no answer is given up, so that a database which hangs does not keep the client longer
+than it asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from app.errors import StoreUnavailable
 
 _READ_AGAIN_SECONDS = 1.0
 _READ_WITHIN_SECONDS = 2.0
+_MAX_READS_A_SECOND = 200
 
 
 async def until(
@@ -28,6 +31,13 @@ async def until(
     """The state that `done` accepts, or the last one seen."""
     if done(sandbox) or seconds <= 0:
         return sandbox
+    with context.waiters.one_more() as may_wait:
+        return await _wait(context, call, sandbox, done, seconds) if may_wait else sandbox
+
+
+async def _wait(
+    context: ApiContext, call: Call, sandbox: Sandbox, done: Callable[[Sandbox], bool], seconds: float
+) -> Sandbox:
     deadline = asyncio.get_running_loop().time() + seconds
     ends: list[asyncio.Task[Any]] = [
         asyncio.create_task(call.disconnected()),
@@ -40,7 +50,8 @@ async def until(
                 left = deadline - asyncio.get_running_loop().time()
                 if done(sandbox) or left <= 0 or any(end.done() for end in ends):
                     return sandbox
-                turn = asyncio.create_task(news.wait(min(_READ_AGAIN_SECONDS, left)))
+                again = max(_READ_AGAIN_SECONDS, context.waiters.count / _MAX_READS_A_SECOND)
+                turn = asyncio.create_task(news.wait(min(again, left)))
                 try:
                     await asyncio.wait([turn, *ends], return_when=asyncio.FIRST_COMPLETED)
                 finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeAlias
@@ -13,7 +14,8 @@ from litestar import Litestar
 from msgspec import Struct
 
 from app.api.app import create_app
-from app.api.context import ApiContext
+from app.api.context import ApiContext, EndpointParts
+from app.api.waiters import Waiters
 from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.quantity import parse_memory, parse_nano_cpus
 from app.domain.sandbox.spec import Bounds
@@ -21,6 +23,7 @@ from app.errors import SettingsError
 from app.runtime.docker import DockerOptions, connect
 from app.runtime.docker.options import CAPABILITIES
 from app.runtime.driver import Driver
+from app.server.network import network_of
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import DockerSettings, Settings, is_loopback, publish_host, redacted_dsn
@@ -34,7 +37,7 @@ from app.store.embedded.server import EmbeddedPostgres
 from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
 from app.store.vault.keyfile import NoKeyFile, master_keys
-from app.store.vault.keys import open_keys
+from app.store.vault.keys import InstallationKeys, open_keys
 from app.store.vault.seal import MasterKeys, Sealer
 from app.views.listing import Listing
 from app.work.policy import WorkPolicy
@@ -65,6 +68,7 @@ class Opened(Struct, frozen=True):
     database: Database
     store: Store
     installation: UUID
+    keys: InstallationKeys
     sealer: Sealer
     driver: Driver
     signal: Signal
@@ -241,7 +245,7 @@ async def opened(
         database = database_of(settings, store)
         stack.push_async_callback(database.close)
         await check_session(database)
-        installation, sealer = await _open_vault(settings, database)
+        installation, keys, sealer = await _open_vault(settings, database)
         if database.login is not None and database.login.warning is not None:
             say(f"warning: {database.login.warning}")
         driver = make_driver(settings, installation)
@@ -249,11 +253,11 @@ async def opened(
         news = Signal(database)
         service = Service(database, news, deadline_limits(settings))
         engines = Engines(database, news, installation, service.engines)
-        yield Opened(settings, database, store, installation, sealer, driver, news, service, engines)
+        yield Opened(settings, database, store, installation, keys, sealer, driver, news, service, engines)
 
 
-async def _open_vault(settings: Settings, database: Database) -> tuple[UUID, Sealer]:
-    """The installation's id, and what seals here. The first server of a database makes the key file.
+async def _open_vault(settings: Settings, database: Database) -> tuple[UUID, InstallationKeys, Sealer]:
+    """The installation's id and keys, and what seals here. The first server of a database makes the key file.
 
     Raises:
         SettingsError: the master key that seals this database is not here.
@@ -266,7 +270,8 @@ async def _open_vault(settings: Settings, database: Database) -> tuple[UUID, Sea
     found = await claim_master_key(database, keys.ids)
     in_use = found.master_key_id or keys.ids[0]
     own_keys = await open_keys(database, keys, in_use)
-    return found.id, Sealer(keys, own_keys.digest, key_id=in_use, reread=lambda: read_master_keys(settings)[0])
+    sealer = Sealer(keys, own_keys.digest, key_id=in_use, reread=lambda: read_master_keys(settings)[0])
+    return found.id, own_keys, sealer
 
 
 def read_master_keys(settings: Settings, *, make: bool = False) -> tuple[MasterKeys, str]:
@@ -279,7 +284,7 @@ def read_master_keys(settings: Settings, *, make: bool = False) -> tuple[MasterK
     return master_keys(ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir, make=make)
 
 
-def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Litestar:
+def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event, waiters: Waiters) -> Litestar:
     """The HTTP application on these parts."""
     settings = parts.settings
     return create_app(
@@ -291,6 +296,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
             signal=parts.signal,
             database=parts.database,
             driver=parts.driver,
+            endpoints=EndpointParts(parts.keys.token, network_of(settings, os.environ)),
             api_key=settings.server.api_key,
             loopback_only=is_loopback(settings.server.host),
             max_sandbox_timeout_seconds=settings.server.max_sandbox_timeout_seconds,
@@ -300,6 +306,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event) -> Li
             bounds=limit_bounds(settings),
             worker_alive=None if worker is None else lambda: worker.alive,
             engine_mismatch=None if worker is None else lambda: worker.station.mismatch,
+            waiters=waiters,
             stopping=stopping,
         )
     )

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 import uvicorn
 from litestar import Litestar
 
+from app.api.waiters import Waiters
 from app.errors import SettingsError
 from app.server.protocol import HttpProtocol
 from app.settings import Settings
@@ -69,9 +70,11 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def uvicorn_server(settings: Settings, app: Litestar) -> Listener:
-    """Uvicorn with our protocol, not yet serving."""
+def uvicorn_server(settings: Settings, app: Litestar, waiters: Waiters | None = None) -> Listener:
+    """Uvicorn with our protocol, not yet serving. `limit_concurrency` does not count the `waiters`."""
     server = settings.server
+    # uvicorn makes the instances itself, so they find what they share in their class.
+    protocol = type(HttpProtocol.__name__, (HttpProtocol,), {"waiters": waiters})
     return Listener(
         uvicorn.Config(
             app,
@@ -82,7 +85,7 @@ def uvicorn_server(settings: Settings, app: Litestar) -> Listener:
             backlog=server.backlog,
             timeout_graceful_shutdown=server.timeout_graceful_shutdown,
             # Whatever `server.http` names: only this protocol bounds heads, in bytes and in time.
-            http=HttpProtocol,
+            http=protocol,
             ws="none",
             lifespan="off",
             proxy_headers=False,  # a local caller could otherwise forge the client address in the log

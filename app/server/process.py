@@ -27,6 +27,7 @@ from uuid import uuid4
 from sqlalchemy import literal, select
 
 from app import __version__
+from app.api.waiters import Waiters
 from app.errors import RuntimeUnavailable, SettingsError, StoreUnavailable
 from app.server.assembly import MakeDriver, Opened, Say, api_app, deadline_limits, docker_driver, opened, work_policy
 from app.server.life import life_file, show_life
@@ -144,7 +145,8 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
         http = serving = None
         address = None
         if listener is not None:
-            http = uvicorn_server(parts.settings, api_app(parts, worker, stop.asked))
+            waiters = Waiters()
+            http = uvicorn_server(parts.settings, api_app(parts, worker, stop.asked, waiters), waiters)
             serving = tasks.create_task(http.serve([listener]), name="http")
             listener.listen(parts.settings.server.backlog)  # the banner's curl line works from the moment it is read
             host, port = listener.getsockname()[:2]

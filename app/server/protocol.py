@@ -16,7 +16,8 @@
   protocol, and lose it or read it as the next request. So the head is parsed once more, without `Upgrade`.
 * A request beyond `limit_concurrency` first takes the place of a connection that has no request: one whose head is not
   complete, or an idle one. Otherwise callers without a key could shut everybody out by opening connections and saying
-  nothing. When every other connection has a request, the answer is 503 with `Retry-After`, in the same shape.
+  nothing. When every other connection has a request, the answer is 503 with `Retry-After`, in the same shape. Requests
+  that only wait are not counted; they have a limit of their own (`app.api.waiters`).
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import asyncio
 import sys
 import uuid
 from collections import deque
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.errors import Problem
+from app.api.waiters import Waiters
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_SPILT_BYTES: Final = 1024 * 1024
@@ -51,6 +53,8 @@ class HttpProtocol(HttpToolsProtocol):
     """One connection: uvicorn's protocol with the bounds that the module's docstring names."""
 
     head_within_seconds = 30.0
+    waiters: ClassVar[Waiters | None] = None
+    """The requests of this process that only wait."""
     idle_since: float = 0.0
     _head: int | None = 0
     """Bytes read of a head that is not complete; None while a body is read."""
@@ -139,8 +143,10 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _is_crowded(self) -> bool:
-        limit = self._limit
-        if limit is None or (len(self.connections) <= limit and len(self.tasks) < limit):
+        if self._limit is None:
+            return False
+        limit = self._limit + (0 if self.waiters is None else self.waiters.count)
+        if len(self.connections) <= limit and len(self.tasks) < limit:
             return False
         return len(self.tasks) >= limit or not self._take_a_place()
 

@@ -12,9 +12,9 @@ import pytest
 from litestar import Litestar
 
 from app.api.app import create_app
-from app.api.context import ApiContext
+from app.api.context import ApiContext, EndpointParts
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.observed import Exit, Observed, Part, Power
+from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power
 from app.domain.stream import Actor, ActorKind, Meta
 from app.domain.tenants import ANY_TENANT
 from app.runtime.fake import FakeDriver, FakeEngine
@@ -28,6 +28,9 @@ from app.views.listing import Listing
 KEY = "test-key-0123456789"
 INSTALLATION = uuid4()
 WORKER = Meta(Actor(ActorKind.RECONCILER, "w1", "test-worker"), "0")
+ENDPOINTS = EndpointParts(b"k" * 32, wait_seconds=0.1)
+ADDRESS = Address("bridge", "172.17.0.2", {"44772": "127.0.0.1:32768", "8080": "127.0.0.1:32769"})
+"""Of a sandbox with an agent."""
 MakeContext = Callable[..., ApiContext]
 
 
@@ -44,6 +47,7 @@ def make_context(service: Service, database: Database, signal: Signal, sealer: S
             "signal": signal,
             "database": database,
             "driver": FakeDriver(FakeEngine(), INSTALLATION),
+            "endpoints": ENDPOINTS,
             "api_key": KEY,
         }
         return ApiContext(**(parts | changes))

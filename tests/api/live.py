@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from app.api.app import create_app
-from app.api.context import ApiContext
+from app.api.context import ApiContext, EndpointParts
 from app.runtime.fake import FakeDriver, FakeEngine
 from app.server.listener import Listener, uvicorn_server
 from app.service.engines import Engines
@@ -61,11 +61,12 @@ def serving(dsn: str, **changes: Any) -> Iterator[Live]:
             "signal": signal,
             "database": database,
             "driver": FakeDriver(FakeEngine(), INSTALLATION),
+            "endpoints": EndpointParts(b"k" * 32, wait_seconds=0.1),
         }
         context = ApiContext(**(parts | changes))
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn_server(Settings(), create_app(context))
+        server = uvicorn_server(Settings(), create_app(context), context.waiters)
         hearing = asyncio.create_task(signal.run())
         serving = asyncio.create_task(server.serve([listener]))
         made.append(Live(asyncio.get_running_loop(), context, server, listener.getsockname()[1]))

@@ -45,6 +45,7 @@ BOTH = [
     ("/sandboxes/{sandboxId}/pause", "POST"),
     ("/sandboxes/{sandboxId}/resume", "POST"),
     ("/sandboxes/{sandboxId}/renew-expiration", "POST"),
+    ("/sandboxes/{sandboxId}/endpoints/{port}", "GET"),
     ("/sandboxes/{sandboxId}/events", "GET"),
 ]
 V1 = [("/metrics/events", "POST")]

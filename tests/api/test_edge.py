@@ -216,7 +216,6 @@ async def test_the_page_works_without_internet(app: Litestar, http: httpx.AsyncC
 async def test_the_contracts_other_routes(http: httpx.AsyncClient):
     one = f"/sandboxes/{uuid4()}"
     for method, path, code in (
-        ("GET", f"{one}/endpoints/44772", "SANDBOX::API_NOT_SUPPORTED"),
         ("GET", f"{one}/diagnostics/logs", "SANDBOX::API_NOT_SUPPORTED"),
         ("PUT", f"{one}/networkpolicy", "SANDBOX::API_NOT_SUPPORTED"),
         ("GET", f"{one}/proxy/8080", "SANDBOX::API_NOT_SUPPORTED"),

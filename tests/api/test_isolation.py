@@ -15,6 +15,7 @@ import httpx
 import pytest
 from litestar import Litestar
 from litestar.routes import HTTPRoute
+from msgspec.structs import replace
 
 from app.api.app import create_app
 from app.api.auth import Principal
@@ -23,7 +24,7 @@ from app.domain.stream import Actor, ActorKind
 from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
-from tests.api.conftest import WORKER, MakeContext, body, client, create, observe, remove
+from tests.api.conftest import ADDRESS, WORKER, MakeContext, body, client, create, remove, seen
 from tests.api.test_create import written
 from tests.api.test_refusals import recorded
 
@@ -45,6 +46,8 @@ VALUES = {
     "metadata": [f"secret={SECRET}"],
     "page": ["1", "2"],
     "pageSize": ["1"],
+    "use_server_proxy": ["true"],
+    "expires": ["1900000000"],
     "If-Match": ["*", '"2"', '"1", "2"'],
     "If-None-Match": ["*", '"2"'],
     "Prefer": ["respond-async", "wait=1"],
@@ -145,7 +148,8 @@ async def stranger(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
 async def in_state(http: httpx.AsyncClient, service: Service, state: str) -> UUID:
     sandbox_id = UUID((await create(http, metadata={"secret": SECRET}, env={"A": "1"}))["id"])
     if state == "running":
-        await observe(service, sandbox_id)
+        shown = replace(seen(sandbox_id), address=ADDRESS)
+        await service.execute(sandbox_id, ANY_TENANT, cmd.RecordSeen(shown), WORKER)
     elif state == "failed":
         failure = cmd.RecordFailure("fetch", "IMAGE_NOT_FOUND", SECRET)
         await service.execute(sandbox_id, ANY_TENANT, failure, WORKER)
@@ -180,7 +184,11 @@ async def test_an_id_of_another_tenant_is_answered_as_one_that_does_not_exist(
             assert status == (404 if asked.served else 501), asked
             assert asked.method == "HEAD" or not asked.served or json.loads(text)["code"] == NOT_FOUND, asked
         tried.add((asked.path.replace("{id}", "{sandboxId}"), asked.method))
-    documented = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
+    documented = {
+        (path.replace("{port}", PATH_PARTS["port"]), method.upper())
+        for path, methods in document["paths"].items()
+        for method in methods
+    }
     assert {each for each in documented if "{sandboxId}" in each[0]} <= tried
     assert ("/sandboxes/{sandboxId}/proxy/80/x", "PATCH") in tried, "undocumented ones too"
     assert await written(database) == events
@@ -197,9 +205,11 @@ async def test_the_owner_is_answered_otherwise(app: Litestar, owner: httpx.Async
     tried: set[str] = set()
     for asked in on_one_sandbox(app, document):
         if asked.served:
-            answer = await asked.by(owner, await in_state(owner, service, "pending"))
-            # 409: a Pending sandbox can be neither paused nor resumed. 410: epoch 7 is another one.
-            assert answer.status_code in (200, 202, 204, 304, 409, 410), (asked, answer.text)
+            state = "running" if "/endpoints/" in asked.path else "pending"
+            answer = await asked.by(owner, await in_state(owner, service, state))
+            # 400: no endpoint is signed. 409: a Pending sandbox can be neither paused nor resumed. 410: epoch 7 is
+            # another one.
+            assert answer.status_code in (200, 202, 204, 304, 400, 409, 410), (asked, answer.text)
             tried.add(asked.method)
     assert tried == {"GET", "HEAD", "POST", "PATCH", "DELETE"}
 

@@ -130,4 +130,5 @@ async def test_who_says_nothing_makes_room_for_who_asks(app: Litestar, context: 
 def test_every_parser_setting_means_the_bounded_protocol(app: Litestar):
     for http in ("auto", "httptools", "h11"):
         server = uvicorn_server(Settings(server=ServerSettings(http=http)), app)
-        assert server.config.http is HttpProtocol
+        assert isinstance(server.config.http, type)
+        assert issubclass(server.config.http, HttpProtocol)

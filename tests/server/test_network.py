@@ -1,0 +1,54 @@
+"""What a process knows of its machine, from settings, environment and marks of a container."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from app.domain.sandbox.endpoints import Network
+from app.server.network import in_container, network_of, outbound_address
+from app.settings import DockerSettings, ProxySettings, RuntimeSettings, ServerSettings, Settings
+
+FULL = Settings(
+    server=ServerSettings(host="10.0.0.5", eip="edge.test"),
+    runtime=RuntimeSettings(execd_image="agent:1"),
+    docker=DockerSettings(host_ip="10.0.0.2"),
+    proxy=ProxySettings(public_address="proxy.test", auth="open"),
+)
+
+
+def test_defaults(tmp_path: Path):
+    assert network_of(Settings(), {}, tmp_path) == Network()
+
+
+def test_every_setting_arrives(tmp_path: Path):
+    known = Network(True, "10.0.0.5", "edge.test", "", "127.0.0.1", "proxy.test", True)
+    assert network_of(FULL, {}, tmp_path) == known
+    assert network_of(FULL, {"container": "podman"}, tmp_path).host_ip == "10.0.0.2"
+
+
+@pytest.mark.parametrize(
+    ("mark", "environ", "inside"),
+    [
+        (None, {}, False),
+        (".dockerenv", {}, True),
+        ("run/.containerenv", {}, True),
+        (None, {"container": "docker"}, True),
+        (None, {"CONTAINER": "Podman"}, True),
+        (None, {"container": "yes"}, False),
+    ],
+)
+def test_a_container_is_recognised(tmp_path: Path, mark: str | None, environ: dict[str, str], inside: bool):
+    if mark is not None:
+        (tmp_path / mark).parent.mkdir(exist_ok=True)
+        (tmp_path / mark).touch()
+    assert in_container(environ, tmp_path) is inside
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_who_listens_on_every_address_names_one_of_its_own(tmp_path: Path, host: str):
+    found = network_of(Settings(server=ServerSettings(host=host)), {}, tmp_path)
+    assert found.outbound == outbound_address()
+    assert not ip_address(found.outbound).is_unspecified
