@@ -27,6 +27,7 @@ BenchCase: TypeAlias = Callable[[Bench], Awaitable[Sequence[Figure]]]
 CASES: Mapping[str, BenchCase] = {
     "accepted": over_http.accepted,
     "reads": over_http.reads,
+    "endpoints": over_http.endpoints,
     "lists": over_http.lists,
     "renewals": over_http.renewals,
     "lives": over_http.lives,

@@ -49,6 +49,14 @@ SELECT id, 'default', CASE WHEN live THEN 1 ELSE 2 END, 0, 1, CASE WHEN live THE
   FROM (SELECT gen_random_uuid() AS id, n, n % $2 = 0 AS live FROM generate_series(1, $1::int) n) AS seed
 """
 
+RUN = """
+UPDATE sandboxes
+   SET phase = 'Running', observed = 'running', generation = 1, run = 1, ready_at = now(),
+       address = '{"network": "bridge", "ip": "172.17.0.2", "ports": {"44772": "127.0.0.1:32768"}}'
+ WHERE id = $1
+"""
+"""A seeded sandbox runs, with an agent."""
+
 
 async def commit_floor(dsn: str, count: int) -> list[float]:
     """Seconds of bare one-row commits."""
@@ -264,3 +272,27 @@ async def reads(bench: Bench) -> Sequence[Figure]:
     ratio = p50(mine) / p50(floors)
     value, beside = f"{p50(mine):.0f}/s", f"Litestar + asyncpg {p50(floors):.0f}/s"
     return [at_least("GET by id, 8 clients", value, beside, ratio, 0.65)]
+
+
+async def endpoints(bench: Bench) -> Sequence[Figure]:
+    """Lookups of an endpoint beside reads of the same sandbox, in turns."""
+    dsn, some = await seeded(bench, 10_000, 10_000)
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(RUN, some)
+    await connection.close()
+
+    def read(path: str) -> Callable[[Client], Awaitable[None]]:
+        async def one(client: Client) -> None:
+            status, data = await client.request("GET", f"/v1/sandboxes/{some}{path}")
+            assert status == 200, data
+
+        return one
+
+    with running([bench.config(dsn), "api", "fake"]) as (base, _):
+        lookups: list[float] = []
+        gets: list[float] = []
+        for _ in range(5):
+            gets += await latencies(base, read(""), 300)
+            lookups += await latencies(base, read("/endpoints/44772"), 300)
+    ratio = p50(lookups) / p50(gets)
+    return [at_most("endpoint lookup, p50", ms(p50(lookups)), f"GET by id {ms(p50(gets))}", ratio, 1.1)]

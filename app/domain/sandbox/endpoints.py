@@ -25,6 +25,7 @@ prefix that it used.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
@@ -227,6 +228,7 @@ def _is_loopback(host: str) -> bool:
     return host.rstrip(".").lower() == "localhost" or (found is not None and found.is_loopback)
 
 
+@lru_cache(1024)
 def _ip(host: str) -> IPv4Address | IPv6Address | None:
     """None: it is a name."""
     try:
