@@ -40,6 +40,7 @@ from app.store.vault.keyfile import NoKeyFile, master_keys
 from app.store.vault.keys import InstallationKeys, open_keys
 from app.store.vault.seal import MasterKeys, Sealer
 from app.views.listing import Listing
+from app.work.agents import AgentPolicy
 from app.work.policy import WorkPolicy
 from app.work.worker import Worker
 
@@ -164,7 +165,14 @@ def deadline_limits(settings: Settings) -> Limits:
         pausing_s=limits.pausing_seconds,
         resuming_s=limits.resuming_seconds,
         stopping_s=limits.stopping_seconds,
+        ready_s=settings.sandledger.agent.ready_seconds,
     )
+
+
+def agent_policy(settings: Settings, token_key: bytes) -> AgentPolicy | None:
+    """The agent that sandboxes get; None = none. `token_key` is the installation's key `token`."""
+    image = settings.runtime.execd_image
+    return AgentPolicy(image, token_key, settings.runtime.execd_run_as_init) if image else None
 
 
 @asynccontextmanager

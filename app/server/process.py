@@ -29,7 +29,17 @@ from sqlalchemy import literal, select
 from app import __version__
 from app.api.waiters import Waiters
 from app.errors import RuntimeUnavailable, SettingsError, StoreUnavailable
-from app.server.assembly import MakeDriver, Opened, Say, api_app, deadline_limits, docker_driver, opened, work_policy
+from app.server.assembly import (
+    MakeDriver,
+    Opened,
+    Say,
+    agent_policy,
+    api_app,
+    deadline_limits,
+    docker_driver,
+    opened,
+    work_policy,
+)
 from app.server.life import life_file, show_life
 from app.server.listener import listen, uvicorn_server
 from app.settings import Settings, check_exposure
@@ -125,6 +135,7 @@ async def run(
                 sealer=parts.sealer,
                 policy=work_policy(settings),
                 limits=deadline_limits(settings),
+                agent=agent_policy(settings, parts.keys.token),
                 worker_id=f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}",
             )
         await _run(parts, worker, listener, stop, say)

@@ -99,6 +99,7 @@ sandboxes = Table(
     Column("fingerprint", Text, nullable=False, comment="Keyed digest of the request."),
     Column("created_at", DateTime(timezone=True), nullable=False, comment="When it was accepted."),
     Column("changed_at", DateTime(timezone=True), nullable=False, comment="When the phase last changed."),
+    Column("begun_at", DateTime(timezone=True), comment="When the start of its present run was recorded."),
     Column("ready_at", DateTime(timezone=True), comment="Since when its present run can be used."),
     Column("expires_at", DateTime(timezone=True), comment="When it expires; none = never by itself."),
     Column("ended_at", DateTime(timezone=True), comment="Since when clients get 404."),

@@ -104,6 +104,7 @@ def move(changed: frozenset[str]) -> Effect:
                 (bindparam("ready", type_=Text) == "cleared", None),
                 else_=_S.ready_at,
             ),
+            "begun_at": case((bindparam("begins", type_=Boolean), now), else_=_S.begun_at),
             "ended_at": _first_time("ends", _S.ended_at, now),
             "closed_at": _first_time("closes", _S.closed_at, now),
         }
@@ -168,6 +169,7 @@ def move_values(before: Sandbox, after: Sandbox) -> dict[str, Any]:
         "expected": before.version,
         "expires_at": after.expires_at,
         "phase_moved": after.changed_at != before.changed_at,
+        "begins": after.begun_at != before.begun_at,
         "ready": ready,
         "ends": after.ending is not None,
         "closes": after.closed_at is not None,
@@ -314,6 +316,7 @@ def _from_row(row: asyncpg.Record) -> Sandbox:
         observed=RuntimeState(row["observed"]),
         generation=row["generation"],
         run=row["run"],
+        begun_at=row["begun_at"],
         ready_at=row["ready_at"],
         runtime=None if runtime is None else _decode_runtime(runtime),
         address=None if address is None else _decode_address(address),

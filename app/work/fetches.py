@@ -28,10 +28,11 @@ from collections import Counter
 from contextlib import suppress
 from uuid import UUID
 
+import msgspec
 from msgspec import Struct
 
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.plan import STEP_NAMES, Fetch
+from app.domain.sandbox.plan import STEP_NAMES, Fetch, InstallAgent
 from app.domain.sandbox.state import Phase, RuntimeState, Sandbox
 from app.domain.stream import Meta
 from app.domain.tenants import ANY_TENANT
@@ -67,6 +68,9 @@ class Waiter(Struct, frozen=True):
     tenant: str
     cause: int | None
     """Position of the event that asked for it."""
+    step: Fetch | InstallAgent = Fetch()
+    """What the image is for. The agent's is the operator's: nothing of it is recorded for the sandbox, and no answer of
+    the registry is final for it."""
 
 
 class Flight:
@@ -120,13 +124,19 @@ class Fetches:
         """Whether a pull is under way or waits for its turn, or the end of one is being recorded."""
         return bool(self._flights or self._settling)
 
-    def want(self, sandbox: Sandbox, image: Image, cause: int | None) -> None:
+    def want(
+        self,
+        sandbox: Sandbox,
+        image: Image,
+        cause: int | None,
+        step: Fetch | InstallAgent = Fetch(),  # noqa: B008
+    ) -> None:
         """Have the image pulled. The row of the sandbox waits from before this call."""
         if self._closed:
             return  # its row falls due, and somebody else's run comes to this
         self.forget(sandbox.id, but=image)
         flight = self._flights.setdefault(image, Flight(image))
-        flight.waiters[sandbox.id] = Waiter(sandbox.id, sandbox.tenant, cause)
+        flight.waiters[sandbox.id] = Waiter(sandbox.id, sandbox.tenant, cause, step)
         self._start_next()
 
     def forget(self, stream_id: UUID, *, but: Image | None = None) -> None:
@@ -231,15 +241,19 @@ class Fetches:
     ) -> None:
         try:
             match outcome:
+                case FetchedImage() if isinstance(waiter.step, InstallAgent):
+                    await self._wake([waiter.stream_id])
                 case FetchedImage():
                     await self._landed(waiter, outcome, took_ms)
+                case RuntimeRejected() if isinstance(waiter.step, InstallAgent):
+                    await self._count(waiter, describe(waiter.step, outcome))
                 case RuntimeRejected():
                     await self._failed(waiter, outcome)
                 case RuntimeUnavailable():
                     await self._unavailable(waiter, outcome)
                 case _:
                     assert trouble is not None, "every other failure has been described"
-                    await self._count(waiter, trouble)
+                    await self._count(waiter, msgspec.structs.replace(trouble, step=STEP_NAMES[type(waiter.step)]))
         except SandledgerError as error:
             _LOG.warning("the end of a pull for sandbox %s was not recorded: %s", waiter.stream_id, error)
         except Exception:  # noqa: BLE001 - the row falls due by itself
@@ -274,7 +288,7 @@ class Fetches:
         times = self._station.refusals(waiter.stream_id)
         text = str(error)
         if await self._rows.put_off(waiter.stream_id, UNAVAILABLE, text, wait) and is_refusal_reported(times):
-            await self._report(waiter, Trouble(_STEP_NAME, UNAVAILABLE, text), times)
+            await self._report(waiter, Trouble(STEP_NAMES[type(waiter.step)], UNAVAILABLE, text), times)
 
     async def _count(self, waiter: Waiter, trouble: Trouble) -> None:
         self._station.succeeded(waiter.stream_id)

@@ -21,7 +21,7 @@ from datetime import datetime, timedelta
 from typing import TypeAlias
 
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.deadlines import EXPIRY, TRANSITION, Limits
+from app.domain.sandbox.deadlines import EXPIRY, READY, TRANSITION, Limits
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.stream import Actor, ActorKind, Meta
 from app.domain.tenants import ANY_TENANT
@@ -38,6 +38,9 @@ def next_due(sandbox: Sandbox, name: str, now: datetime, limits: Limits) -> date
     """When a deadline of this sandbox fires. None = it has no such deadline in its present state."""
     if name == EXPIRY:
         return sandbox.expires_at if sandbox.ending is None else None
+    if name == READY:
+        began = sandbox.begun_at if sandbox.awaits_agent else None
+        return None if began is None else began + timedelta(seconds=limits.ready_s)
     limit = limits.of(sandbox.phase) if name == TRANSITION else None
     if limit is None:
         return None
@@ -62,6 +65,7 @@ class Deadlines:
         self._jobs: dict[tuple[str, str], Job] = {
             ("sandbox", EXPIRY): self._fire_sandbox,
             ("sandbox", TRANSITION): self._fire_sandbox,
+            ("sandbox", READY): self._fire_sandbox,
         }
 
     async def fire(self, deadline: Deadline) -> None:
@@ -98,7 +102,9 @@ class Deadlines:
         else:
             await self.rows.postpone(deadline, at)
 
-    def _command(self, deadline: Deadline) -> cmd.Expire | cmd.EndTransition:
+    def _command(self, deadline: Deadline) -> cmd.Expire | cmd.EndTransition | cmd.EndProbe:
         if deadline.name == EXPIRY:
             return cmd.Expire()
+        if deadline.name == READY:
+            return cmd.EndProbe(self._limits)
         return cmd.EndTransition(self._limits, deadline.last_reason, deadline.last_error)

@@ -43,9 +43,11 @@ from app.store.log.signal import Signal, Subscription
 from app.store.queue.reconcile import UNPLACED, Claim, Queue
 from app.store.queue.waiting import WaitingRows
 from app.store.vault.seal import Sealer
+from app.work.agents import AgentPolicy, Agents
 from app.work.fetches import Fetches
 from app.work.fire import Deadlines
 from app.work.policy import WorkPolicy
+from app.work.probes import Probes
 from app.work.reconcile.actors import Actors
 from app.work.reconcile.leases import Leases
 from app.work.reconcile.outcomes import Outcomes
@@ -80,8 +82,11 @@ class Worker:
         worker_id: str,
         name: str | None = None,
         limits: Limits | None = None,
+        agent: AgentPolicy | None = None,
     ) -> None:
-        """`worker_id` is unique among workers; `name` is for people, by default the host's. `limits`: the service's."""
+        """`worker_id` is unique among workers; `name` is for people, by default the host's. `limits`: the service's.
+        `agent` None = sandboxes without one.
+        """
         self._service = service
         self._signal = signal
         self._policy = policy
@@ -108,7 +113,11 @@ class Worker:
         self.leases = Leases(self.queue, policy, self.watchdog)
         self.fetches = self._make_fetches(WaitingRows(database))
         self.outcomes = self._make_outcomes()
-        self.reconciler = self._make_reconciler(Workloads(database, sealer))
+        self.agents = self.probes = None
+        if agent is not None:
+            self.agents = Agents(station=self.station, engines=engines, policy=agent, meta=meta)
+            self.probes = Probes(service=service, actors=self._actors, token_key=agent.token_key)
+        self.reconciler = self._make_reconciler(Workloads(database, sealer, self.agents))
         self._runs: dict[asyncio.Task[None], float] = {}
         """Since when they have been running, by the monotonic clock."""
         self._tenants: Counter[str] = Counter()
@@ -147,6 +156,8 @@ class Worker:
             station=self.station,
             workloads=workloads,
             fetches=self.fetches,
+            agents=self.agents,
+            probes=self.probes,
             outcomes=self.outcomes,
             policy=self._policy,
             actors=self._actors,
@@ -186,6 +197,8 @@ class Worker:
                     self._running = False
                     await asyncio.gather(timers.stop(self._grace), self._drain(self._grace))
                     await self.fetches.close()
+                    if self.probes is not None:
+                        await self.probes.close()
                 for other in others:
                     other.cancel()
         finally:

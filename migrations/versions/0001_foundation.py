@@ -245,8 +245,10 @@ CREATE TABLE phase_transitions (
 );
 COMMENT ON TABLE phase_transitions IS 'Which public state may follow which; enforced on sandboxes by trigger.';
 INSERT INTO phase_transitions VALUES
-    ('Pending', 'Running'), ('Pending', 'Resuming'), ('Pending', 'Terminated'), ('Pending', 'Failed'),
+    ('Pending', 'Running'), ('Pending', 'Resuming'), ('Pending', 'Pausing'), ('Pending', 'Paused'),
+    ('Pending', 'Terminated'), ('Pending', 'Failed'),
     ('Pending', 'Stopping'),
+    ('Running', 'Pending'), ('Pausing', 'Pending'), ('Paused', 'Pending'), ('Resuming', 'Pending'),
     ('Running', 'Pausing'), ('Running', 'Resuming'), ('Running', 'Terminated'), ('Running', 'Failed'),
     ('Running', 'Stopping'),
     ('Pausing', 'Running'), ('Pausing', 'Paused'), ('Pausing', 'Terminated'), ('Pausing', 'Failed'),
@@ -287,6 +289,7 @@ CREATE TABLE sandboxes (
     fingerprint text NOT NULL,
     created_at timestamptz NOT NULL,
     changed_at timestamptz NOT NULL,
+    begun_at timestamptz,
     ready_at timestamptz,
     expires_at timestamptz,
     ended_at timestamptz,
@@ -561,6 +564,7 @@ COMMENT ON COLUMN sandboxes.key_name IS 'Name of the key that asked for it.';
 COMMENT ON COLUMN sandboxes.fingerprint IS 'Keyed digest of the request.';
 COMMENT ON COLUMN sandboxes.created_at IS 'When it was accepted.';
 COMMENT ON COLUMN sandboxes.changed_at IS 'When the phase last changed.';
+COMMENT ON COLUMN sandboxes.begun_at IS 'When the start of its present run was recorded.';
 COMMENT ON COLUMN sandboxes.ready_at IS 'Since when its present run can be used.';
 COMMENT ON COLUMN sandboxes.expires_at IS 'When it expires; none = never by itself.';
 COMMENT ON COLUMN sandboxes.ended_at IS 'Since when clients get 404.';

@@ -115,6 +115,8 @@ def write_config(
         "[docker]",
         f"host = {json.dumps(docker_host)}" if docker_host else "",
         tables.get("docker", ""),
+        "[runtime]",
+        tables.get("runtime", ""),
         "[sandledger]",
         f"state_dir = {json.dumps(str(home / 'state'))}",
         tables.get("sandledger", ""),
@@ -122,6 +124,7 @@ def write_config(
         tables.get("worker", "lease_seconds = 2\nmissing_grace_seconds = 1"),
         "[sandledger.deadlines]",
         tables.get("deadlines", ""),
+        tables.get("more", ""),
     ]
     path = home / f"{name}.toml"
     path.write_text("\n".join(lines) + "\n")

@@ -13,9 +13,11 @@ from app.domain.sandbox.plan import (
     ConfirmMissing,
     Ensure,
     Fetch,
+    InstallAgent,
     Lose,
     Observe,
     Place,
+    Probe,
     Remove,
     SetPower,
     Settled,
@@ -103,6 +105,10 @@ class Run:
                 return self._saw(self.engine.holds, "observe")
             case Ensure() | Fetch():
                 return self._ensure()
+            case InstallAgent():
+                raise AssertionError("the core does not plan it")
+            case Probe():
+                return [cmd.RecordReady(self.stream.sandbox.run)]
             case SetPower(power=power):
                 try:
                     return self._saw(self.engine.set_power(power), "observe")

@@ -14,7 +14,7 @@ from uuid import UUID
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observed import Exit, Power, Verdict, Waiting
-from app.domain.sandbox.state import Phase, evolve
+from app.domain.sandbox.state import PROBE, Phase, evolve
 from app.errors import Rejected
 from tests.support.stream import BEGIN, ID, LIMITS, SECOND, Stream, requested, seen
 
@@ -38,6 +38,12 @@ OBSERVATIONS = [
     seen(Power.RUNNING, image_id="sha256:1"),
     seen(Power.CREATED, waiting=Waiting("ensure", "POD_UNSCHEDULABLE")),
     seen(Power.CREATED, verdict=Verdict("START_REJECTED", "no")),
+    *(
+        seen(power, runtime_id, started_at=started_at, agent=True)
+        for power in (Power.RUNNING, Power.PAUSED)
+        for runtime_id in ("r1", "r2")
+        for started_at in (BEGIN, BEGIN + SECOND)
+    ),
 ]
 COMMANDS: list[cmd.Command] = [
     cmd.Renew(BEGIN + timedelta(hours=2)),
@@ -47,10 +53,12 @@ COMMANDS: list[cmd.Command] = [
     cmd.Terminate(),
     cmd.Expire(),
     cmd.EndTransition(),
+    cmd.EndProbe(),
     *(cmd.RecordSeen(shown, found_by) for shown in OBSERVATIONS for found_by in ("ensure", "sweep")),
     cmd.RecordSeen(seen(Power.RUNNING, object_id=UUID(int=1))),
     cmd.RecordPlaced("default", 1, ID),
     cmd.RecordWaiting("fetch", "IMAGE_PULLING"),
+    cmd.RecordWaiting("probe", "AGENT_SILENT"),
     cmd.RecordFetched("sha256:1"),
     cmd.RecordLost(BEGIN),
     cmd.RecordRemoved(),
@@ -73,13 +81,14 @@ def _abstract(stream: Stream) -> tuple[object, ...]:
         sandbox.run > 0,
         main and main.runtime_id,
         runtime and (runtime.exit_code, runtime.started_at),
-        sandbox.waiting is not None,
+        None if sandbox.waiting is None else sandbox.waiting.step == PROBE,
         sandbox.ready_at is not None,
         sandbox.failure is not None,
         None if sandbox.ending is None else sandbox.ending.cause,
         sandbox.closed_at is not None,
         sandbox.expires_at is not None and sandbox.expires_at <= stream.now,
         (stream.now - sandbox.changed_at).total_seconds() >= LONGEST,
+        sandbox.begun_at is not None and (stream.now - sandbox.begun_at).total_seconds() >= LIMITS.ready_s,
     )
 
 
@@ -94,7 +103,7 @@ def walk() -> tuple[list[Stream], set[tuple[Phase, Phase]], set[tuple[type[ev.Ev
         here = todo.popleft()
         if found.setdefault(_abstract(here), here) is not here:
             continue
-        for command in COMMANDS:
+        for command in (*COMMANDS, cmd.RecordReady(here.sandbox.run)):
             there = here.fork()
             try:
                 if not there.do(command):

@@ -53,6 +53,7 @@ def seen(
     verdict: Verdict | None = None,
     address: Address | None = None,
     image_id: str | None = None,
+    agent: bool = False,
 ) -> Observed:
     """One observation of the engine's object."""
     return Observed(
@@ -66,6 +67,7 @@ def seen(
         verdict=verdict,
         address=address,
         image_id=image_id,
+        agent=agent,
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.deadlines import EXPIRY, TRANSITION
+from app.domain.sandbox.deadlines import EXPIRY, READY, TRANSITION
 from app.domain.sandbox.decide import LATEST, Events, decide
 from app.domain.sandbox.observed import Answer, Exit, Observed, Part, Power, Verdict, Waiting
 from app.domain.sandbox.plan import Absence, plan
@@ -153,6 +153,8 @@ def assert_deadlines(stream: Stream) -> None:
     assert (fires_at is None) == (limit is None), sandbox.phase
     if fires_at is not None and sandbox.phase is not Phase.STOPPING:
         assert (fires_at - sandbox.changed_at).total_seconds() == limit
+    began = sandbox.begun_at if sandbox.awaits_agent else None
+    assert found.pop(READY, None) == (None if began is None else began + timedelta(seconds=LIMITS.ready_s))
     assert not found
 
 
@@ -174,8 +176,10 @@ def test_every_transitional_phase_ends_or_is_reported_when_its_deadline_fires():
             assert isinstance(event, ev.Overdue)
             assert stream.deadlines[TRANSITION] > stream.now
         else:
-            assert stream.sandbox.phase not in TRANSITIONAL
-            assert stream.sandbox.may_run == (before is not Phase.PENDING)
+            # Paused from outside before the agent answered: the next transition has a deadline of its own.
+            resumes = state.sandbox.awaits_agent and TRANSITION in stream.deadlines
+            assert stream.sandbox.phase not in TRANSITIONAL or resumes
+            assert stream.sandbox.may_run == (before is not Phase.PENDING or state.sandbox.awaits_agent)
     assert met == set(TRANSITIONAL)
 
 
@@ -200,12 +204,13 @@ observations = st.builds(
     adopted=st.booleans(),
     waiting=st.none() | st.builds(Waiting, labels, labels, texts),
     verdict=st.none() | st.none() | st.builds(Verdict, labels, texts),
+    agent=st.booleans(),
 )
 far = st.datetimes(
     datetime.fromisoformat("2026-01-01"), datetime.fromisoformat("9999-12-31T23:59:59"), timezones=st.just(UTC)
 )
 near = st.integers(-10, 2000)
-steps = st.sampled_from(["place", "fetch", "ensure", "observe", "set_power", "remove"])
+steps = st.sampled_from(["place", "fetch", "ensure", "probe", "observe", "set_power", "remove"])
 commands = st.one_of(
     st.builds(cmd.Renew, far, st.none() | st.integers(60, 10**9)),
     st.builds(cmd.PatchMetadata, st.dictionaries(labels | texts, st.none() | labels | texts, max_size=4), st.integers(1, 6)),
@@ -214,6 +219,8 @@ commands = st.one_of(
     st.builds(cmd.Terminate),
     st.builds(cmd.Expire),
     st.builds(cmd.EndTransition, last_reason=st.none() | labels, last_error=st.none() | texts),
+    st.builds(cmd.EndProbe),
+    st.builds(cmd.RecordReady, st.integers(0, 4)),
     st.builds(cmd.RecordPlaced, labels, st.integers(1, 3), st.just(ID)),
     st.builds(cmd.RecordWaiting, steps, labels, texts),
     st.builds(cmd.RecordFetched, labels, st.none() | labels, st.none() | st.integers(0, 2**40)),
@@ -278,7 +285,8 @@ class AnyCourse(RuleBasedStateMachine):
         assert fold(history[half:], fold(history[:half])) == self.stream.sandbox
         assert status_of(self.stream.sandbox).reason
         assert_deadlines(self.stream)
-        assert self.stream.sandbox.waiting is None or self.stream.sandbox.phase is Phase.PENDING
+        sandbox = self.stream.sandbox
+        assert sandbox.waiting is None or sandbox.phase is Phase.PENDING or sandbox.is_agent_unreachable
 
     @rule(holds=st.sampled_from(HELD), has_image=st.booleans(), slow=st.booleans())
     def it_would_settle(self, holds: Observed | None, has_image: bool, slow: bool) -> None:

@@ -105,4 +105,13 @@ def test_after_a_refused_pause_nothing_is_tried_again():
 
 
 def test_the_words_of_the_steps_are_those_of_the_catalogue():
-    assert sorted(STEP_NAMES.values()) == ["ensure", "fetch", "observe", "place", "remove", "set_power"]
+    assert sorted(STEP_NAMES.values()) == [
+        "ensure",
+        "fetch",
+        "install_agent",
+        "observe",
+        "place",
+        "probe",
+        "remove",
+        "set_power",
+    ]

@@ -245,4 +245,4 @@ def test_while_it_is_pending_a_new_run_hides_the_exit_of_the_one_before():
     assert stream.sandbox.runtime is not None
     stream.do(cmd.RecordSeen(seen(Power.EXITED, end=Exit(1))))
     stream.apply(ev.Restarted(2))
-    assert told(stream)[0] == "CONTAINER_STARTING"
+    assert told(stream)[0] == "AGENT_STARTING"

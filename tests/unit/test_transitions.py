@@ -38,8 +38,8 @@ def test_every_event_but_the_first_stands_in_the_table():
 
 
 def test_an_event_outside_the_table_is_refused_with_names():
-    with pytest.raises(IllegalTransition, match=r"sandbox.paused cannot follow in phase Pending"):
-        transitions.check(Stream().sandbox, ev.Paused())
+    with pytest.raises(IllegalTransition, match=r"sandbox.overdue cannot follow in phase Pending"):
+        transitions.check(Stream().sandbox, ev.Overdue("Pending", BEGIN))
 
 
 def test_a_second_beginning_is_refused():

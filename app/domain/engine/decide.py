@@ -75,7 +75,17 @@ class RestoreMark(Struct, frozen=True):
     found: int
 
 
-Command: TypeAlias = RecordSighting | RecordSilence | RecordLogWentBack | Trust | RecordLeftover | RestoreMark
+class RecordAgentInstalled(Struct, frozen=True):
+    """Record that the agent's files were copied out of an image."""
+
+    image_id: str
+    files: tuple[str, ...]
+    size_bytes: int
+
+
+Command: TypeAlias = (
+    RecordSighting | RecordSilence | RecordLogWentBack | Trust | RecordLeftover | RestoreMark | RecordAgentInstalled
+)
 
 
 def begin(sighting: Sighting) -> Events:
@@ -119,6 +129,8 @@ def decide(engine: Engine, command: Command, now: datetime) -> Events:
             return (ev.LeftoverRemoved(role, storable(name), object_id, position),)
         case RestoreMark(expected=expected, found=found):
             return (ev.MarkRestored(engine.mark, expected, found),)
+        case RecordAgentInstalled(image_id=image_id, files=files, size_bytes=size_bytes):
+            return (ev.AgentInstalled(image_id, tuple(map(storable, files)), size_bytes),)
 
 
 def _sighted(engine: Engine, sighting: Sighting, now: datetime) -> Events:

@@ -91,7 +91,15 @@ class MarkRestored(Struct, frozen=True, omit_defaults=True):
     found: int = 0
 
 
-Event: TypeAlias = Registered | Seen | Dark | Back | Mismatch | LeftoverRemoved | MarkRestored
+class AgentInstalled(Struct, frozen=True, omit_defaults=True):
+    """The agent's files were copied out of this image. Every sandbox that is made from then on uses them."""
+
+    image_id: str
+    files: tuple[str, ...]
+    size_bytes: int = 0
+
+
+Event: TypeAlias = Registered | Seen | Dark | Back | Mismatch | LeftoverRemoved | MarkRestored | AgentInstalled
 Recorded: TypeAlias = stream.Recorded[Event]
 
 REGISTRY: stream.Registry[Event] = stream.Registry(
@@ -104,6 +112,7 @@ REGISTRY: stream.Registry[Event] = stream.Registry(
         "engine.mismatch": Mismatch,
         "engine.leftover_removed": LeftoverRemoved,
         "engine.mark_restored": MarkRestored,
+        "engine.agent_installed": AgentInstalled,
     },
 )
 EVENT_CLASSES: tuple[type[Event], ...] = get_args(Event)

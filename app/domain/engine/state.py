@@ -131,7 +131,7 @@ def _apply(engine: Engine, event: ev.Event) -> Engine:
         case ev.Mismatch(why=why, expected=expected, found=found):
             trouble = f"{why}: expected {expected}, found {found}"
             return replace(engine, state=EngineState.MISMATCH, trouble=trouble)
-        case ev.Registered() | ev.LeftoverRemoved() | ev.MarkRestored():
+        case ev.Registered() | ev.LeftoverRemoved() | ev.MarkRestored() | ev.AgentInstalled():
             return engine
 
 

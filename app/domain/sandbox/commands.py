@@ -54,6 +54,12 @@ class EndTransition(Struct, frozen=True):
     last_error: str | None = None
 
 
+class EndProbe(Struct, frozen=True):
+    """The deadline `ready` fired; does nothing while the run is young enough."""
+
+    limits: Limits = Limits()
+
+
 class RecordPlaced(Struct, frozen=True):
     """Place the sandbox on an engine."""
 
@@ -88,6 +94,12 @@ class RecordSeen(Struct, frozen=True):
 
     observed: Observed
     found_by: str = "ensure"
+
+
+class RecordReady(Struct, frozen=True):
+    """The agent of this run answered with its token."""
+
+    run: int
 
 
 class RecordLost(Struct, frozen=True):
@@ -140,4 +152,6 @@ Observation: TypeAlias = (
 )
 """What a reconciler reports. Decided on the state alone, whatever the time."""
 
-Command: TypeAlias = Renew | PatchMetadata | Pause | Resume | Terminate | Expire | EndTransition | Observation
+Command: TypeAlias = (
+    Renew | PatchMetadata | Pause | Resume | Terminate | Expire | EndTransition | EndProbe | RecordReady | Observation
+)

@@ -7,11 +7,12 @@ name            exists while                            when it fires
 `transition`    Pending                                 `sandbox.failed`, reason `PROVISIONING_TIMEOUT`
 `transition`    Pausing, Resuming                       `sandbox.pause_failed`, `sandbox.resume_failed`
 `transition`    Stopping, until it is closed            `sandbox.overdue`, then later each time; it is never given up
+`ready`         it runs and its agent has not answered  `sandbox.agent_unreachable`; it counts as Running from then on
 =============== ======================================= =========================================================
 
-`transition` counts from `changed_at`. The append writes the difference between the deadlines before and after, with its
-own reading of the clock, so a deadline is as exact as the event that sets it. Reasons that a deadline gives itself:
-`PROVISIONING_TIMEOUT`, `PAUSE_TIMEOUT`, `RESUME_TIMEOUT`.
+`transition` counts from `changed_at`, `ready` from the record of the run's start. The append writes the difference
+between the deadlines before and after, with its own reading of the clock, so a deadline is as exact as the event that
+sets it. Reasons that a deadline gives itself: `PROVISIONING_TIMEOUT`, `PAUSE_TIMEOUT`, `RESUME_TIMEOUT`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from app.domain.sandbox.state import Phase, Sandbox
 
 EXPIRY = "expiry"
 TRANSITION = "transition"
+READY = "ready"
 
 
 class Limits(Struct, frozen=True):
@@ -38,6 +40,8 @@ class Limits(Struct, frozen=True):
     """Until the first report; each next one waits twice as long."""
     overdue_max_s: float = 3600
     """Longest time between two reports."""
+    ready_s: float = 30
+    """How long an agent has to answer after the start of a run."""
 
     def of(self, phase: Phase) -> float | None:
         """Seconds, or None for a phase that may last."""
@@ -89,4 +93,8 @@ def changes(
     elif any(isinstance(event, ev.Overdue) for event in events):
         _, wait = limits.report((now - after.changed_at).total_seconds())
         found[TRANSITION] = Due(after_s=wait)
+    if after.awaits_agent and (before is None or not before.awaits_agent or before.run != after.run):
+        found[READY] = Due(after_s=limits.ready_s)
+    elif before is not None and before.awaits_agent and not after.awaits_agent:
+        found[READY] = None
     return found

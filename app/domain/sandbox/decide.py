@@ -14,7 +14,7 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox.observe import seen
 from app.domain.sandbox.observed import Waiting
 from app.domain.sandbox.spec import check_metadata
-from app.domain.sandbox.state import GONE, Phase, RuntimeState, Sandbox
+from app.domain.sandbox.state import GONE, PROBE, Desired, Phase, RuntimeState, Sandbox
 from app.domain.sandbox.status import describe_ending
 from app.domain.text import storable
 from app.errors import Conflict, Invalid, NotFound
@@ -64,6 +64,10 @@ def decide(sandbox: Sandbox, command: cmd.Command, now: datetime) -> Events:
             return _expire(sandbox, now)
         case cmd.EndTransition():
             return _end_transition(sandbox, command, now)
+        case cmd.EndProbe(limits=limits):
+            return _end_probe(sandbox, limits, now)
+        case cmd.RecordReady(run=run):
+            return _ready(sandbox, run, now)
         case _:
             return () if sandbox.closed_at is not None else _record(sandbox, command)
 
@@ -223,8 +227,43 @@ def _power_refused(sandbox: Sandbox, reason: str, message: str) -> Events:
             return (ev.PauseFailed(reason, message),)
         case Phase.RESUMING:
             return (ev.ResumeFailed(reason, message),)
+        case Phase.PENDING if sandbox.observed is RuntimeState.RUNNING and sandbox.desired is Desired.PAUSED:
+            # Started anew from outside while it was to be paused: it goes on, and its agent is waited for.
+            return (ev.PauseFailed(reason, message),)
+        case Phase.PENDING if sandbox.observed is RuntimeState.PAUSED:
+            # Paused from outside before its agent answered: it waits for nothing any more, and stays paused.
+            silent = ev.AgentUnreachable("AGENT_SILENT", "The sandbox is paused.")
+            return (silent, ev.ResumeFailed(reason, message)) if sandbox.desired is Desired.RUNNING else (silent,)
         case _:
             return ()
+
+
+def _ready(sandbox: Sandbox, run: int, now: datetime) -> Events:
+    """Of this run only: an answer of an earlier one says nothing about it."""
+    if sandbox.run != run or not (sandbox.awaits_agent or sandbox.is_agent_unreachable):
+        return ()
+    return (ev.Ready(_run_ms(sandbox, now), "agent"),)
+
+
+def _end_probe(sandbox: Sandbox, limits: cmd.Limits, now: datetime) -> Events:
+    if not sandbox.awaits_agent or _run_ms(sandbox, now) < limits.ready_s * 1000:
+        return ()
+    return (_unreachable(sandbox, now),)
+
+
+def _unreachable(sandbox: Sandbox, now: datetime) -> ev.AgentUnreachable:
+    """Its container runs, so it is no failure that its agent does not answer."""
+    after_ms, known = _run_ms(sandbox, now), sandbox.waiting
+    if known is not None and known.step == PROBE:
+        return ev.AgentUnreachable(known.reason, known.message, after_ms)
+    message = f"The agent did not answer within {after_ms // 1000} s, and no worker has said why."
+    return ev.AgentUnreachable("AGENT_SILENT", message, after_ms)
+
+
+def _run_ms(sandbox: Sandbox, now: datetime) -> int:
+    """Milliseconds since the start of the run was recorded. Both times are the database's; its clock may step back."""
+    since = sandbox.begun_at or now
+    return max(0, (now - since) // timedelta(milliseconds=1))
 
 
 def _end_transition(sandbox: Sandbox, command: cmd.EndTransition, now: datetime) -> Events:
@@ -234,6 +273,8 @@ def _end_transition(sandbox: Sandbox, command: cmd.EndTransition, now: datetime)
         return ()
     last = _last(sandbox, command)
     match sandbox.phase:
+        case Phase.PENDING if sandbox.awaits_agent:
+            return (_unreachable(sandbox, now),)
         case Phase.PENDING:
             message = f"The sandbox was not running within {limit:.0f} s{last}"
             return (ev.Failed(_pending_step(sandbox), "PROVISIONING_TIMEOUT", storable(message)),)

@@ -150,7 +150,18 @@ class Ready(Struct, frozen=True, omit_defaults=True):
     then, so the sandbox is ready as soon as it runs. The time between `occurred_at` of the start and `recorded_at` does
     not count: it is the delay until we noticed, and the two times come from two clocks."""
     via: str = "runtime"
-    """`runtime`: the container runs and nothing else is waited for."""
+    """`runtime`: the container runs and nothing else is waited for. `agent`: the agent answered with its token."""
+
+
+class AgentUnreachable(Struct, frozen=True, omit_defaults=True):
+    """The container runs and its agent did not answer in time. The sandbox counts as Running, because the user's
+    program may be well. A later `ready` ends this.
+    """
+
+    reason: str
+    message: str = ""
+    after_ms: int = 0
+    """Milliseconds from the start of this run."""
 
 
 class Paused(Struct, frozen=True, omit_defaults=True):
@@ -270,6 +281,7 @@ Event: TypeAlias = (
     | Started
     | Restarted
     | Ready
+    | AgentUnreachable
     | Paused
     | Resumed
     | PauseFailed
@@ -302,6 +314,7 @@ REGISTRY: stream.Registry[Event] = stream.Registry(
         "sandbox.started": Started,
         "sandbox.restarted": Restarted,
         "sandbox.ready": Ready,
+        "sandbox.agent_unreachable": AgentUnreachable,
         "sandbox.paused": Paused,
         "sandbox.resumed": Resumed,
         "sandbox.pause_failed": PauseFailed,

@@ -74,13 +74,13 @@ def _begun(sandbox: Sandbox, shown: Observed, known: RuntimeState, *, another: b
     if not (first or moved):
         return ()
     run = sandbox.run + 1
+    # With an agent it is ready when the agent answers, which a probe finds out.
+    ready: Events = () if shown.agent else (ev.Ready(),)
     if run == 1:
-        return (ev.Started(run, shown.started_at, shown.address, shown.node), ev.Ready())
+        return (ev.Started(run, shown.started_at, shown.address, shown.node), *ready)
     kept = "nothing" if another else "filesystem"
-    return (
-        ev.Restarted(run, shown.generation, kept=kept, occurred_at=shown.started_at, address=shown.address),
-        ev.Ready(),
-    )
+    again = ev.Restarted(run, shown.generation, kept=kept, occurred_at=shown.started_at, address=shown.address)
+    return (again, *ready)
 
 
 def _power_since(sandbox: Sandbox, shown: Observed) -> datetime | None:

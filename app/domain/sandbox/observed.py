@@ -112,6 +112,8 @@ class Observed(Struct, frozen=True):
     node: str | None = None
     waiting: Waiting | None = None
     verdict: Verdict | None = None
+    agent: bool = False
+    """An agent was put into it, which must answer before the sandbox is ready."""
     power_since: datetime | None = None
     """When the engine said that it was paused or resumed, which led to its present power. None: it did not say."""
     gpus: int | None = None

@@ -4,8 +4,9 @@ The reconciler repeats: act on the step, record what was observed, plan again, u
 to repeat after a crash, because drivers are. `answer` None means that the engine was not asked in this run yet; a
 fresh sandbox is created without asking first, since create meets an existing object by its name anyway.
 
-`Fetch` and `Wait` give the claim back. What they wait for wakes the stream again, or the time does. A fetch is planned
-by the reconciler when `ensure` answers that the image is missing; the log does not say what an engine has cached.
+`Fetch`, `Probe` and `Wait` give the claim back. What they wait for wakes the stream again, or the time does. A fetch is
+planned by the reconciler when `ensure` answers that the image is missing, and `InstallAgent` when it does not know the
+agent to be on the engine: the log does not say what an engine has cached.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from app.domain.sandbox.observed import Answer, Power, Waiting
-from app.domain.sandbox.state import Desired, RuntimeState, Sandbox
+from app.domain.sandbox.state import PROBE, Desired, RuntimeState, Sandbox
 
 WAIT_INTERVAL = timedelta(seconds=5)
 """How long a waiting stream rests when no hint wakes it."""
@@ -34,8 +35,16 @@ class Fetch(Struct, frozen=True):
     """Have the image brought to the engine, outside the slots."""
 
 
+class InstallAgent(Struct, frozen=True):
+    """Have the agent's files brought to the engine, which every sandbox there shares."""
+
+
 class Ensure(Struct, frozen=True):
     """Create or adopt, and start."""
+
+
+class Probe(Struct, frozen=True):
+    """Ask the agent until it answers, outside the slots."""
 
 
 class SetPower(Struct, frozen=True):
@@ -71,13 +80,17 @@ class Settled(Struct, frozen=True):
     """Nothing to do until something changes."""
 
 
-Step: TypeAlias = Place | Observe | Fetch | Ensure | SetPower | Remove | ConfirmMissing | Lose | Wait | Settled
+Step: TypeAlias = (
+    Place | Observe | Fetch | InstallAgent | Ensure | Probe | SetPower | Remove | ConfirmMissing | Lose | Wait | Settled
+)
 
 STEP_NAMES: dict[type[Step], str] = {
     Place: "place",
     Observe: "observe",
     Fetch: "fetch",
+    InstallAgent: "install_agent",
     Ensure: "ensure",
+    Probe: PROBE,
     SetPower: "set_power",
     Remove: "remove",
 }
@@ -144,7 +157,9 @@ def _keep(sandbox: Sandbox, answer: Answer | None, absence: Absence) -> Step:
         return SetPower(Power.PAUSED)
     if sandbox.desired is Desired.RUNNING and sandbox.observed is RuntimeState.PAUSED:
         return SetPower(Power.RUNNING)
-    return Settled()
+    # An agent that is to be paused cannot answer.
+    asks = sandbox.awaits_agent and sandbox.desired is Desired.RUNNING
+    return Probe() if asks else Settled()
 
 
 def _stay_away(answer: Answer | None) -> Step:

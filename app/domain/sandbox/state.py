@@ -84,6 +84,8 @@ class RuntimeState(StrEnum):
     REMOVED = "removed"
 
 
+PROBE = "probe"
+"""The step that asks the agent. A Running sandbox that waits in it has an agent that cannot be reached."""
 GONE = (RuntimeState.EXITED, RuntimeState.LOST, RuntimeState.REMOVED)
 """It does not run, and what is left of it is never started again."""
 
@@ -160,6 +162,8 @@ class Sandbox(Struct, frozen=True):
     """Objects made for it so far."""
     run: int = 0
     """Starts so far, over all generations."""
+    begun_at: datetime | None = None
+    """When the start of this run was recorded. The deadline `ready` counts from here."""
     ready_at: datetime | None = None
     """Since when this run can be used."""
     runtime: Runtime | None = None
@@ -174,6 +178,16 @@ class Sandbox(Struct, frozen=True):
     def phase(self) -> Phase:
         """The public state, derived from what is wanted and what was observed."""
         return derive_phase(self)
+
+    @property
+    def awaits_agent(self) -> bool:
+        """It runs, and its agent has not answered yet."""
+        return self.phase is Phase.PENDING and self.observed in (RuntimeState.RUNNING, RuntimeState.PAUSED)
+
+    @property
+    def is_agent_unreachable(self) -> bool:
+        """It counts as Running although its agent did not answer in time."""
+        return self.phase is Phase.RUNNING and self.waiting is not None and self.waiting.step == PROBE
 
     @property
     def may_run(self) -> bool:
@@ -220,8 +234,9 @@ def evolve(sandbox: Sandbox | None, recorded: ev.Recorded) -> Sandbox:
     )
     if after.phase is sandbox.phase:
         return after
-    waiting = after.waiting if after.phase is Phase.PENDING else None
-    return replace(after, changed_at=recorded.at, waiting=waiting)
+    silent = after.phase is Phase.RUNNING and isinstance(recorded.event, ev.AgentUnreachable)
+    kept = silent or after.phase is Phase.PENDING
+    return replace(after, changed_at=recorded.at, waiting=after.waiting if kept else None)
 
 
 def fold(history: Iterable[ev.Recorded], start: Sandbox | None = None) -> Sandbox | None:
@@ -320,12 +335,15 @@ def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
                 observed=RuntimeState.RUNNING,
                 run=begun.run,
                 runtime=again,
+                begun_at=at,
                 address=begun.address or sandbox.address,
                 ready_at=None,
                 waiting=None,
             )
         case ev.Ready():
-            return replace(sandbox, ready_at=at)
+            return replace(sandbox, ready_at=at, waiting=None)
+        case ev.AgentUnreachable(reason=reason, message=message):
+            return replace(sandbox, ready_at=at, waiting=Waiting(PROBE, reason, message))
         case ev.Paused():
             return replace(sandbox, observed=RuntimeState.PAUSED)
         case ev.Resumed():

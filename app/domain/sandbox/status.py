@@ -63,6 +63,8 @@ def _explain(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
     match sandbox.phase:
         case Phase.PENDING:
             return _explain_pending(sandbox, attempt)
+        case Phase.RUNNING if sandbox.is_agent_unreachable and sandbox.waiting is not None:
+            return "AGENT_UNREACHABLE", _sentences("Sandbox container is running", sandbox.waiting.message)
         case Phase.RUNNING:
             return "CONTAINER_RUNNING", "Sandbox container is running."
         case Phase.PAUSED:
@@ -88,6 +90,8 @@ def _waited_for(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
     if sandbox.waiting is not None:
         message = sandbox.waiting.message or f"Sandbox waits in step {sandbox.waiting.step}."
         return sandbox.waiting.reason, message
+    if sandbox.awaits_agent:
+        return "AGENT_STARTING", "Sandbox container is running; its agent has not answered yet."
     if sandbox.runtime is not None and sandbox.runtime.parts:
         return "CONTAINER_STARTING", "Sandbox container is starting."
     if attempt.waits_for_slot:

@@ -25,6 +25,8 @@ POWERS = {
 REMOVING = "removing"
 GPU = "gpu"
 """What a device that is a GPU can do, as requests for devices name it."""
+BOOTSTRAP = "/opt/opensandbox/bin/bootstrap.sh"
+"""The entrypoint of a container with an agent."""
 HOST_NETWORK = "host"
 """Containers on it have no address of their own."""
 
@@ -52,6 +54,7 @@ class Config(Struct, frozen=True, rename="pascal"):
     image: str = ""
     """The reference as it was given."""
     labels: dict[str, str] | None = None
+    entrypoint: list[str] | None = None
 
 
 class Endpoint(Struct, frozen=True):
@@ -225,6 +228,7 @@ def observed(
         adopted=adopted,
         address=_address(shown.network_settings) if now in (Power.RUNNING, Power.PAUSED) else None,
         gpus=_gpus(shown.host_config),
+        agent=shown.config.entrypoint == [BOOTSTRAP],
     )
 
 

@@ -13,14 +13,13 @@ from msgspec import Struct
 
 from app.errors import RuntimeRejected
 from app.runtime.docker import names
-from app.runtime.docker.answers import GPU
+from app.runtime.docker.answers import BOOTSTRAP, GPU
 from app.runtime.docker.options import DockerOptions, Ulimit
 from app.runtime.driver import Workload
 from app.runtime.workload import AGENT_PORT, HTTP_PORT, Agent
 
 RUNTIME_FOLDER = "/opt/opensandbox"
 AGENT_FOLDER = f"{RUNTIME_FOLDER}/bin"
-BOOTSTRAP = f"{AGENT_FOLDER}/bootstrap.sh"
 TMPFS_OPTIONS = "mode=1777,size=1m"
 UNPUBLISHED = ("host", "none")
 """Network modes in which the engine publishes no port; neither does it for one who shares another's network."""

@@ -333,6 +333,7 @@ class FakeDriver:
             address=found.address,
             waiting=self.engine.waiting.get(object_id) if found.power is Power.CREATED else None,
             gpus=self.engine.gpus if work and work.limits.gpus_all else work and work.limits.gpus,
+            agent=work is not None and work.agent is not None,
         )
 
     async def _enter(self, call: str) -> None:

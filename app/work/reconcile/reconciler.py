@@ -46,9 +46,11 @@ from app.domain.sandbox.plan import (
     ConfirmMissing,
     Ensure,
     Fetch,
+    InstallAgent,
     Lose,
     Observe,
     Place,
+    Probe,
     Remove,
     SetPower,
     Settled,
@@ -61,11 +63,13 @@ from app.domain.stream import Actor
 from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeFault, StoreUnavailable, UnknownEvent
 from app.runtime.driver import Image
-from app.runtime.faults import ImageMissing
+from app.runtime.faults import AgentMissing, ImageMissing
 from app.service.sandboxes import Service, StaleVersion
 from app.views.current import is_newer
+from app.work.agents import Agents
 from app.work.fetches import Fetches
 from app.work.policy import WorkPolicy
+from app.work.probes import Probes
 from app.work.reconcile.actors import Actors
 from app.work.reconcile.leases import Held, LeaseLost
 from app.work.reconcile.outcomes import Outcomes
@@ -97,6 +101,8 @@ class Reconciler:
         station: Station,
         workloads: Workloads,
         fetches: Fetches,
+        agents: Agents | None,
+        probes: Probes | None,
         outcomes: Outcomes,
         policy: WorkPolicy,
         actors: Actors,
@@ -106,6 +112,8 @@ class Reconciler:
         self._driver = station.driver
         self._workloads = workloads
         self._fetches = fetches
+        self._agents = agents
+        self._probes = probes
         self._outcomes = outcomes
         self._policy = policy
         self._actors = actors
@@ -163,6 +171,8 @@ class Reconciler:
                     return await self._outcomes.give_back_missing(held, now, until)
                 case _:
                     pass
+            if isinstance(step, Ensure) and self._agents is not None and not self._agents.is_installed:
+                step = InstallAgent()
             try:
                 sandbox, answer = await self._take(held, sandbox, step, now)
             except (StaleVersion, LeaseLost, StoreUnavailable, UnknownEvent, GivenBack):
@@ -192,6 +202,11 @@ class Reconciler:
                 await self._let_settle(held, sandbox, seen, now)
                 after = await self._saw(held, sandbox, seen, step, acted=False)
                 return self._went_on(held, sandbox, after), Answer(seen)
+            case InstallAgent():
+                await self._install_agent(held, sandbox)
+                return sandbox, None
+            case Probe():
+                await self._probe(held, sandbox)
             case Ensure() | Fetch():
                 seen = await self._ensure(held, sandbox)
                 after = await self._saw(held, sandbox, seen, step, acted=True)
@@ -242,19 +257,47 @@ class Reconciler:
         work = await self._workloads.of(sandbox)
         try:
             return await self._driver.ensure(work)
+        except AgentMissing:
+            if self._agents is not None:
+                self._agents.forget()
+            raise
         except ImageMissing:
             await self._fetch(held, sandbox, work.image)
             raise GivenBack from None
 
+    async def _install_agent(self, held: Held, sandbox: Sandbox) -> None:
+        """Bring the agent's files to the engine; its image first, which is pulled while nobody holds the claim."""
+        assert self._agents is not None, "the step is planned only where there is an agent"
+        try:
+            await self._agents.install()
+        except ImageMissing:
+            image = self._agents.image
+            message = f"The image of the agent, {image.reference}, is being pulled."
+            await self._pull(held, sandbox, image, InstallAgent(), ("AGENT_INSTALLING", message))
+            raise GivenBack from None
+
+    async def _probe(self, held: Held, sandbox: Sandbox) -> NoReturn:
+        """Have the agent asked while nobody holds the claim."""
+        held.start_over()
+        if self._probes is not None and await self._outcomes.give_back(held, self._policy.lease, awaiting=True):
+            self._probes.want(sandbox, held.cause)
+        raise GivenBack
+
     async def _fetch(self, held: Held, sandbox: Sandbox, image: Image) -> None:
         """Have the image pulled while nobody holds the claim."""
+        message = f"Image {image.reference} is being pulled."
+        await self._pull(held, sandbox, image, Fetch(), ("IMAGE_PULLING", message))
+
+    async def _pull(
+        self, held: Held, sandbox: Sandbox, image: Image, step: InstallAgent | Fetch, why: tuple[str, str]
+    ) -> None:
+        """`why`: the reason and the message that clients see meanwhile."""
         if sandbox.phase is Phase.PENDING:
-            message = f"Image {image.reference} is being pulled."
-            waiting = cmd.RecordWaiting(name_of(Fetch()), "IMAGE_PULLING", message)
+            waiting = cmd.RecordWaiting(name_of(step), *why)
             sandbox = await self._record(held, sandbox, waiting, self._worker)
         # First the row, then the pull: a pull that ends at once must find a row that waits.
         if await self._outcomes.give_back(held, self._policy.lease, awaiting=True):
-            self._fetches.want(sandbox, image, held.cause)
+            self._fetches.want(sandbox, image, held.cause, step)
 
     async def _remove(self, held: Held, sandbox: Sandbox) -> Sandbox:
         gone = await self._driver.remove(ref_of(sandbox))

@@ -28,6 +28,7 @@ from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.tables import sealed_values
 from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable
+from app.work.agents import Agents
 
 _LOG = logging.getLogger(__name__)
 _COLUMNS = sealed_values.c
@@ -48,9 +49,11 @@ def ref_of(sandbox: Sandbox) -> Ref:
 class Workloads:
     """Makes what a driver needs from a sandbox and its sealed values."""
 
-    def __init__(self, database: Database, sealer: Sealer) -> None:
+    def __init__(self, database: Database, sealer: Sealer, agents: Agents | None = None) -> None:
+        """`agents` None = sandboxes without an agent."""
         self._database = database
         self._sealer = sealer
+        self._agents = agents
 
     async def of(self, sandbox: Sandbox) -> Workload:
         """What to make.
@@ -76,6 +79,7 @@ class Workloads:
             # A new object is one more. One that is there already is adopted, and says which it is.
             generation=sandbox.generation + 1,
             position=sandbox.position,
+            agent=None if self._agents is None else self._agents.of(sandbox),
         )
 
     async def _secrets(self, sandbox_id: UUID) -> Secrets:

@@ -1,0 +1,104 @@
+"""The agent's files on the engine, and what a sandbox needs of them.
+
+**Protocol.** Before the first sandbox is made, `install` has the driver copy the files into a volume. What it answered
+is remembered, and asked again when the engine could not be used meanwhile, or when the engine says that the volume is
+gone (`forget`). Callers that come while one asks share its answer. The worker whose call had the files copied records
+it as `engine.agent_installed`.
+
+**How it fails.** An installation that was cut is completed by the next call, of any worker. One that was copied and not
+recorded is used all the same: the event tells what happened to the engine, and nothing depends on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from msgspec import Struct
+
+from app.agent.token import agent_token
+from app.domain.engine.decide import RecordAgentInstalled
+from app.domain.sandbox.state import Sandbox
+from app.domain.stream import Meta
+from app.errors import StoreUnavailable
+from app.runtime.driver import Image, InstalledAgent
+from app.runtime.faults import AttemptFailed
+from app.runtime.workload import Agent
+from app.service.engines import Engines
+from app.work.station import Station
+
+_LOG = logging.getLogger(__name__)
+
+
+class AgentPolicy(Struct, frozen=True):
+    """The agent that every sandbox gets."""
+
+    image: str
+    token_key: bytes
+    """The installation's key `token`."""
+    init: bool = False
+    """The agent runs as process 1."""
+
+    def __repr__(self) -> str:
+        """Keep the key out of logs and tracebacks."""
+        return f"AgentPolicy(image={self.image!r})"
+
+
+class Agents:
+    """The agent on one engine, as one worker sees it."""
+
+    def __init__(self, *, station: Station, engines: Engines, policy: AgentPolicy, meta: Meta) -> None:
+        """`meta` names this worker in the log."""
+        self.image = Image(policy.image)
+        self._station = station
+        self._engines = engines
+        self._policy = policy
+        self._meta = meta
+        self._installed: InstalledAgent | None = None
+        self._asking = asyncio.Lock()
+        station.when_usable(self.forget)
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the last answer still holds, as far as this worker knows."""
+        return self._installed is not None
+
+    def forget(self) -> None:
+        """The files may be gone, or it may be another engine: ask again."""
+        self._installed = None
+
+    async def install(self) -> None:
+        """Have the files there.
+
+        Raises:
+            ImageMissing: the agent's image has to be fetched first.
+            RuntimeFault: as `Driver.install_agent` raises it.
+        """
+        async with self._asking:
+            if self._installed is not None:
+                return
+            installed = await self._station.driver.install_agent(self.image.reference)
+            if installed.made:
+                await self._record(installed)
+            self._installed = installed
+
+    def of(self, sandbox: Sandbox) -> Agent:
+        """What the next object of this sandbox needs.
+
+        Raises:
+            AttemptFailed: `AGENT_INSTALLING`, it was forgotten meanwhile. A sandbox without the agent that its clients
+                count on would be worse than one that comes later.
+        """
+        if self._installed is None:
+            raise AttemptFailed("AGENT_INSTALLING", "the agent's files are looked for again")
+        assert sandbox.object_id is not None, "it has been placed"
+        token = agent_token(self._policy.token_key, sandbox.object_id, sandbox.generation + 1)
+        return Agent(self._installed.volume, token, self._policy.init)
+
+    async def _record(self, installed: InstalledAgent) -> None:
+        _LOG.info("the agent of %s is on engine %s: %s", self.image.reference, self._station.name, installed.volume)
+        told = RecordAgentInstalled(installed.image_id, installed.files, installed.size_bytes)
+        try:
+            await self._engines.execute(self._station.name, told, self._meta)
+        except StoreUnavailable as error:
+            _LOG.warning("that the agent was installed is not recorded: %s", error)

@@ -1,0 +1,69 @@
+"""The agent end to end: the unmodified SDK's whole life, a worker that dies, and an agent that never answers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+
+import aiodocker
+import pytest
+from opensandbox import Sandbox
+from opensandbox.config import ConnectionConfig
+
+from app.agent import AGENT_PORT
+from tests.agent.image import ensure_agent_image, ensure_tiny_agent_image
+from tests.chaos.harness import KEY, ServerProcess, body, events, history, reaches, until
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+Serve = Callable[..., Awaitable[ServerProcess]]
+
+
+def config(server: ServerProcess) -> ConnectionConfig:
+    return ConnectionConfig(api_key=KEY, domain=server.base.removeprefix("http://").removesuffix("/v1"))
+
+
+async def test_the_unmodified_sdk_creates_runs_a_command_and_kills(serve: Serve, docker: aiodocker.Docker, image: str):
+    agent = await ensure_agent_image(docker)
+    server = await serve(runtime=f'execd_image = "{agent}"')
+    sandbox = await Sandbox.create(
+        image, connection_config=config(server), timeout=timedelta(minutes=5), entrypoint=["sleep", "3600"]
+    )
+    try:
+        result = await sandbox.commands.run("echo hello; id -u")
+        assert [line.text.strip() for line in result.logs.stdout] == ["hello", "0"]
+        await sandbox.files.write_file("/tmp/note", "kept")
+        assert await sandbox.files.read_file("/tmp/note") == "kept"
+        endpoint = await sandbox.get_endpoint(AGENT_PORT)
+        assert endpoint.headers
+        async with server.client() as client:
+            events = await history(client, str(sandbox.id))
+        assert events.index("sandbox.started") < events.index("sandbox.ready")
+    finally:
+        await sandbox.kill()
+        await sandbox.close()
+
+
+async def test_an_agent_that_never_answers_costs_no_sandbox(serve: Serve, docker: aiodocker.Docker, image: str):
+    """Its only worker is killed while it asks. Another one goes on, and the deadline ends the wait."""
+    agent = await ensure_tiny_agent_image(docker)
+    tables = {"runtime": f'execd_image = "{agent}"', "more": "[sandledger.agent]\nready_seconds = 6"}
+    api = await serve("api", "api", **tables)
+    first = await serve("worker", "first", **tables)
+    async with api.client() as client:
+        made = (await client.post("/sandboxes", json=body(image))).json()["id"]
+
+        async def is_asked() -> bool:
+            status = (await client.get(f"/sandboxes/{made}")).json()["status"]
+            return status["state"] == "Pending" and status["reason"] == "AGENT_NOT_LISTENING"
+
+        await until(is_asked, "the agent is asked, and clients read why it is not ready")
+        first.kill()
+        await serve("worker", "second", **tables)
+        await reaches(client, made, "Running")
+        status = (await client.get(f"/sandboxes/{made}")).json()["status"]
+        assert status["reason"] == "AGENT_UNREACHABLE"
+        assert "nothing listens on 127.0.0.1:" in status["message"]
+        (silent,) = await events(client, made, "sandbox.agent_unreachable")
+        assert silent["data"]["reason"] == "AGENT_NOT_LISTENING"
+        assert silent["data"]["after_ms"] >= 6000
+        assert (await client.delete(f"/sandboxes/{made}")).status_code == 204
