@@ -61,6 +61,15 @@ class Subscription:
         """Record that there may be news."""
         self._event.set()
 
+    @property
+    def woken(self) -> bool:
+        """Whether there may be news that nobody has taken."""
+        return self._event.is_set()
+
+    def take(self) -> None:
+        """Whoever reads next sees the news."""
+        self._event.clear()
+
     async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109 - a bounded wait is the point
         """Until woken, or the timeout in seconds. Says whether it was woken; resets."""
         try:
