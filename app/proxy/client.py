@@ -1,0 +1,278 @@
+"""The HTTP client to sandboxes: aiohttp's, behind this seam, without its habits.
+
+* No cookie is kept, no redirect followed, no body decompressed, no header added, no proxy of the environment used.
+* The request target is written as it is given: it stands as the path of a URL that says of itself that it is encoded.
+* Nothing is repeated. aiohttp would send a PUT or a DELETE again when the connection ends without an answer. A request
+  is repeated here only when it has no body, changes nothing by its method, and met a kept connection that ended before
+  the first byte of the answer; then once, on a new connection. Other requests always get a new connection.
+* Connections are kept by sandbox, generation and port, so what one sandbox writes behind its answer never reaches a
+  request to another.
+* Heads of answers are strict: lines end in CR LF, nothing is folded, 64 KiB at most. aiohttp's parser is lenient in
+  production, so the bytes are looked at before it gets them.
+* A body that ends with the connection ends well only if the connection did. aiohttp takes a reset for an end.
+* A connection that is given up is given up at once. `transport.close` would first wait until a peer that does not read
+  has taken all that is buffered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any, Final
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.helpers import _EXC_SENTINEL as _NO_CAUSE  # pyright: ignore[reportPrivateUsage] - a default of theirs
+from aiohttp.http_exceptions import HttpProcessingError
+from msgspec import Struct
+from yarl import URL
+
+from app.proxy.resolve import Target
+
+CONNECT_SECONDS: Final = 5.0
+KEPT_SECONDS: Final = 15.0
+MAX_KEPT: Final = 1024
+MAX_KEPT_A_TARGET: Final = 32
+"""As many as one client of many connections has in use: with fewer, those connections are made again and again."""
+MAX_HEAD_BYTES: Final = 64 * 1024
+READ_BYTES: Final = 128 * 1024
+"""aiohttp stops reading at twice this much."""
+_MAX_HEADERS: Final = 1024
+_KEPT_METHODS: Final = frozenset(("GET", "HEAD", "OPTIONS"))
+_KEEP_ALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+_STATUS: Final = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})(?: |\r|\Z)")
+_FOLDED: Final = re.compile(rb"\n[ \t]|\r(?!\n)|\x00")
+_HIGHEST_STATUS: Final = 599
+_SWITCHING: Final = 101
+_NO_COOKIES: Final = aiohttp.DummyCookieJar
+
+
+class ConnectFailed(Exception):
+    """Nothing was sent."""
+
+
+class AnswerFailed(Exception):
+    """No whole head of an answer came; the message says what came."""
+
+
+class Cut(Exception):
+    """The answer ended in its middle."""
+
+
+class Outgoing(Struct, frozen=True):
+    """A request."""
+
+    method: str
+    target: Target
+    rest: str
+    """The request target behind the target's own path; begins with `/`."""
+    headers: Sequence[tuple[bytes, bytes]]
+    """Without framing."""
+    body: AsyncIterator[bytes] | None = None
+    length: int | None = None
+    """Of the body; None = in chunks."""
+
+
+class Answer:
+    """The head of an answer, and its body in pieces."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.headers: Sequence[tuple[bytes, bytes]] = response.raw_headers
+
+    async def read(self) -> bytes:
+        """What is there of the body, as soon as something is; empty at its end.
+
+        Raises:
+            Cut: the connection ended before the body did.
+        """
+        try:
+            return await self._response.content.readany()
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            raise Cut(str(error) or type(error).__name__) from error
+
+    @property
+    def ended(self) -> bool:
+        """Whether all of the body was read."""
+        return self._response.content.at_eof()
+
+    def abort(self) -> None:
+        """Give up what has not been read, and what has not been written. Harmless after the end."""
+        self._response.close()
+
+
+class Client:
+    """Connections of one process. Made inside the event loop."""
+
+    def __init__(self) -> None:
+        self._kept = _session(force_close=False)
+        self._new = _session(force_close=True)
+
+    async def close(self) -> None:
+        """End all connections."""
+        await self._kept.close()
+        await self._new.close()
+
+    async def send(self, outgoing: Outgoing) -> Answer:
+        """The head of the answer.
+
+        Raises:
+            ConnectFailed, AnswerFailed: there is none.
+        """
+        try:
+            if outgoing.body is None and outgoing.method in _KEPT_METHODS:
+                try:
+                    return await _request(self._kept, outgoing)
+                except _Stale:
+                    pass
+            return await _request(self._new, outgoing)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise ConnectFailed(str(error)) from error
+        except (aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
+            raise AnswerFailed(str(error) or type(error).__name__) from error
+
+
+def _session(*, force_close: bool) -> aiohttp.ClientSession:
+    session = aiohttp.ClientSession(
+        connector=_Connector(force_close=force_close),
+        cookie_jar=_NO_COOKIES(),
+        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+        auto_decompress=False,
+        trust_env=False,
+        read_bufsize=READ_BYTES,
+        max_line_size=MAX_HEAD_BYTES,
+        max_field_size=MAX_HEAD_BYTES,
+        max_headers=_MAX_HEADERS,
+    )
+    session._retry_connection = False  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - it has no public switch
+    return session
+
+
+async def _request(session: aiohttp.ClientSession, outgoing: Outgoing) -> Answer:
+    target, body = outgoing.target, outgoing.body
+    headers = [(name.decode(), value.decode()) for name, value in outgoing.headers]
+    if body is not None and outgoing.length is not None:
+        headers.append(("content-length", str(outgoing.length)))
+    url = URL.build(scheme="http", host=target.host, port=target.port, path=target.path + outgoing.rest, encoded=True)
+    response = await session.request(
+        outgoing.method,
+        url,
+        headers=headers,
+        data=body,
+        chunked=True if body is not None and outgoing.length is None else None,
+        allow_redirects=False,
+        # Part of the key by which aiohttp keeps connections. It has no other meaning without TLS.
+        server_hostname=f"{target.sandbox_id}.{target.generation}{target.path}",
+    )
+    if response.status == _SWITCHING or response.status > _HIGHEST_STATUS:
+        response.close()
+        raise AnswerFailed(f"the answer has the status {response.status}")
+    return Answer(response)
+
+
+class _Stale(aiohttp.ServerDisconnectedError):
+    """A kept connection ended before the first byte of the answer."""
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Without a limit of connections, since streams have theirs; with one of those that are kept."""
+
+    def __init__(self, *, force_close: bool) -> None:
+        named: dict[str, Any] = {} if force_close else {"keepalive_timeout": KEPT_SECONDS}
+        super().__init__(  # pyright: ignore[reportUnknownMemberType] - one of its parameters is a bare tuple
+            limit=0, limit_per_host=0, force_close=force_close, use_dns_cache=False, **named
+        )
+        self._factory = partial(_Connection, loop=self._loop)
+
+    def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        super()._release(key, protocol, should_close=should_close or not self._may_keep(key))
+
+    def _may_keep(self, key: Any) -> bool:
+        kept: dict[Any, Any] = self._conns
+        if len(kept.get(key, ())) >= MAX_KEPT_A_TARGET:
+            return False
+        return len(kept) * MAX_KEPT_A_TARGET < MAX_KEPT or sum(map(len, kept.values())) < MAX_KEPT
+
+
+class _Connection(ResponseHandler):
+    """aiohttp's protocol of one connection, with strict heads and honest ends."""
+
+    _requests = 0
+    _head: bytes | None = None
+    """What came of the present head; None = a body is read, or nothing is expected."""
+    _silent = True
+    """Whether nothing came since the request began."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A peer that is gone without a word is noticed after a minute."""
+        super().connection_made(transport)
+        taken = transport.get_extra_info("socket")
+        if taken is not None:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEP_ALIVE:
+                taken.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def set_response_params(self, **named: Any) -> None:
+        """A request begins."""
+        self._requests += 1
+        self._head, self._silent = b"", True
+        super().set_response_params(**named)
+
+    def data_received(self, data: bytes) -> None:
+        """Let the parser see heads that are well-formed only, and nothing that nobody asked for."""
+        if data:
+            self._silent = False
+            wrong = self._unasked() if self._head is None else self._check(self._head + data)
+            if wrong is not None:
+                self.abort()
+                self.set_exception(HttpProcessingError(code=502, message=wrong))
+                return
+        super().data_received(data)
+
+    def _unasked(self) -> str | None:
+        """Bytes behind the end of an answer would be read as the answer to the next request."""
+        if self._payload is None or self._payload.is_eof():
+            return "more came than one answer"
+        return None
+
+    def _check(self, head: bytes) -> str | None:
+        """What is wrong with the head, as far as it is here."""
+        while True:
+            end = head.find(b"\r\n\r\n")
+            here = head if end < 0 else head[: end + 2]
+            if len(here) > MAX_HEAD_BYTES:
+                return f"the head of the answer has more than {MAX_HEAD_BYTES} bytes"
+            # The last byte may be one half of a line's end.
+            lines = here.removesuffix(b"\r")
+            if lines.count(b"\n") != lines.count(b"\r\n") or _FOLDED.search(lines):
+                return "the head of the answer is not well-formed"
+            if end < 0:
+                self._head = head
+                return None
+            status = _STATUS.match(here)
+            if status is None:
+                return "what came is no answer of HTTP/1.1"
+            if status[1][:1] != b"1" or status[1] == b"101":
+                self._head = None
+                return None
+            head = head[end + 4 :]  # an interim answer; the final one follows
+
+    def set_exception(self, exc: BaseException, exc_cause: BaseException = _NO_CAUSE) -> None:
+        """Say so when a kept connection had ended before it was used."""
+        lost = isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
+        super().set_exception(_Stale() if lost and self._requests > 1 and self._silent else exc, exc_cause)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """A body without length and chunks ends with the connection, but a reset is no end."""
+        if exc is not None and self._payload is not None and not self._payload.is_eof():
+            self._payload.set_exception(aiohttp.ClientPayloadError(f"the connection was lost: {exc}"))
+        super().connection_lost(exc)
+
+    def close(self) -> None:
+        """At once."""
+        self.abort()

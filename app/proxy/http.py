@@ -1,0 +1,261 @@
+"""The relay: one HTTP request to a sandbox, and its answer, both as streams. Plain ASGI.
+
+A stream goes through these steps: admit (who calls), frame (what the body is), limits, target, send, copy. Nothing is
+buffered beyond what both sides' sockets hold: the client's is not read while the sandbox does not read, and the other
+way round.
+
+* **The client leaves**: `receive()` says so, and the connection to the sandbox is given up. A handler that only waits
+  for the sandbox would never notice, and a thousand readers of events who left would hold a thousand connections.
+  While a body is on its way `receive()` belongs to whoever sends the body on, and it is watched after that.
+* **The sandbox ends in the middle**: the client's connection is aborted. A clean end would make half a body look like
+  a whole one.
+* **The answer comes before the body has**: it is passed on at once, while the body goes on. The connection is closed
+  after it, since the rest of the body would stand where the next request begins.
+* **Time**: until the head of the answer something must move every `idle_seconds`: a piece of the body, or the answer.
+  After that an event stream may be silent for hours.
+* **401**: the agent says that of a token that is not its own, so another sandbox may have the address by now. But the
+  program in the sandbox may say it too. So the agent is asked by `/ping`, with the token, before such an answer is
+  passed on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final, TypeAlias, cast
+
+from msgspec import Struct
+
+from app.agent.token import TOKEN_HEADER
+from app.proxy.client import Answer, AnswerFailed, Client, ConnectFailed, Cut, Outgoing
+from app.proxy.heads import Headers, Passage, to_client, to_sandbox
+from app.proxy.inbound import Inbound, Receive, Scope, Send
+from app.proxy.limits import Limits, Streams
+from app.proxy.refusals import (
+    ERROR_HEADER,
+    Refusal,
+    invalid_port,
+    no_answer,
+    not_connected,
+    not_proven,
+    too_slow,
+)
+from app.proxy.resolve import Resolver, Target, generation_of
+from app.proxy.route import Route
+
+Admit: TypeAlias = Callable[[Headers, str], str]
+"""From the headers and the method of a request to the tenant that it is from. Raises `Refusal`."""
+IDLE_SECONDS: Final = 180.0
+_PROVE_SECONDS: Final = 2.0
+_UNAUTHORISED: Final = 401
+_OK: Final = 200
+_CLOSE: Final = (b"connection", b"close")
+_LOG = logging.getLogger(__name__)
+
+
+class Options(Struct, frozen=True):
+    """How the relay works."""
+
+    via: str
+    """Our name in `Via`."""
+    adds_token: bool = True
+    """Whether callers reach the agent without its token."""
+    external_path: str | None = None
+    """The path before `/sandboxes`, as clients see it; None = as they sent it."""
+    limits: Limits = Limits()
+    idle_seconds: float = IDLE_SECONDS
+
+
+class Relay:
+    """Of one process. Made inside the event loop."""
+
+    def __init__(self, admit: Admit, resolver: Resolver, options: Options) -> None:
+        self._admit = admit
+        self._resolver = resolver
+        self._options = options
+        self._client = Client()
+        self.streams = Streams(options.limits)
+
+    async def close(self) -> None:
+        """End all connections to sandboxes."""
+        self._resolver.rows.close()
+        await self._client.close()
+
+    async def __call__(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        inbound = Inbound(scope, receive)
+        try:
+            tenant = self._admit(scope["headers"], scope["method"])
+            if route.port is None:
+                raise invalid_port()
+            inbound.frame()
+            generation = generation_of(scope["headers"])
+            with self.streams.stream(tenant, route.sandbox_id):
+                stream = _Stream(self._client, self._options, route, inbound, send)
+                await stream.run(lambda port: self._resolver.target(route.sandbox_id, tenant, port, generation))
+        except Refusal as refusal:
+            await _refuse(refusal, inbound, send)
+
+
+class _Stream:
+    """One admitted request."""
+
+    def __init__(self, client: Client, options: Options, route: Route, inbound: Inbound, send: Send) -> None:
+        self._client = client
+        self._options = options
+        self._route = route
+        self._inbound = inbound
+        self._send = send
+        self._answer: Answer | None = None
+
+    async def run(self, find: Callable[[int], Awaitable[Target]]) -> None:
+        """From the target to the last byte. Returns too when the client has left.
+
+        Raises:
+            Refusal: before anything was answered.
+        """
+        inbound = self._inbound
+        try:
+            async with asyncio.timeout(None) as clock:
+                inbound.on_left = lambda: _within(clock, 0)
+                if not inbound.has_body:
+                    inbound.watch()
+                port = self._route.port
+                assert port is not None, "a route without a port is refused before"
+                target = await find(port)
+                idle = self._options.idle_seconds
+                inbound.on_move = lambda: _within(clock, idle)
+                inbound.on_move()
+                answer, passage = await self._ask(target)
+                inbound.still()
+                clock.reschedule(None)
+                if inbound.left:
+                    return
+                await self._copy(answer, passage)
+        except TimeoutError:
+            if not inbound.left:
+                raise too_slow(self._options.idle_seconds) from None
+        finally:
+            inbound.close()
+            if self._answer is not None:
+                self._answer.abort()
+
+    async def _ask(self, target: Target) -> tuple[Answer, Passage]:
+        inbound, route, scope = self._inbound, self._route, self._inbound.scope
+        passage = Passage(
+            prefix=self._prefix(),
+            port=cast("int", route.port),
+            token=target.token if self._options.adds_token else None,
+            to_agent=not target.path,
+            host=inbound.one(b"host"),
+            address=target.address,
+            client=scope["client"][0] if scope.get("client") else "unknown",
+            scheme=scope["scheme"],
+            request_id=inbound.request_id,
+            via=self._options.via,
+        )
+        rest = route.rest.decode("latin-1")
+        outgoing = Outgoing(
+            scope["method"],
+            target,
+            rest if rest.startswith("/") else f"/{rest}",
+            to_sandbox(inbound.headers, passage),
+            inbound.body() if inbound.has_body else None,
+            inbound.length,
+        )
+        answer = self._answer = await self._sent(outgoing)
+        if answer.status == _UNAUTHORISED:
+            await self._prove(target)
+        return answer, passage
+
+    def _prefix(self) -> str:
+        """The path up to the port as the client sees it."""
+        external, own = self._options.external_path, self._route.prefix
+        return own if external is None else external + own[own.index("/sandboxes/") :]
+
+    async def _sent(self, outgoing: Outgoing) -> Answer:
+        try:
+            return await self._client.send(outgoing)
+        except ConnectFailed:
+            raise not_connected("The sandbox's agent does not accept connections; it may have ended.") from None
+        except AnswerFailed as error:
+            if self._inbound.left:
+                raise TimeoutError from None
+            _LOG.info("request %s: no answer of HTTP from a sandbox: %s", self._inbound.request_id, error)
+            raise no_answer("The sandbox closed the connection, or sent what is no answer of HTTP/1.1.") from None
+
+    async def _prove(self, target: Target) -> None:
+        """Whether the address is still this sandbox's.
+
+        Raises:
+            Refusal: it is not, or nobody says so.
+        """
+        headers = [(b"host", target.address.encode()), (TOKEN_HEADER.lower().encode(), target.token.encode())]
+        agent = Target(target.sandbox_id, target.generation, target.host, target.port, "", target.token)
+        status = 0
+        with suppress(TimeoutError, ConnectFailed, AnswerFailed):
+            async with asyncio.timeout(_PROVE_SECONDS):
+                ping = await self._client.send(Outgoing("GET", agent, "/ping", headers))
+                status = ping.status
+                ping.abort()
+        if status != _OK:
+            raise not_proven("What answers at the sandbox's address does not know its token: the address is another's.")
+
+    async def _copy(self, answer: Answer, passage: Passage) -> None:
+        """Pass the answer on."""
+        inbound, send = self._inbound, self._send
+        headers = to_client(answer.status, answer.headers, passage)
+        if not inbound.ended:
+            headers.append(_CLOSE)
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        try:
+            while piece := await answer.read():
+                if answer.ended and inbound.ended:
+                    await send({"type": "http.response.body", "body": piece, "more_body": False})
+                    return
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                if inbound.exchange is not None and inbound.exchange.gone:
+                    return
+        except Cut as cut:
+            self._cut(cut)
+            return
+        if not inbound.ended:
+            answer.abort()
+            await inbound.linger()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _cut(self, cut: Cut) -> None:
+        if self._inbound.left:
+            return
+        _LOG.info("request %s: the sandbox ended its answer in the middle: %s", self._inbound.request_id, cut)
+        if self._inbound.exchange is None:
+            raise cut  # a server that is not ours closes the connection for that
+        self._inbound.exchange.abort()
+
+
+async def _refuse(refusal: Refusal, inbound: Inbound, send: Send) -> None:
+    """A whole error answer."""
+    body = refusal.body
+    headers: list[tuple[bytes, bytes]] = [
+        *((name.encode(), value.encode()) for name, value in refusal.headers),
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (ERROR_HEADER, refusal.code.encode()),
+        (b"x-request-id", inbound.request_id.encode()),
+    ]
+    if not inbound.ended:
+        headers.append(_CLOSE)
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    if not inbound.ended:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await inbound.linger()
+        body = b""
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _within(clock: asyncio.Timeout, seconds: float) -> None:
+    """Let the clock run out then. A clock that has run out already stays so."""
+    with suppress(RuntimeError):
+        clock.reschedule(asyncio.get_running_loop().time() + seconds)

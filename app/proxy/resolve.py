@@ -1,0 +1,176 @@
+"""From the head row to an address, and what stands in the way of that.
+
+No engine is called and no socket is opened: the log has the address (`sandbox.started.address`). On every network but
+our own, user traffic goes to the published port of the sandbox's agent with the sandbox's token. Engines give an
+address away when its container ends. The token is how the next owner is found out: its agent answers 401.
+
+=================================== ==========================================================
+state                               answer
+=================================== ==========================================================
+no such sandbox, or another tenant's 404 DOCKER::SANDBOX_NOT_FOUND
+ended                               the same, with when and why
+made for another generation         410 SANDBOX::ENDPOINT_REPLACED
+Pending, Resuming                   waits, 20 s at most; then 404
+                                    KUBERNETES::POD_IP_NOT_AVAILABLE, or 409
+Paused, Pausing, exited, failed     409 DOCKER::SANDBOX_NOT_RUNNING; a connect would hang
+Running without an agent's address  502 PROXY::ADDRESS_NOT_PROVEN
+=================================== ==========================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from typing import Final
+from uuid import UUID
+
+from msgspec import Struct
+
+from app.agent.token import AGENT_PORT, agent_token
+from app.domain.sandbox.decide import visible
+from app.domain.sandbox.state import Phase, Sandbox
+from app.domain.sandbox.status import status_of
+from app.errors import NotFound, StoreUnavailable
+from app.proxy.refusals import (
+    Refusal,
+    invalid_header,
+    not_available,
+    not_proven,
+    not_running,
+    replaced,
+    store_unavailable,
+)
+from app.proxy.rows import Rows
+from app.store.log.signal import Signal
+from app.views.current import CurrentView
+
+GENERATION_HEADER: Final = b"sandledger-generation"
+PENDING_SECONDS: Final = 20.0
+_READ_AGAIN_SECONDS: Final = 1.0
+_UNDER_WAY: Final = (Phase.PENDING, Phase.RESUMING)
+_WILDCARDS: Final = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared, not bound
+_GENERATION: Final = re.compile(rb"[0-9]{1,9}")
+
+
+class Target(Struct, frozen=True):
+    """Where the bytes go."""
+
+    sandbox_id: UUID
+    generation: int
+    host: str
+    port: int
+    path: str
+    """What stands before the rest of the path: empty for the agent itself."""
+    token: str
+
+    def __repr__(self) -> str:
+        """Keep the token out of logs."""
+        return f"Target({self.host}:{self.port}{self.path})"
+
+    @property
+    def address(self) -> str:
+        """As a URL has it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def generation_of(headers: Sequence[tuple[bytes, bytes]]) -> int | None:
+    """The generation that the endpoint was given out for; None = the request does not say.
+
+    Raises:
+        Refusal: it is no number.
+    """
+    given = [value for name, value in headers if name == GENERATION_HEADER]
+    if not given:
+        return None
+    if len(given) > 1 or not _GENERATION.fullmatch(given[0]):
+        raise invalid_header("The header Sandledger-Generation must be one whole number.")
+    return int(given[0])
+
+
+def target_of(sandbox: Sandbox, port: int, key: bytes, own_host: str) -> Target:
+    """The target of a sandbox that is not on its way to Running. `own_host` stands for an address that means every
+    address of the engine's machine.
+
+    Raises:
+        Refusal: it cannot be reached in its state.
+    """
+    status = status_of(sandbox)
+    if sandbox.phase is not Phase.RUNNING:
+        raise not_running(f"The sandbox is {status.state}: {status.message}")
+    published = None if sandbox.address is None else sandbox.address.ports.get(str(AGENT_PORT))
+    host, _, number = (published or "").rpartition(":")
+    if not number.isdecimal() or sandbox.object_id is None:
+        raise not_proven(
+            "The sandbox has no agent whose port is published, so nobody can tell whose address it is. "
+            "Set runtime.execd_image, and create the sandbox again."
+        )
+    host = host.removeprefix("[").removesuffix("]")
+    return Target(
+        sandbox.id,
+        sandbox.generation,
+        own_host if host in _WILDCARDS else host,
+        int(number),
+        "" if port == AGENT_PORT else f"/proxy/{port}",
+        agent_token(key, sandbox.object_id, sandbox.generation),
+    )
+
+
+class Resolver:
+    """Reads rows, and waits."""
+
+    def __init__(
+        self,
+        view: CurrentView,
+        signal: Signal,
+        key: bytes,
+        own_host: str,
+        stopping: asyncio.Event,
+        *,
+        pending_seconds: float = PENDING_SECONDS,
+    ) -> None:
+        """`key` is the key `token` of the installation."""
+        self.rows = Rows(view, signal)
+        self._view = view
+        self._signal = signal
+        self._key = key
+        self._own_host = own_host
+        self._stopping = stopping
+        self._pending_seconds = pending_seconds
+
+    async def target(self, sandbox_id: UUID, tenant: str, port: int, generation: int | None) -> Target:
+        """Where the request goes.
+
+        Raises:
+            Refusal: nowhere.
+        """
+        try:
+            sandbox = await self._read(sandbox_id, tenant, generation)
+            if sandbox.phase in _UNDER_WAY:
+                sandbox = await self._wait(sandbox_id, tenant, generation)
+            if sandbox.phase is Phase.PENDING:
+                attempt = await self._view.attempt(sandbox)
+                raise not_available(f"The sandbox is still Pending: {status_of(sandbox, attempt).message}")
+        except NotFound as error:
+            raise Refusal(404, error.code, error.message) from None
+        except StoreUnavailable:
+            raise store_unavailable("The database is not reachable at the moment; try again.") from None
+        return target_of(sandbox, port, self._key, self._own_host)
+
+    async def _read(self, sandbox_id: UUID, tenant: str, generation: int | None) -> Sandbox:
+        sandbox = visible(await self.rows.read(sandbox_id, tenant), sandbox_id)
+        if generation is not None and generation != sandbox.generation:
+            raise replaced()
+        return sandbox
+
+    async def _wait(self, sandbox_id: UUID, tenant: str, generation: int | None) -> Sandbox:
+        """The state after Pending or Resuming, or the last one seen. Holds no connection between two reads."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._pending_seconds
+        with self._signal.subscribe(sandbox_id) as news:
+            while True:
+                sandbox = await self._read(sandbox_id, tenant, generation)
+                left = until - loop.time()
+                if sandbox.phase not in _UNDER_WAY or left <= 0 or self._stopping.is_set():
+                    return sandbox
+                await news.wait(min(_READ_AGAIN_SECONDS, left))

@@ -1,0 +1,109 @@
+"""Head rows of the sandboxes that get traffic, so that a request does not cost a query.
+
+A row is kept for a second at most, and only while the signal has no news of the sandbox. The subscription is older than
+the read: news that come while the row is read make it old at once. A signal that was lost costs the second.
+What is read too late, an address that has another owner by now, is found by the agent's token.
+
+Rows are kept by sandbox and tenant, so nobody is answered from a row that he may not read. What is not there is not
+kept. Requests that meet the same read wait for it together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+from typing import Final
+from uuid import UUID
+
+from app.domain.sandbox.state import Sandbox
+from app.errors import StoreUnavailable
+from app.store.log.signal import Signal, Subscription
+from app.views.current import CurrentView
+
+KEPT_SECONDS: Final = 1.0
+MAX_ROWS: Final = 4096
+READ_WITHIN_SECONDS: Final = 5.0
+
+
+class _Row:
+    """One sandbox for one tenant."""
+
+    __slots__ = ("news", "reading", "sandbox", "stack", "until")
+
+    def __init__(self, stack: ExitStack, news: Subscription) -> None:
+        self.stack = stack
+        self.news = news
+        self.sandbox: Sandbox | None = None
+        self.until = 0.0
+        self.reading: asyncio.Task[None] | None = None
+
+
+class Rows:
+    """Of one process."""
+
+    def __init__(self, view: CurrentView, signal: Signal) -> None:
+        self._view = view
+        self._signal = signal
+        self._rows: dict[tuple[UUID, str], _Row] = {}
+
+    async def read(self, sandbox_id: UUID, tenant: str) -> Sandbox | None:
+        """The sandbox; None = this tenant has no such one.
+
+        Raises:
+            StoreUnavailable: it cannot be read.
+        """
+        loop = asyncio.get_running_loop()
+        key = (sandbox_id, tenant)
+        while True:
+            row = self._rows.get(key)
+            if row is None:
+                row = self._add(key, loop.time())
+            if row.sandbox is not None and loop.time() < row.until and not row.news.woken:
+                return row.sandbox
+            if row.reading is not None:
+                # It may have begun before the news that this request is about: look again after it.
+                await asyncio.shield(row.reading)
+                if row.sandbox is None:
+                    return None
+                continue
+            row.reading = asyncio.create_task(self._read(key, row))
+            # All who wait may have left by the time it fails.
+            row.reading.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.shield(row.reading)
+            return row.sandbox
+
+    async def _read(self, key: tuple[UUID, str], row: _Row) -> None:
+        loop = asyncio.get_running_loop()
+        row.news.take()
+        try:
+            async with asyncio.timeout(READ_WITHIN_SECONDS):
+                loaded = await self._view.load(*key)
+        except TimeoutError:
+            raise StoreUnavailable(f"no answer within {READ_WITHIN_SECONDS:g} s") from None
+        else:
+            row.sandbox = None if loaded is None else loaded[0]
+            row.until = loop.time() + KEPT_SECONDS
+        finally:
+            row.reading = None
+            if row.sandbox is None:
+                self._forget(key)
+
+    def _add(self, key: tuple[UUID, str], now: float) -> _Row:
+        if len(self._rows) >= MAX_ROWS:
+            for old in [old for old, row in self._rows.items() if row.until <= now and row.reading is None]:
+                self._forget(old)
+        while len(self._rows) >= MAX_ROWS:
+            self._forget(next(iter(self._rows)))
+        stack = ExitStack()
+        row = self._rows[key] = _Row(stack, stack.enter_context(self._signal.subscribe(key[0])))
+        return row
+
+    def _forget(self, key: tuple[UUID, str]) -> None:
+        row = self._rows.pop(key, None)
+        if row is not None:
+            row.stack.close()
+
+    def close(self) -> None:
+        """End all subscriptions."""
+        for key in list(self._rows):
+            self._forget(key)
