@@ -17,7 +17,6 @@ from app.api.answers import Answer
 from app.errors import Unsupported
 
 _ONE = "/sandboxes/{sandboxId:str}"
-_ALL: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 class Part(Struct, frozen=True):
@@ -30,7 +29,6 @@ class Part(Struct, frozen=True):
 
 
 UNSERVED: Final = (
-    Part("Proxied requests", {f"{_ONE}/proxy/{{port:str}}": _ALL, f"{_ONE}/proxy/{{port:str}}/{{rest:path}}": _ALL}),
     Part("Network policies", {f"{_ONE}/networkpolicy": ("GET", "PUT", "PATCH", "DELETE")}),
     Part("Diagnostics", {f"{_ONE}/diagnostics/{kind}": ("GET",) for kind in ("logs", "events", "inspect", "summary")}),
     Part(

@@ -6,9 +6,9 @@ import asyncio
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
-from litestar import Litestar
 
 from app.api.waiters import Waiters
 from app.errors import SettingsError
@@ -70,8 +70,10 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def uvicorn_server(settings: Settings, app: Litestar, waiters: Waiters | None = None) -> Listener:
-    """Uvicorn with our protocol, not yet serving. `limit_concurrency` does not count the `waiters`."""
+def uvicorn_server(settings: Settings, app: Any, waiters: Waiters | None = None) -> Listener:
+    """Uvicorn with our protocol on an ASGI application, not yet serving. `limit_concurrency` does not count the
+    `waiters`.
+    """
     server = settings.server
     # uvicorn makes the instances itself, so they find what they share in their class.
     protocol = type(HttpProtocol.__name__, (HttpProtocol,), {"waiters": waiters})

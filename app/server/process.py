@@ -40,6 +40,7 @@ from app.server.assembly import (
     opened,
     work_policy,
 )
+from app.server.front import Front, relay_of
 from app.server.life import life_file, show_life
 from app.server.listener import listen, uvicorn_server
 from app.settings import Settings, check_exposure
@@ -153,20 +154,23 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
         if worker is not None:
             path = life_file(parts.settings.sandledger.state_dir)
             ends.append(tasks.create_task(show_life(lambda: worker.alive, path), name="life"))
-        http = serving = None
+        http = serving = relay = None
         address = None
         if listener is not None:
             waiters = Waiters()
-            http = uvicorn_server(parts.settings, api_app(parts, worker, stop.asked, waiters), waiters)
+            relay = relay_of(parts, stop.asked)
+            front = Front(api_app(parts, worker, stop.asked, waiters), relay)
+            http = uvicorn_server(parts.settings, front, waiters)
             serving = tasks.create_task(http.serve([listener]), name="http")
             listener.listen(parts.settings.server.backlog)  # the banner's curl line works from the moment it is read
             host, port = listener.getsockname()[:2]
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         await _banner(parts, worker, address, say)
         await stop.asked.wait()
-        if http is not None and serving is not None:
+        if http is not None and serving is not None and relay is not None:
             http.leave()
             await serving
+            await relay.close()
         if worker is not None and working is not None:
             await worker.stop(parts.settings.server.timeout_graceful_shutdown)
             await working

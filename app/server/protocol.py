@@ -18,11 +18,16 @@
   complete, or an idle one. Otherwise callers without a key could shut everybody out by opening connections and saying
   nothing. When every other connection has a request, the answer is 503 with `Retry-After`, in the same shape. Requests
   that only wait are not counted; they have a limit of their own (`app.api.waiters`).
+* Requests to sandboxes are streams that may stay open for hours. They are counted apart, and the relay has limits of
+  its own for them (`app.proxy.limits`). So thousands of them take no place of the lifecycle API, and the API takes none
+  of theirs. The relay gets what ASGI has no word for in an `Exchange`: the target as it came, and a way to break the
+  connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 import uuid
 from collections import deque
@@ -33,9 +38,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.errors import Problem
 from app.api.waiters import Waiters
+from app.proxy.inbound import EXTENSION
+from app.proxy.route import route
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_SPILT_BYTES: Final = 1024 * 1024
+MAX_STREAMS: Final = 10_000
+"""More than the relay carries: it also has to answer those that it refuses."""
+_KEEP_ALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 _MALFORMED: Final = Problem(400, "GENERAL::BAD_REQUEST", "The request is not well-formed HTTP.")
 _TOO_LARGE: Final = Problem(
     431, "GENERAL::HEADERS_TOO_LARGE", f"Request line and headers may have at most {MAX_HEAD_BYTES} bytes."
@@ -69,6 +79,8 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._limit, self.limit_concurrency = self.limit_concurrency, None
         self._served = cast("Any", self).app
+        self._streams: set[HttpProtocol] = vars(self.server_state).setdefault("streams", set())
+        """The connections of this server that have a stream."""
         self._unread: deque[memoryview] = deque()
         """What the parser has yet to be given of the present read."""
 
@@ -81,6 +93,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
         self._end_head()
+        self._streams.discard(self)
         super().connection_lost(exc)
 
     def _begin_head(self) -> None:
@@ -139,13 +152,38 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._end_head()
         self._head, self._spilt = None, 0
-        self.app: Any = _crowded if self._is_crowded() else self._served
+        if route(self.url) is None:
+            self.app: Any = _crowded if self._is_crowded() else self._served
+            super().on_headers_complete()
+        else:
+            self._begin_stream()
+
+    def _begin_stream(self) -> None:
+        self.app = _crowded if len(self._streams) >= MAX_STREAMS else self._stream
+        if self.is_idle and self.app == self._stream:
+            self._streams.add(self)  # now: its task, which is counted already, begins later
         super().on_headers_complete()
+        cycle = self.cycle
+        cycle.default_headers = []  # the program in the sandbox has its own Date
+        cast("Any", self.scope)["extensions"] = {EXTENSION: _Exchange(self.url, self.transport, cycle)}
+
+    async def _stream(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve the request, counted among the streams."""
+        self._streams.add(self)
+        _prepare(self.transport)
+        try:
+            await self._served(scope, receive, send)
+        except asyncio.CancelledError:
+            # The server stops. uvicorn would log a traceback for each stream, and end what is half sent as if it was
+            # whole.
+            scope["extensions"][EXTENSION].abort()
+        finally:
+            self._streams.discard(self)
 
     def _is_crowded(self) -> bool:
         if self._limit is None:
             return False
-        limit = self._limit + (0 if self.waiters is None else self.waiters.count)
+        limit = self._limit + len(self._streams) + (0 if self.waiters is None else self.waiters.count)
         if len(self.connections) <= limit and len(self.tasks) < limit:
             return False
         return len(self.tasks) >= limit or not self._take_a_place()
@@ -188,6 +226,42 @@ class HttpProtocol(HttpToolsProtocol):
             f"HTTP/1.1 {problem.status} {_REASONS[problem.status]}\r\n".encode() + head + b"\r\n" + problem.body
         )
         self.transport.close()
+
+
+class _Exchange:
+    """One request, as the relay sees the server (`app.proxy.inbound.Exchange`)."""
+
+    __slots__ = ("_cycle", "_transport", "target")
+
+    def __init__(self, target: bytes, transport: asyncio.Transport, cycle: Any) -> None:
+        self.target = target
+        self._transport = transport
+        self._cycle = cycle
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client's connection is closed."""
+        return self._transport.is_closing()
+
+    def abort(self) -> None:
+        """Break the connection."""
+        self._cycle.disconnected = True  # else uvicorn reports an answer that was not completed
+        self._transport.abort()
+
+
+def _prepare(transport: asyncio.Transport) -> None:
+    """Make a connection fit for a stream.
+
+    Each piece goes out at once: asyncio leaves that to the kernel for sockets that do not name their protocol, and the
+    kernel waits for the peer, 40 ms, before it sends the second of two pieces. And a client that is gone without a word
+    is noticed after a minute: nothing else tells it of a stream that is open and silent.
+    """
+    taken = transport.get_extra_info("socket")
+    if taken is not None and taken.family in (socket.AF_INET, socket.AF_INET6):
+        taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE:
+            taken.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _headers(problem: Problem) -> list[tuple[bytes, bytes]]:

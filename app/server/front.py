@@ -1,0 +1,112 @@
+"""What stands before Litestar: requests to sandboxes go to the relay, by the bytes of their target.
+
+A router decodes the path, joins `//`, answers HEAD and OPTIONS itself, and refuses methods that no handler names. None
+of that may happen to what is meant for a program in a sandbox. So these paths are dispatched before the router, and
+Litestar does not know them. That is why they are no handlers, and why the OpenAPI document has them in its text.
+
+Who may send them is decided by the same functions as for the API (`app.api.auth`). Without keys every request is taken
+for one that acts, also a GET: nobody knows what it does in the sandbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from app.api.auth import ANONYMOUS, API_KEY, Authenticate, built_in, check_keyless, principal_of
+from app.api.errors import Problem
+from app.proxy.http import Admit, Options, Relay
+from app.proxy.inbound import Receive, Scope, Send, exchange_of
+from app.proxy.limits import Limits, with_descriptors
+from app.proxy.refusals import Refusal, invalid_header
+from app.proxy.resolve import Resolver
+from app.proxy.route import route
+from app.server.assembly import Opened
+from app.settings import is_loopback
+
+App: TypeAlias = Any
+"""An ASGI application."""
+_LOOPBACK = "127.0.0.1"
+_ACTS = "CONNECT"
+"""A method that is no read."""
+
+
+class Front:
+    """The outermost ASGI application of a server."""
+
+    def __init__(self, app: App, relay: Relay) -> None:
+        self._app = app
+        self._relay = relay
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        found = route(target_of(scope)) if scope["type"] == "http" else None
+        if found is None:
+            await self._app(scope, receive, send)
+        else:
+            await self._relay(found, scope, receive, send)
+
+
+def target_of(scope: Scope) -> bytes:
+    """The request target as it came. A server that is not ours has lost a `?` at the end."""
+    exchange = exchange_of(scope)
+    if exchange is not None:
+        return exchange.target
+    query = scope["query_string"]
+    return scope["raw_path"] + (b"?" + query if query else b"")
+
+
+def admission(authenticate: Authenticate | None, *, loopback_only: bool, is_open: bool = False) -> Admit:
+    """Who may send a request to a sandbox. `is_open`: everybody, as on the public server."""
+
+    def admit(headers: Sequence[tuple[bytes, bytes]], _method: str) -> str:
+        if authenticate is not None and is_open:
+            return ANONYMOUS.tenant
+        found = _by_name(headers)
+        try:
+            if authenticate is None:
+                check_keyless(found, _ACTS, loopback_only=loopback_only)
+                return ANONYMOUS.tenant
+            return principal_of(found, authenticate).tenant
+        except Problem as problem:
+            raise Refusal(problem.status, problem.code, problem.message, problem.headers) from None
+
+    return admit
+
+
+def _by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in headers:
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        if key in found and key in ("host", API_KEY):
+            raise invalid_header(f"The header {key} must not be repeated.")
+        found[key] = f"{found[key]}, {text}" if key in found else text
+    return found
+
+
+def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
+    """The relay of a server. Made inside the event loop; close it after the listener."""
+    settings = parts.settings
+    return Relay(
+        admission(
+            built_in(settings.server.api_key, parts.sealer),
+            loopback_only=is_loopback(settings.server.host),
+            is_open=settings.proxy.auth == "open",
+        ),
+        Resolver(parts.service.view, parts.signal, parts.keys.token, settings.docker.host_ip or _LOOPBACK, stopping),
+        Options(
+            via=f"sandledger-{str(parts.installation)[:8]}",
+            adds_token=settings.proxy.auth != "open",
+            external_path=external_path(settings.proxy.public_address or settings.server.eip),
+            limits=with_descriptors(Limits()),
+        ),
+    )
+
+
+def external_path(address: str) -> str | None:
+    """The path before `/sandboxes` for clients that reach this server by that address; None = as they write it."""
+    if not address:
+        return None
+    _, slash, path = address.rpartition("://")[2].partition("/")
+    return (slash + path).rstrip("/")
