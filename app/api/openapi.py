@@ -2,7 +2,8 @@
 
 A handler names the codes that it may refuse with (`may_refuse`), and the document gets one answer a status with an
 example a code. `Documented` adds what holds for every operation: the request id, and the errors of key, database and
-server. The test suite runs a fuzzer over the document.
+server. The test suite runs a fuzzer over the document. Proxied requests are a paragraph of the text: no handler serves
+them (`app.server.front` says why), and a path of the document cannot mean "any rest, any method, any body".
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, STOPPING, VALIDATI
 _DESCRIPTION: Final = """\
 Lifecycle of sandboxes. Every request that changes something becomes an event in an append-only log. Every refused
 command of a known caller becomes a record beside it. All paths below `/v1` are also served without that prefix. Other
-routes of the public contract (proxy, network policies, diagnostics, snapshots, pools, templates) answer 501.
+routes of the public contract (network policies, diagnostics, snapshots, pools, templates) answer 501.
+
+`/v1/sandboxes/{sandboxId}/proxy/{port}/...` passes a request of any method on to the program that listens on this port
+in the sandbox, byte by byte. It has no entry below, because what it takes and answers is the program's. Errors of this
+server have the header `Sandledger-Error`.
 
 Errors are always `{"code", "message"}`; 422 adds `detail`. No answer repeats a value that was sent.
 """

@@ -28,6 +28,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.helpers import _EXC_SENTINEL as _NO_CAUSE  # pyright: ignore[reportPrivateUsage] - a default of theirs
 from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import Struct
+from multidict import CIMultiDict
 from yarl import URL
 
 from app.proxy.resolve import Target
@@ -47,7 +48,6 @@ _STATUS: Final = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})(?: |\r|\Z)")
 _FOLDED: Final = re.compile(rb"\n[ \t]|\r(?!\n)|\x00")
 _HIGHEST_STATUS: Final = 599
 _SWITCHING: Final = 101
-_NO_COOKIES: Final = aiohttp.DummyCookieJar
 
 
 class ConnectFailed(Exception):
@@ -136,11 +136,27 @@ class Client:
             raise AnswerFailed(str(error) or type(error).__name__) from error
 
 
+class _Request(aiohttp.ClientRequest):
+    """aiohttp's request with the headers that it is given, in their order, and no others."""
+
+    _skip_auto_headers = CIMultiDict[None]([("Content-Type", None)])
+
+    def update_headers(self, headers: Any) -> None:
+        """Take them as they are; the session has made a copy."""
+        self.headers = headers
+
+    def update_auto_headers(self, skip_auto_headers: Any) -> None:
+        """Add none."""
+
+    def update_cookies(self, cookies: Any) -> None:
+        """Add none."""
+
+
 def _session(*, force_close: bool) -> aiohttp.ClientSession:
     session = aiohttp.ClientSession(
         connector=_Connector(force_close=force_close),
-        cookie_jar=_NO_COOKIES(),
-        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        request_class=_Request,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
         auto_decompress=False,
         trust_env=False,

@@ -4,9 +4,8 @@ A stream goes through these steps: admit (who calls), frame (what the body is), 
 buffered beyond what both sides' sockets hold: the client's is not read while the sandbox does not read, and the other
 way round.
 
-* **The client leaves**: `receive()` says so, and the connection to the sandbox is given up. A handler that only waits
-  for the sandbox would never notice, and a thousand readers of events who left would hold a thousand connections.
-  While a body is on its way `receive()` belongs to whoever sends the body on, and it is watched after that.
+* **The client leaves**: the connection to the sandbox is given up. A handler that only waits for the sandbox would
+  never notice, and a thousand readers of events who left would hold a thousand connections.
 * **The sandbox ends in the middle**: the client's connection is aborted. A clean end would make half a body look like
   a whole one.
 * **The answer comes before the body has**: it is passed on at once, while the body goes on. The connection is closed
@@ -31,7 +30,7 @@ from msgspec import Struct
 from app.agent.token import TOKEN_HEADER
 from app.proxy.client import Answer, AnswerFailed, Client, ConnectFailed, Cut, Outgoing
 from app.proxy.heads import Headers, Passage, to_client, to_sandbox
-from app.proxy.inbound import Inbound, Receive, Scope, Send
+from app.proxy.inbound import Exchange, Inbound, Receive, Scope, Send
 from app.proxy.limits import Limits, Streams
 from app.proxy.refusals import (
     ERROR_HEADER,
@@ -83,18 +82,21 @@ class Relay:
         self._resolver.rows.close()
         await self._client.close()
 
-    async def __call__(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        inbound = Inbound(scope, receive)
+        inbound, route = Inbound(exchange, scope, receive), exchange.route
         try:
             tenant = self._admit(scope["headers"], scope["method"])
             if route.port is None:
                 raise invalid_port()
             inbound.frame()
             generation = generation_of(scope["headers"])
-            with self.streams.stream(tenant, route.sandbox_id):
+            self.streams.enter(tenant, route.sandbox_id)
+            try:
                 stream = _Stream(self._client, self._options, route, inbound, send)
                 await stream.run(lambda port: self._resolver.target(route.sandbox_id, tenant, port, generation))
+            finally:
+                self.streams.leave(tenant, route.sandbox_id)
         except Refusal as refusal:
             await _refuse(refusal, inbound, send)
 
@@ -116,29 +118,29 @@ class _Stream:
         Raises:
             Refusal: before anything was answered.
         """
-        inbound = self._inbound
+        inbound, idle = self._inbound, self._options.idle_seconds
+        exchange = inbound.exchange
         try:
-            async with asyncio.timeout(None) as clock:
-                inbound.on_left = lambda: _within(clock, 0)
-                if not inbound.has_body:
-                    inbound.watch()
+            async with asyncio.timeout(idle) as clock:
+                exchange.on_left = lambda: _within(clock, 0)
+                if exchange.gone:
+                    return
                 port = self._route.port
                 assert port is not None, "a route without a port is refused before"
                 target = await find(port)
-                idle = self._options.idle_seconds
-                inbound.on_move = lambda: _within(clock, idle)
-                inbound.on_move()
+                if inbound.has_body:
+                    inbound.on_move = lambda: _within(clock, idle)
                 answer, passage = await self._ask(target)
                 inbound.still()
                 clock.reschedule(None)
-                if inbound.left:
-                    return
-                await self._copy(answer, passage)
+                if not exchange.gone:
+                    await self._copy(answer, passage)
         except TimeoutError:
-            if not inbound.left:
-                raise too_slow(self._options.idle_seconds) from None
+            if not exchange.gone:
+                raise too_slow(idle) from None
         finally:
-            inbound.close()
+            exchange.on_left = None
+            inbound.still()
             if self._answer is not None:
                 self._answer.abort()
 
@@ -181,7 +183,7 @@ class _Stream:
         except ConnectFailed:
             raise not_connected("The sandbox's agent does not accept connections; it may have ended.") from None
         except AnswerFailed as error:
-            if self._inbound.left:
+            if self._inbound.exchange.gone:
                 raise TimeoutError from None
             _LOG.info("request %s: no answer of HTTP from a sandbox: %s", self._inbound.request_id, error)
             raise no_answer("The sandbox closed the connection, or sent what is no answer of HTTP/1.1.") from None
@@ -216,7 +218,7 @@ class _Stream:
                     await send({"type": "http.response.body", "body": piece, "more_body": False})
                     return
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-                if inbound.exchange is not None and inbound.exchange.gone:
+                if inbound.exchange.gone:
                     return
         except Cut as cut:
             self._cut(cut)
@@ -227,12 +229,10 @@ class _Stream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _cut(self, cut: Cut) -> None:
-        if self._inbound.left:
-            return
-        _LOG.info("request %s: the sandbox ended its answer in the middle: %s", self._inbound.request_id, cut)
-        if self._inbound.exchange is None:
-            raise cut  # a server that is not ours closes the connection for that
-        self._inbound.exchange.abort()
+        exchange = self._inbound.exchange
+        if not exchange.gone:
+            _LOG.info("request %s: the sandbox ended its answer in the middle: %s", self._inbound.request_id, cut)
+            exchange.abort()
 
 
 async def _refuse(refusal: Refusal, inbound: Inbound, send: Send) -> None:

@@ -1,20 +1,22 @@
 """The client's side of a stream: what it sends, and whether it is still there.
 
-`receive()` has one reader at a time. While a body is on its way that is whoever sends the body on; before, where there
-is none, and after it, `watch` reads and only waits for the end of the connection.
+The relay needs more of the server than ASGI has words for, so it works behind our own protocol only
+(`app.server.protocol`). That the client has left is told by the protocol itself: `receive()` is busy while a body is on
+its way, and would cost each request a task that waits.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any, Final, Protocol, TypeAlias
 
 from app.proxy.heads import Headers
 from app.proxy.refusals import invalid_header, malformed
+from app.proxy.route import Route
 
 Message: TypeAlias = MutableMapping[str, Any]
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -29,11 +31,14 @@ _LENGTH = re.compile(rb"[0-9]{1,18}")
 
 
 class Exchange(Protocol):
-    """What the server knows of one request and ASGI has no word for."""
+    """What our server knows of one request and ASGI has no word for."""
+
+    on_left: Callable[[], None] | None
+    """Called when the client's connection is lost."""
 
     @property
-    def target(self) -> bytes:
-        """The request target as it came."""
+    def route(self) -> Route:
+        """Where the request goes."""
         ...
 
     @property
@@ -47,7 +52,7 @@ class Exchange(Protocol):
 
 
 def exchange_of(scope: Scope) -> Exchange | None:
-    """None where another server than ours serves the request."""
+    """None = the request is not for a sandbox."""
     extensions: dict[str, Any] | None = scope.get("extensions")
     return None if extensions is None else extensions.get(EXTENSION)
 
@@ -55,10 +60,10 @@ def exchange_of(scope: Scope) -> Exchange | None:
 class Inbound:
     """The client's side of a stream."""
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
+    def __init__(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
+        self.exchange = exchange
         self.scope = scope
         self.headers: Headers = scope["headers"]
-        self.exchange: Exchange | None = exchange_of(scope)
         self.has_body = any(
             name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
             for name, value in self.headers
@@ -66,16 +71,11 @@ class Inbound:
         self.length: int | None = None
         self.ended = not self.has_body
         """Whether the whole body has come."""
-        self.left = False
-        """Whether the client has."""
         self.on_move: Callable[[], None] = _nothing
         """Called when a piece of the body came."""
-        self.on_left: Callable[[], None] = _nothing
         self._receive = receive
-        self._closed = False
-        self._watch: asyncio.Task[None] | None = None
         sent = self.one(b"x-request-id")
-        self.request_id = sent.decode() if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        self.request_id = sent.decode() if _REQUEST_ID.fullmatch(sent) else os.urandom(16).hex()
 
     def one(self, name: bytes) -> bytes:
         """The value of a header; empty = it is not there."""
@@ -98,20 +98,6 @@ class Inbound:
                 raise malformed("Content-Length must be one whole number.")
             self.length = int(lengths[0])
 
-    def watch(self) -> None:
-        """Notice from now on when the client leaves."""
-        if not self._closed:
-            self._watch = asyncio.create_task(self._until_left())
-
-    async def _until_left(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._note_left()
-
-    def _note_left(self) -> None:
-        self.left = True
-        self.on_left()
-
     async def body(self) -> AsyncGenerator[bytes]:
         """The pieces of the body. The first one is asked for when the sandbox is connected: that sends `100 Continue`
         to a client which waits for it.
@@ -123,13 +109,11 @@ class Inbound:
         while not self.ended:
             message = await self._receive()
             if message["type"] != "http.request":
-                self._note_left()
                 raise ConnectionResetError("the client left")
             self.ended = not message.get("more_body", False)
             self.on_move()
             if message["body"]:
                 yield message["body"]
-        self.watch()
 
     def still(self) -> None:
         """Nobody wants to know any more when a piece comes."""
@@ -150,13 +134,6 @@ class Inbound:
                     message = await self._receive()
                     self.ended = message["type"] != "http.request" or not message.get("more_body", False)
                     size += len(message.get("body", b""))
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._closed = True
-        self.on_left = self.on_move = _nothing
-        if self._watch is not None:
-            self._watch.cancel()
 
 
 def _nothing() -> None:

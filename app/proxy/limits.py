@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import logging
 import resource
-from collections import Counter
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import Final
 from uuid import UUID
 
 from msgspec import Struct
@@ -20,7 +17,6 @@ from app.proxy.refusals import busy
 
 DESCRIPTORS_A_STREAM: Final = 2
 OTHER_DESCRIPTORS: Final = 512
-_Key = TypeVar("_Key")
 _LOG = logging.getLogger(__name__)
 
 
@@ -37,39 +33,36 @@ class Streams:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._tenants: Counter[str] = Counter()
-        self._sandboxes: Counter[UUID] = Counter()
+        self._tenants: dict[str, int] = {}
+        self._sandboxes: dict[UUID, int] = {}
         self.open = 0
 
-    @contextmanager
-    def stream(self, tenant: str, sandbox_id: UUID) -> Generator[None]:
-        """Hold a place for the block.
+    def enter(self, tenant: str, sandbox_id: UUID) -> None:
+        """Take a place. Whoever has one gives it back with `leave`.
 
         Raises:
             Refusal: there is none.
         """
+        of_tenant, of_sandbox = self._tenants.get(tenant, 0), self._sandboxes.get(sandbox_id, 0)
         if self.open >= self._limits.in_process:
             raise busy("This server")
-        if self._tenants[tenant] >= self._limits.of_tenant:
+        if of_tenant >= self._limits.of_tenant:
             raise busy("The tenant")
-        if self._sandboxes[sandbox_id] >= self._limits.of_sandbox:
+        if of_sandbox >= self._limits.of_sandbox:
             raise busy("The sandbox")
         self.open += 1
-        self._tenants[tenant] += 1
-        self._sandboxes[sandbox_id] += 1
-        try:
-            yield
-        finally:
-            self.open -= 1
-            _less(self._tenants, tenant)
-            _less(self._sandboxes, sandbox_id)
+        self._tenants[tenant] = of_tenant + 1
+        self._sandboxes[sandbox_id] = of_sandbox + 1
 
-
-def _less(counts: Counter[_Key], key: _Key) -> None:
-    """Names that count nothing are not kept: there are as many as sandboxes ever were."""
-    counts[key] -= 1
-    if not counts[key]:
-        del counts[key]
+    def leave(self, tenant: str, sandbox_id: UUID) -> None:
+        """Give the place back. Names that count nothing are not kept: there are as many as sandboxes ever were."""
+        self.open -= 1
+        self._tenants[tenant] -= 1
+        self._sandboxes[sandbox_id] -= 1
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
+        if not self._sandboxes[sandbox_id]:
+            del self._sandboxes[sandbox_id]
 
 
 def with_descriptors(limits: Limits) -> Limits:

@@ -41,7 +41,7 @@ from app.proxy.refusals import (
     replaced,
     store_unavailable,
 )
-from app.proxy.rows import Rows
+from app.proxy.rows import MAX_ROWS, Rows
 from app.store.log.signal import Signal
 from app.views.current import CurrentView
 
@@ -95,8 +95,8 @@ def target_of(sandbox: Sandbox, port: int, key: bytes, own_host: str) -> Target:
     Raises:
         Refusal: it cannot be reached in its state.
     """
-    status = status_of(sandbox)
     if sandbox.phase is not Phase.RUNNING:
+        status = status_of(sandbox)
         raise not_running(f"The sandbox is {status.state}: {status.message}")
     published = None if sandbox.address is None else sandbox.address.ports.get(str(AGENT_PORT))
     host, _, number = (published or "").rpartition(":")
@@ -137,6 +137,8 @@ class Resolver:
         self._own_host = own_host
         self._stopping = stopping
         self._pending_seconds = pending_seconds
+        self._targets: dict[tuple[UUID, int], tuple[Sandbox, Target]] = {}
+        """What the same state, and not only an equal one, led to."""
 
     async def target(self, sandbox_id: UUID, tenant: str, port: int, generation: int | None) -> Target:
         """Where the request goes.
@@ -155,7 +157,18 @@ class Resolver:
             raise Refusal(404, error.code, error.message) from None
         except StoreUnavailable:
             raise store_unavailable("The database is not reachable at the moment; try again.") from None
-        return target_of(sandbox, port, self._key, self._own_host)
+        return self._target(sandbox, port)
+
+    def _target(self, sandbox: Sandbox, port: int) -> Target:
+        """As `target_of`; once for a state that many requests meet."""
+        known = self._targets.get((sandbox.id, port))
+        if known is not None and known[0] is sandbox:
+            return known[1]
+        if len(self._targets) >= MAX_ROWS:
+            self._targets.clear()
+        target = target_of(sandbox, port, self._key, self._own_host)
+        self._targets[sandbox.id, port] = (sandbox, target)
+        return target
 
     async def _read(self, sandbox_id: UUID, tenant: str, generation: int | None) -> Sandbox:
         sandbox = visible(await self.rows.read(sandbox_id, tenant), sandbox_id)

@@ -1,4 +1,4 @@
-"""What stands before Litestar: requests to sandboxes go to the relay, by the bytes of their target.
+"""What stands before Litestar: requests to sandboxes go to the relay. The protocol has found them by their target.
 
 A router decodes the path, joins `//`, answers HEAD and OPTIONS itself, and refuses methods that no handler names. None
 of that may happen to what is meant for a program in a sandbox. So these paths are dispatched before the router, and
@@ -21,13 +21,14 @@ from app.proxy.inbound import Receive, Scope, Send, exchange_of
 from app.proxy.limits import Limits, with_descriptors
 from app.proxy.refusals import Refusal, invalid_header
 from app.proxy.resolve import Resolver
-from app.proxy.route import route
 from app.server.assembly import Opened
 from app.settings import is_loopback
 
 App: TypeAlias = Any
 """An ASGI application."""
 _LOOPBACK = "127.0.0.1"
+_LOOKED_AT = {name.encode(): name for name in ("host", "origin", "sec-fetch-site", API_KEY)}
+"""Of these depends who may call."""
 _ACTS = "CONNECT"
 """A method that is no read."""
 
@@ -41,20 +42,11 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        found = route(target_of(scope)) if scope["type"] == "http" else None
-        if found is None:
+        exchange = exchange_of(scope) if scope["type"] == "http" else None
+        if exchange is None:
             await self._app(scope, receive, send)
         else:
-            await self._relay(found, scope, receive, send)
-
-
-def target_of(scope: Scope) -> bytes:
-    """The request target as it came. A server that is not ours has lost a `?` at the end."""
-    exchange = exchange_of(scope)
-    if exchange is not None:
-        return exchange.target
-    query = scope["query_string"]
-    return scope["raw_path"] + (b"?" + query if query else b"")
+            await self._relay(exchange, scope, receive, send)
 
 
 def admission(authenticate: Authenticate | None, *, loopback_only: bool, is_open: bool = False) -> Admit:
@@ -78,10 +70,12 @@ def admission(authenticate: Authenticate | None, *, loopback_only: bool, is_open
 def _by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in headers:
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-        if key in found and key in ("host", API_KEY):
+        key = _LOOKED_AT.get(name)
+        if key is None:
+            continue
+        if key in found:
             raise invalid_header(f"The header {key} must not be repeated.")
-        found[key] = f"{found[key]}, {text}" if key in found else text
+        found[key] = value.decode("latin-1")
     return found
 
 

@@ -20,8 +20,8 @@
   that only wait are not counted; they have a limit of their own (`app.api.waiters`).
 * Requests to sandboxes are streams that may stay open for hours. They are counted apart, and the relay has limits of
   its own for them (`app.proxy.limits`). So thousands of them take no place of the lifecycle API, and the API takes none
-  of theirs. The relay gets what ASGI has no word for in an `Exchange`: the target as it came, and a way to break the
-  connection.
+  of theirs. The relay gets what ASGI has no word for in an `Exchange`: where it goes, when the client leaves, and a
+  way to break the connection.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import socket
 import sys
 import uuid
 from collections import deque
+from collections.abc import Callable
 from typing import Any, ClassVar, Final, cast
 
 import httptools
@@ -39,7 +40,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app.api.errors import Problem
 from app.api.waiters import Waiters
 from app.proxy.inbound import EXTENSION
-from app.proxy.route import route
+from app.proxy.route import Route, route
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_SPILT_BYTES: Final = 1024 * 1024
@@ -71,6 +72,10 @@ class HttpProtocol(HttpToolsProtocol):
     _spilt: int = 0
     """Bytes read of a body whose request has been answered."""
 
+    _exchange: _Exchange | None = None
+    """The stream that is served now. uvicorn marks the last request of a connection when it is lost, and that may be
+    another one, which waits behind this."""
+    _prepared = False
     _deadline: asyncio.TimerHandle | None = None
     """Until when the present head has to be complete; between requests it is uvicorn's keep-alive that ends it."""
 
@@ -95,6 +100,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._end_head()
         self._streams.discard(self)
         super().connection_lost(exc)
+        if self._exchange is not None:
+            self._exchange.leave()
 
     def _begin_head(self) -> None:
         if self._deadline is None:
@@ -152,32 +159,37 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._end_head()
         self._head, self._spilt = None, 0
-        if route(self.url) is None:
+        found = route(self.url)
+        if found is None:
             self.app: Any = _crowded if self._is_crowded() else self._served
             super().on_headers_complete()
         else:
-            self._begin_stream()
+            self._begin_stream(found)
 
-    def _begin_stream(self) -> None:
+    def _begin_stream(self, found: Route) -> None:
         self.app = _crowded if len(self._streams) >= MAX_STREAMS else self._stream
         if self.is_idle and self.app == self._stream:
             self._streams.add(self)  # now: its task, which is counted already, begins later
         super().on_headers_complete()
         cycle = self.cycle
         cycle.default_headers = []  # the program in the sandbox has its own Date
-        cast("Any", self.scope)["extensions"] = {EXTENSION: _Exchange(self.url, self.transport, cycle)}
+        cast("Any", self.scope)["extensions"] = {EXTENSION: _Exchange(found, self.transport, cycle)}
 
     async def _stream(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve the request, counted among the streams."""
         self._streams.add(self)
-        _prepare(self.transport)
+        exchange = self._exchange = scope["extensions"][EXTENSION]
+        if not self._prepared:
+            self._prepared = True
+            _prepare(self.transport)
         try:
             await self._served(scope, receive, send)
         except asyncio.CancelledError:
             # The server stops. uvicorn would log a traceback for each stream, and end what is half sent as if it was
             # whole.
-            scope["extensions"][EXTENSION].abort()
+            exchange.abort()
         finally:
+            self._exchange = None
             self._streams.discard(self)
 
     def _is_crowded(self) -> bool:
@@ -231,10 +243,11 @@ class HttpProtocol(HttpToolsProtocol):
 class _Exchange:
     """One request, as the relay sees the server (`app.proxy.inbound.Exchange`)."""
 
-    __slots__ = ("_cycle", "_transport", "target")
+    __slots__ = ("_cycle", "_transport", "on_left", "route")
 
-    def __init__(self, target: bytes, transport: asyncio.Transport, cycle: Any) -> None:
-        self.target = target
+    def __init__(self, found: Route, transport: asyncio.Transport, cycle: Any) -> None:
+        self.route = found
+        self.on_left: Callable[[], None] | None = None
         self._transport = transport
         self._cycle = cycle
 
@@ -242,6 +255,13 @@ class _Exchange:
     def gone(self) -> bool:
         """Whether the client's connection is closed."""
         return self._transport.is_closing()
+
+    def leave(self) -> None:
+        """The client's connection is lost."""
+        self._cycle.disconnected = True
+        self._cycle.message_event.set()
+        if self.on_left is not None:
+            self.on_left()
 
     def abort(self) -> None:
         """Break the connection."""

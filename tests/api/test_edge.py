@@ -218,8 +218,6 @@ async def test_the_contracts_other_routes(http: httpx.AsyncClient):
     for method, path, code in (
         ("GET", f"{one}/diagnostics/logs", "SANDBOX::API_NOT_SUPPORTED"),
         ("PUT", f"{one}/networkpolicy", "SANDBOX::API_NOT_SUPPORTED"),
-        ("GET", f"{one}/proxy/8080", "SANDBOX::API_NOT_SUPPORTED"),
-        ("PATCH", f"{one}/proxy/8080/a/b/c", "SANDBOX::API_NOT_SUPPORTED"),
         ("POST", f"{one}/snapshots", "SNAPSHOT::NOT_IMPLEMENTED"),
         ("GET", "/snapshots", "SNAPSHOT::NOT_IMPLEMENTED"),
         ("DELETE", "/snapshots/x", "SNAPSHOT::NOT_IMPLEMENTED"),

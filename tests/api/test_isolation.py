@@ -35,7 +35,7 @@ PRINCIPALS = {
 """Injected: key -> whose it is."""
 SECRET = "canary"
 NOT_FOUND = "DOCKER::SANDBOX_NOT_FOUND"
-PATH_PARTS = {"port": "80", "rest": "x"}
+PATH_PARTS = {"port": "80"}
 VALUES = {
     "includeTerminal": ["true"],
     "asOf": ["2100-01-01T00:00:00Z"],
@@ -190,7 +190,7 @@ async def test_an_id_of_another_tenant_is_answered_as_one_that_does_not_exist(
         for method in methods
     }
     assert {each for each in documented if "{sandboxId}" in each[0]} <= tried
-    assert ("/sandboxes/{sandboxId}/proxy/80/x", "PATCH") in tried, "undocumented ones too"
+    assert ("/sandboxes/{sandboxId}/networkpolicy", "PATCH") in tried, "undocumented ones too"
     assert await written(database) == events
     assert (await owner.get(path)).content == before
     rows = await recorded(database)

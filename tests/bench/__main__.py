@@ -19,7 +19,7 @@ from typing import TypeAlias
 import msgspec
 
 from app.store.embedded.server import EmbeddedPostgres
-from tests.bench import inside, on_engine, over_http, public
+from tests.bench import inside, on_engine, over_http, proxied, public
 from tests.bench.figures import CONSOLE, Figure, Result, measure, show
 from tests.bench.stage import LARGE, Bench
 
@@ -36,6 +36,9 @@ CASES: Mapping[str, BenchCase] = {
     "outage": inside.outage,
     "log": inside.log,
     "idle": over_http.idle,
+    "proxied": proxied.small,
+    "bulk": proxied.bulk,
+    "streams": proxied.streams,
     "engine": on_engine.creates,
     "public": public.reads,
 }

@@ -72,11 +72,9 @@ def floor() -> None:
 
 
 @contextmanager
-def running(arguments: list[str]) -> Iterator[tuple[str, int]]:
+def running(arguments: list[str], module: str = "tests.bench.servers") -> Iterator[tuple[str, int]]:
     """(base URL, pid) of a server process, ended at the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.servers", *arguments], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
         for line in process.stdout:
