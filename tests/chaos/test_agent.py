@@ -18,15 +18,23 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 Serve = Callable[..., Awaitable[ServerProcess]]
 
 
-def config(server: ServerProcess) -> ConnectionConfig:
-    return ConnectionConfig(api_key=KEY, domain=server.base.removeprefix("http://").removesuffix("/v1"))
+def config(server: ServerProcess, *, proxied: bool) -> ConnectionConfig:
+    return ConnectionConfig(
+        use_server_proxy=proxied, api_key=KEY, domain=server.base.removeprefix("http://").removesuffix("/v1")
+    )
 
 
-async def test_the_unmodified_sdk_creates_runs_a_command_and_kills(serve: Serve, docker: aiodocker.Docker, image: str):
+@pytest.mark.parametrize("proxied", [False, True])
+async def test_the_unmodified_sdk_creates_runs_a_command_and_kills(
+    serve: Serve, docker: aiodocker.Docker, image: str, proxied: bool
+):
     agent = await ensure_agent_image(docker)
     server = await serve(runtime=f'execd_image = "{agent}"')
     sandbox = await Sandbox.create(
-        image, connection_config=config(server), timeout=timedelta(minutes=5), entrypoint=["sleep", "3600"]
+        image,
+        connection_config=config(server, proxied=proxied),
+        timeout=timedelta(minutes=5),
+        entrypoint=["sleep", "3600"],
     )
     try:
         result = await sandbox.commands.run("echo hello; id -u")
