@@ -476,17 +476,19 @@ async def test_deadlines_long_past_are_counted_and_complained_about(field: Field
 
 async def test_sandboxes_of_an_engine_that_nobody_serves_are_reported(field: Field, caplog: pytest.LogCaptureFixture):
     """The engine was given another name in the settings."""
+    # So long that the test itself does not take it.
+    patient = msgspec.structs.replace(QUICK, dark_after=30)
     await field.station().contact()
     await field.run()
     station = Station(
         driver=FakeDriver(FakeEngine(), field.installation, name="renamed"),
         engines=field.engines,
         connections=field.database,
-        policy=QUICK,
+        policy=patient,
         meta=WORKER,
     )
     await station.contact()
-    sweeper = field.sweeper(station)
+    sweeper = field.sweeper(station, patient)
     assert (await sweeper.sweep()).unserved == 0
     await field.sql("UPDATE engines SET last_seen_at = last_seen_at - interval '1 minute' WHERE name = 'fake'")
     assert (await sweeper.sweep()).unserved == 1
