@@ -138,7 +138,7 @@ class TestForms:
             await up(service, made["id"], Address("bridge", "172.17.0.2"))
             other = await http.get(f"{path}/3000")
             assert (other.status_code, other.json()["code"]) == (501, "SANDBOX::AGENT_NOT_AVAILABLE")
-            assert "use_server_proxy=true" in other.json()["message"]
+            assert "runtime.execd_image" in other.json()["message"]
             assert (await http.get(f"{path}/3000?use_server_proxy=true")).status_code == 200
 
 

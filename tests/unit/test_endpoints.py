@@ -232,7 +232,7 @@ class TestWithoutAgent:
         found = refusal(running(UNPUBLISHED), port, BARE)
         assert (type(found), found.code) == (Unsupported, "SANDBOX::AGENT_NOT_AVAILABLE")
         assert f"Port {port} is not published" in found.message
-        assert "use_server_proxy=true" in found.message
+        assert "runtime.execd_image" in found.message
         assert ask(port, BARE, UNPUBLISHED, through_server=True).headers == PLAIN
 
     def test_on_the_host_network_they_are_reached(self):

@@ -161,8 +161,8 @@ def _check_without_agent(sandbox: Sandbox, asked: Asked, network: Network) -> No
     if not asked.through_server and sandbox.address is not None and _needs_agent(sandbox, asked.port):
         raise Unsupported(
             _NO_AGENT,
-            f"Port {asked.port} is not published, and this sandbox has no agent that leads to it. "
-            "use_server_proxy=true reaches it.",
+            f"Port {asked.port} is not published, and this sandbox has no agent that leads to it. The operator "
+            "can set runtime.execd_image; sandboxes that are created after that have one.",
         )
 
 
