@@ -264,7 +264,7 @@ class _Exchange:
             self.on_left()
 
     def abort(self) -> None:
-        """Break the connection."""
+        """Break the connection. What the kernel has already is still sent; the framing shows that it is not all."""
         self._cycle.disconnected = True  # else uvicorn reports an answer that was not completed
         self._transport.abort()
 

@@ -31,6 +31,8 @@ from tests.api.conftest import WORKER
 TOKEN_KEY = b"t" * 32
 VIA = "sandledger-0198f000"
 WITHIN_SECONDS = 30
+RST = b"\x01\x00\x00\x00\x00\x00\x00\x00"
+"""Linger for no time: a close is a reset."""
 
 
 class Request:
@@ -144,6 +146,38 @@ async def body_of(request: Request, reader: asyncio.StreamReader) -> bytes:
     return await reader.readexactly(int(lengths[0])) if lengths else b""
 
 
+class Holding:
+    """Begins an answer and says no more until it is told."""
+
+    def __init__(self, begin: bytes) -> None:
+        self.begin = begin
+        self.go = asyncio.Event()
+        self.rest = b""
+        self.breaks = False
+
+    async def __call__(self, _request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(self.begin)
+        await writer.drain()
+        going = asyncio.create_task(self.go.wait())
+        ending = asyncio.create_task(_read_all(reader))
+        await asyncio.wait([going, ending], return_when=asyncio.FIRST_COMPLETED)
+        going.cancel()
+        ending.cancel()
+        writer.write(self.rest)
+        await writer.drain()
+        if self.breaks:
+            taken = writer.get_extra_info("socket")
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+            writer.transport.abort()
+        else:
+            writer.close()
+
+
+async def _read_all(reader: asyncio.StreamReader) -> None:
+    while await reader.read(2**20):
+        pass
+
+
 @asynccontextmanager
 async def agent(port: int = 0) -> AsyncGenerator[Agent]:
     made = Agent()
@@ -157,7 +191,7 @@ async def agent(port: int = 0) -> AsyncGenerator[Agent]:
 class Rig:
     """A server with a relay, on a loopback port."""
 
-    def __init__(self, port: int, relay: Relay, service: Service) -> None:
+    def __init__(self, port: int, relay: Relay | None, service: Service) -> None:
         self.port = port
         self.relay = relay
         self.service = service
