@@ -56,6 +56,8 @@ def _describe_observation(event: ev.Event) -> str:
             return "as soon as it ran"
         case ev.Ready(after_ms=after, via=via):
             return f"{after / 1000:.1f} s after the start, says the {via}"
+        case ev.AgentUnreachable(reason=reason, message=message, after_ms=after):
+            return f"{reason} after {after / 1000:.1f} s: {message}"
         case ev.Paused(kept=kept):
             return f"{kept} kept"
         case ev.RuntimeExited(exit_code=code, oom=oom, reason=reason):

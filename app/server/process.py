@@ -144,7 +144,7 @@ async def run(
 
 
 async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | None, stop: _Stop, say: Say) -> None:
-    async with asyncio.TaskGroup() as tasks:
+    async with AsyncExitStack() as closing, asyncio.TaskGroup() as tasks:
         news = tasks.create_task(parts.signal.run(), name="signal")
         watch = tasks.create_task(_keep_embedded(parts), name="embedded-postgres")
         keys = tasks.create_task(follow_master_key(parts.database, parts.sealer), name="master-key")
@@ -154,11 +154,12 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
         if worker is not None:
             path = life_file(parts.settings.sandledger.state_dir)
             ends.append(tasks.create_task(show_life(lambda: worker.alive, path), name="life"))
-        http = serving = relay = None
+        http = serving = None
         address = None
         if listener is not None:
             waiters = Waiters()
             relay = relay_of(parts, stop.asked)
+            closing.push_async_callback(relay.close)  # also when an error of another task ends the process
             front = Front(api_app(parts, worker, stop.asked, waiters), relay)
             http = uvicorn_server(parts.settings, front, waiters)
             serving = tasks.create_task(http.serve([listener]), name="http")
@@ -167,10 +168,9 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         await _banner(parts, worker, address, say)
         await stop.asked.wait()
-        if http is not None and serving is not None and relay is not None:
+        if http is not None and serving is not None:
             http.leave()
             await serving
-            await relay.close()
         if worker is not None and working is not None:
             await worker.stop(parts.settings.server.timeout_graceful_shutdown)
             await working

@@ -730,7 +730,7 @@ async def test_renewals_race_two_schedulers(ready: Field, until):
 
         await until(all_ended)
     renewed = sum(len(times) - 1 for times in accepted.values())
-    assert renewed > 50
+    assert renewed > 10
     assert refused > 50, "no race was lost: the test has no power"
     for sandbox_id, times in accepted.items():
         history = await ready.service.history(sandbox_id, "default")
