@@ -76,6 +76,7 @@ async def test_it_answers_503_and_ends_when_another_installation_comes(
         print(server.log.read_text())
     said = server.log.read_text()
     assert code == 1
-    assert "the database was replaced under this server" in said.splitlines()[-1]
+    # Not always its last line: what is closed after it may have something to say.
+    assert "the database was replaced under this server" in said
     assert "Traceback" not in said
     assert len(said.splitlines()) < 400, "no loop spins"
