@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from app.domain.sandbox import endpoints
 from app.domain.sandbox.observed import Ref
 
 
@@ -36,7 +37,7 @@ class Limits(Struct, frozen=True):
     gpus_all: bool = False
 
 
-AGENT_PORT, HTTP_PORT = "44772", "8080"
+AGENT_PORT, HTTP_PORT = str(endpoints.AGENT_PORT), str(endpoints.HTTP_PORT)
 """Ports of a sandbox with an agent that the engine publishes, as `Address.ports` names them: the agent's own, and one
 for direct clients of the user's program."""
 

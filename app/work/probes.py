@@ -116,7 +116,7 @@ class Probes:
         loaded = await self._service.view.load(sandbox.id, ANY_TENANT)
         if loaded is None or loaded[0].run != sandbox.run:
             return False
-        return loaded[0].awaits_agent or loaded[0].is_agent_unreachable
+        return loaded[0].awaits_agent or loaded[0].agent_trouble is not None
 
     async def _record(self, sandbox: Sandbox, command: cmd.Command, cause: int | None) -> None:
         meta = self._actors.meta(self._actors.worker, cause)

@@ -286,7 +286,7 @@ class AnyCourse(RuleBasedStateMachine):
         assert status_of(self.stream.sandbox).reason
         assert_deadlines(self.stream)
         sandbox = self.stream.sandbox
-        assert sandbox.waiting is None or sandbox.phase is Phase.PENDING or sandbox.is_agent_unreachable
+        assert sandbox.waiting is None or sandbox.phase is Phase.PENDING or sandbox.agent_trouble is not None
 
     @rule(holds=st.sampled_from(HELD), has_image=st.booleans(), slow=st.booleans())
     def it_would_settle(self, holds: Observed | None, has_image: bool, slow: bool) -> None:

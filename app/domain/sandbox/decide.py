@@ -240,7 +240,7 @@ def _power_refused(sandbox: Sandbox, reason: str, message: str) -> Events:
 
 def _ready(sandbox: Sandbox, run: int, now: datetime) -> Events:
     """Of this run only: an answer of an earlier one says nothing about it."""
-    if sandbox.run != run or not (sandbox.awaits_agent or sandbox.is_agent_unreachable):
+    if sandbox.run != run or not (sandbox.awaits_agent or sandbox.agent_trouble is not None):
         return ()
     return (ev.Ready(_run_ms(sandbox, now), "agent"),)
 

@@ -45,8 +45,6 @@ GENERATION_HEADER: Final = "Sandledger-Generation"
 HOST_NETWORK: Final = "host"
 """How the engine names the network of a container that shares the machine's."""
 MAX_PORT: Final = 65535
-_PROBE = "probe"
-"""The step that asks the agent. A Running sandbox that waits in it has an agent that does not answer."""
 _ONLY_FROM_HERE = ("NETWORK_NOT_REACHABLE", "ADVERTISED_NOT_REACHABLE")
 """Reasons that hold for the place of the probe only. A client may stand elsewhere, so it gets the endpoint."""
 _NO_AGENT = "SANDBOX::AGENT_NOT_AVAILABLE"
@@ -143,11 +141,9 @@ def _check(sandbox: Sandbox, asked: Asked, network: Network) -> None:
         _check_without_agent(sandbox, asked, network)
     if sandbox.address is None:
         raise NotFound(_NOT_YET, "The sandbox runs, and the engine shows no address of it.")
-    waiting = sandbox.waiting
-    if waiting is None or waiting.step != _PROBE or sandbox.phase is not Phase.RUNNING:
-        return
-    if waiting.reason not in _ONLY_FROM_HERE and _needs_agent(sandbox, asked.port):
-        raise Conflict(_UNREACHABLE, f"The agent cannot be reached ({waiting.reason}): {waiting.message}")
+    trouble = sandbox.agent_trouble
+    if trouble is not None and trouble.reason not in _ONLY_FROM_HERE and _needs_agent(sandbox, asked.port):
+        raise Conflict(_UNREACHABLE, f"The agent cannot be reached ({trouble.reason}): {trouble.message}")
 
 
 def _check_without_agent(sandbox: Sandbox, asked: Asked, network: Network) -> None:

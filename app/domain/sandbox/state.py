@@ -185,9 +185,10 @@ class Sandbox(Struct, frozen=True):
         return self.phase is Phase.PENDING and self.observed in (RuntimeState.RUNNING, RuntimeState.PAUSED)
 
     @property
-    def is_agent_unreachable(self) -> bool:
-        """It counts as Running although its agent did not answer in time."""
-        return self.phase is Phase.RUNNING and self.waiting is not None and self.waiting.step == PROBE
+    def agent_trouble(self) -> Waiting | None:
+        """Why its agent cannot be reached, of a sandbox that counts as Running all the same. None = it can."""
+        silent = self.phase is Phase.RUNNING and self.waiting is not None and self.waiting.step == PROBE
+        return self.waiting if silent else None
 
     @property
     def may_run(self) -> bool:

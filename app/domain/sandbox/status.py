@@ -63,8 +63,8 @@ def _explain(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
     match sandbox.phase:
         case Phase.PENDING:
             return _explain_pending(sandbox, attempt)
-        case Phase.RUNNING if sandbox.is_agent_unreachable and sandbox.waiting is not None:
-            return "AGENT_UNREACHABLE", _sentences("Sandbox container is running", sandbox.waiting.message)
+        case Phase.RUNNING if (trouble := sandbox.agent_trouble) is not None:
+            return "AGENT_UNREACHABLE", _sentences("Sandbox container is running", trouble.message)
         case Phase.RUNNING:
             return "CONTAINER_RUNNING", "Sandbox container is running."
         case Phase.PAUSED:

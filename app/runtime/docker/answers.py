@@ -8,6 +8,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
+from app.domain.sandbox.endpoints import HOST_NETWORK
 from app.domain.sandbox.observed import Address
 from app.domain.text import storable
 from app.runtime.docker import names as names_
@@ -27,8 +28,6 @@ GPU = "gpu"
 """What a device that is a GPU can do, as requests for devices name it."""
 BOOTSTRAP = "/opt/opensandbox/bin/bootstrap.sh"
 """The entrypoint of a container with an agent."""
-HOST_NETWORK = "host"
-"""Containers on it have no address of their own."""
 
 
 class Created(Struct, frozen=True, rename="pascal"):
