@@ -66,7 +66,7 @@ class KeyReused(Rejected):
 
 
 class CursorExpired(Rejected):
-    """A cursor belongs to another epoch of the log. The reader has to begin anew."""
+    """A cursor belongs to another epoch of the log. The reader has to begin again."""
 
 
 class Unsupported(Rejected):

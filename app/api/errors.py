@@ -160,7 +160,7 @@ def _lower(rule: str) -> str:
 
 
 def forbidden(code: str, message: str) -> Problem:
-    """403: this server does not take such a request, whoever sends it."""
+    """403: this server takes such a request from no client."""
     return Problem(403, code, message)
 
 

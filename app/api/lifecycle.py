@@ -96,11 +96,18 @@ class Lifecycle(ApiController):
         prefer: str | None,
     ) -> Answer[None]:
         preferred = preferences(prefer, self.context.wait_seconds_max)
-        sandbox = (await execute(self.context, request, sandbox_id, command, if_match)).sandbox
+        outcome = await execute(self.context, request, sandbox_id, command, if_match)
         seconds: float = 0 if preferred.respond_async else self.context.power_wait_seconds
         if preferred.wait is not None:
             seconds = preferred.wait
-        sandbox = await until(self.context, request.call, sandbox, lambda read: read.phase is not under_way, seconds)
+        sandbox = await until(
+            self.context,
+            request.call,
+            outcome.sandbox,
+            lambda read: read.phase is not under_way,
+            seconds,
+            appended=outcome.position is not None,
+        )
         return Answer(None, etag(sandbox), *preferred.applied)
 
     @post(

@@ -90,7 +90,8 @@ class Sandboxes(ApiController):
         outcome = await begin(self.context, request.call, data, idempotency_key)
         sandbox = outcome.sandbox
         if preferred.wait:
-            sandbox = await until(self.context, request.call, sandbox, _provisioned, preferred.wait)
+            appended = not outcome.replayed
+            sandbox = await until(self.context, request.call, sandbox, _provisioned, preferred.wait, appended=appended)
         replayed = [("idempotency-replayed", "true")] if outcome.replayed else []
         location = ("location", f"{request.mount}/sandboxes/{sandbox.id}")
         pending = sandbox.phase is Phase.PENDING and bool(preferred.wait)

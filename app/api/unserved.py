@@ -1,6 +1,6 @@
 """Routes of the contract that are not served: each is refused by name, with the contract's own code where it has one.
 
-One table. Whoever serves a route takes its line away.
+One table. A change that serves a route takes its line away.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ UNSERVED: Final = (
 
 
 def refusing() -> Iterator[HTTPRouteHandler]:
-    """A handler for each route: 501, whoever asks for whatever."""
+    """A handler for each route. The answer is 501 to any request."""
     for part in UNSERVED:
         for path, methods in part.routes.items():
             yield _handler(part, path, methods)

@@ -107,7 +107,7 @@ async def restore_mark(
                 raise SettingsError(
                     f"the engine at {info.address} bears another mark ({info.mark}) than engine {name} "
                     f"({engine.mark}). If it is another engine, correct the address. If it is the same one and its "
-                    "mark was made anew, remove that volume (`docker volume ls` shows sandledger-mark-...) and run "
+                    "mark was made again, remove that volume (`docker volume ls` shows sandledger-mark-...) and run "
                     "this again"
                 )
             if info.name_taken is not None:

@@ -76,7 +76,7 @@ async def _read(settings: Settings, in_use: str | None) -> tuple[MasterKeys, str
             "`sandledger serve` makes the first key at its first start"
         ) from None
     if settings.sandledger.master_key is None:
-        # Whoever put the first key there may not have written its folder yet, and it is about to be used.
+        # The process that put the first key there may not have written its folder yet, and it is about to be used.
         path = key_file(settings.sandledger.master_key_file, settings.sandledger.state_dir)
         await asyncio.to_thread(sync_folder, path.resolve().parent)
     return keys, source

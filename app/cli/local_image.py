@@ -4,8 +4,8 @@ Demo and tests must run where no image can be pulled. The image archive (the for
 with fixed times, owners and order, and given to the engine in one load request. The same busybox therefore always
 gives the same image id.
 
-Invariants: an image that bears the reference is left as it is, whoever made it. Two callers at once both succeed, since
-they load the same image. Nothing is written to this machine's disk.
+Invariants: an image that bears the reference is left as it is, also if another program made it. Two callers at once
+both succeed, since they load the same image. Nothing is written to this machine's disk.
 
 Fails with `SettingsError` when there is no busybox that runs without libraries, with `RuntimeUnavailable` when the
 engine does not answer, with `RuntimeRejected` when it does not want the archive. The first two say what to do.

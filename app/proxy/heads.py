@@ -7,7 +7,7 @@ sandbox, and what a sandbox sets is confined to its own prefix.
 Header                                 to the sandbox                      to the client
 ====================================== =================================== ====================================
 hop-by-hop, and all in `Connection`    removed                             removed
-`Content-Length`, `Transfer-Encoding`  removed: the client frames anew     length kept where there is a body
+`Content-Length`, `Transfer-Encoding`  removed: the client frames again    length kept where there is a body
 our own (key, `Sandledger-*`, …)       removed                             `Sandledger-*` removed
 `X-EXECD-ACCESS-TOKEN`                 ours, for the agent only            kept
 `OPENSANDBOX-EGRESS-AUTH`              kept for port 18080 only            kept

@@ -38,7 +38,7 @@ class Streams:
         self.open = 0
 
     def enter(self, tenant: str, sandbox_id: UUID) -> None:
-        """Take a place. Whoever has one gives it back with `leave`.
+        """Take a place. Its holder gives it back with `leave`.
 
         Raises:
             Refusal: there is none.

@@ -60,7 +60,7 @@ def replaced() -> Refusal:
     return Refusal(
         410,
         "SANDBOX::ENDPOINT_REPLACED",
-        "The sandbox has been made anew since this endpoint was given out; ask for the endpoint again.",
+        "The sandbox has been made again since this endpoint was given out; ask for the endpoint again.",
     )
 
 

@@ -37,7 +37,7 @@ class AttemptFailed(RuntimeFault):
 
 
 class AgentMissing(AttemptFailed):
-    """The volume with the agent's files is gone or empty, so whoever remembers it as installed has to forget that."""
+    """The volume with the agent's files is gone or empty, so the worker has to forget that it is installed."""
 
 
 class ImagePullFailed(AttemptFailed):

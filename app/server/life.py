@@ -1,4 +1,4 @@
-"""A file that says that the worker is alive, for whoever supervises a process that serves no port.
+"""A file that says that the worker is alive, for the supervisor of a process that serves no port.
 
 While every loop of the worker goes round, the file's time moves every few seconds. A loop that stands still, and an
 event loop that is blocked, both stop it. So a health check compares the file's time with the clock and needs nothing

@@ -17,7 +17,7 @@ everybody. While the row is locked nothing else asks the pool for a connection, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cache
 from uuid import UUID
@@ -68,7 +68,7 @@ _ASKS_FOR_WORK = (
 )
 """Commands after which a reconciler has something to do. What it records about its own claim is not among them."""
 
-__all__ = ["Outcome", "Service", "StaleVersion"]
+__all__ = ["Completion", "Outcome", "Service", "StaleVersion"]
 
 
 class Outcome(Struct, frozen=True):
@@ -78,8 +78,19 @@ class Outcome(Struct, frozen=True):
     events: tuple[ev.Event, ...] = ()
     position: int | None = None
     """Of the last event appended; None when there was nothing to append."""
+    completed: bool = False
+    """The claim that came with it has ended."""
     replayed: bool = False
     """True when an Idempotency-Key met its earlier request; `sandbox` is then the state that was answered first."""
+
+
+class Completion(Struct, frozen=True):
+    """A claim that ends with an append, in the same statement, when nothing is left to do afterwards."""
+
+    owner: UUID
+    revision: int
+    is_reached: Callable[[Sandbox], bool]
+    """Whether the state after the append is the goal. Times of this state are not final yet."""
 
 
 class _Attempt(Struct, frozen=True):
@@ -99,14 +110,15 @@ def _create(*, keyed: bool, sets: bool) -> Statement:
 
 
 @cache
-def _move(changed: frozenset[str], *, touch: bool, sets: bool, clears: bool, erase: bool) -> Statement:
+def _move(changed: frozenset[str], *, touch: bool, sets: bool, clears: bool, erase: bool, completes: bool) -> Statement:
     effects = [
         *([queue.touch] if touch else []),
         *([deadlines.set_deadlines] if sets else []),
         *([deadlines.clear_deadlines] if clears else []),
         *([vault.erase] if erase else []),
     ]
-    return append_statement(KIND, sandboxes, current.move(changed), effects)
+    report = queue.complete if completes else None
+    return append_statement(KIND, sandboxes, current.move(changed), effects, report=report)
 
 
 class Service:
@@ -169,8 +181,9 @@ class Service:
         if written is None:
             assert key is not None, "only a key can be there before its stream"
             return await self._replay(tenant, key, event)
+        made = advance(evolve, None, draft.recorded(written))
         self._signal.poke(sandbox_id, work=True)
-        return Outcome(advance(evolve, None, draft.recorded(written)), draft.events, written.position)
+        return Outcome(made, draft.events, written.position)
 
     async def _placed(self, sandbox_id: UUID) -> Sequence[ev.Event]:
         chosen = place(await self.engines.known())
@@ -227,7 +240,7 @@ class Service:
                     outcome = await self._try(connection, locked, attempt)
                     assert outcome is not None, "no other writer can append while the head row is locked"
         if outcome.position is not None:
-            self._signal.poke(sandbox_id, work=isinstance(command, _ASKS_FOR_WORK))
+            self._signal.poke(sandbox_id, work=isinstance(command, _ASKS_FOR_WORK), state=outcome.sandbox)
         return outcome
 
     async def _try(self, on: Executor, loaded: tuple[Sandbox, datetime], attempt: _Attempt) -> Outcome | None:
@@ -247,8 +260,12 @@ class Service:
         touch = isinstance(command, _ASKS_FOR_WORK)
         return await self._append(on, sandbox, events, attempt.meta, now, touch=touch)
 
-    async def record(self, sandbox: Sandbox, observation: cmd.Observation, meta: Meta) -> Outcome:
+    async def record(
+        self, sandbox: Sandbox, observation: cmd.Observation, meta: Meta, completion: Completion | None = None
+    ) -> Outcome:
         """Append what was observed about exactly this state. No load: the guard is the comparison.
+
+        With `completion`, the claim on the stream ends in the same statement when the goal is reached.
 
         Raises:
             StaleVersion: the stream is not at the version of `sandbox` any more.
@@ -257,14 +274,24 @@ class Service:
         if not events:
             return Outcome(sandbox)
         touch = isinstance(observation, _ASKS_FOR_WORK)
-        outcome = await self._append(self._database, sandbox, events, meta, UNSET, touch=touch)
+        outcome = await self._append(
+            self._database, sandbox, events, meta, UNSET, touch=touch, completion=None if touch else completion
+        )
         if outcome is None:
             raise StaleVersion(f"sandbox {sandbox.id} is not at version {sandbox.version} any more")
-        self._signal.poke(sandbox.id, work=touch)
+        self._signal.poke(sandbox.id, work=touch, state=outcome.sandbox)
         return outcome
 
     async def _append(
-        self, on: Executor, before: Sandbox, events: tuple[ev.Event, ...], meta: Meta, now: datetime, *, touch: bool
+        self,
+        on: Executor,
+        before: Sandbox,
+        events: tuple[ev.Event, ...],
+        meta: Meta,
+        now: datetime,
+        *,
+        touch: bool,
+        completion: Completion | None = None,
     ) -> Outcome | None:
         refuse_newer(KIND, before.id, before.schema, ev.REGISTRY)
         draft = Draft(before.id, before.tenant, before.version, events, meta, now)
@@ -276,6 +303,7 @@ class Service:
             sets=any(change is not None for change in changes.values()),
             clears=any(change is None for change in changes.values()),
             erase=before.may_run and not after.may_run,
+            completes=completion is not None and completion.is_reached(after),
         )
         written = await append(
             on,
@@ -285,12 +313,15 @@ class Service:
             after=before.version,
             meta=meta,
             engine_queue=after.engine or "",
+            lease_owner=completion and completion.owner,
+            claimed_revision=completion and completion.revision,
             **deadlines.parameters(changes),
             **current.move_values(before, after),
         )
         if written is None:
             return None
-        return Outcome(advance(evolve, before, draft.recorded(written)), events, written.position)
+        settled = advance(evolve, before, draft.recorded(written))
+        return Outcome(settled, events, written.position, completed=written.reported)
 
     async def history(self, sandbox_id: UUID, tenant: str) -> list[ev.Recorded]:
         """Every event of a sandbox, live or gone. Empty when this tenant never had it."""

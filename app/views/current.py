@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from uuid import UUID
 
@@ -179,6 +179,11 @@ def move_values(before: Sandbox, after: Sandbox) -> dict[str, Any]:
 COLUMNS = tuple(sandboxes.c)
 _BY_ID = sandboxes.c.id == bindparam("id", type_=Uuid)
 _LOAD = Statement(select(*COLUMNS, func.clock_timestamp().label("now")).where(_BY_ID))
+_LOAD_MANY = Statement(
+    select(*COLUMNS, func.clock_timestamp().label("now")).where(
+        sandboxes.c.id == any_(bindparam("ids", type_=ARRAY(Uuid)))
+    )
+)
 _LOCK = Statement(select(*COLUMNS, func.clock_timestamp().label("now")).where(_BY_ID).with_for_update())
 _Q = reconcile_queue.c
 _E = engines.c
@@ -229,6 +234,14 @@ class CurrentView:
         row = await self._database.fetch_one(_LOAD, id=sandbox_id)
         return _loaded(row, tenant)
 
+    async def load_many(self, ids: Sequence[UUID]) -> Mapping[UUID, Callable[[], tuple[Sandbox, datetime]]]:
+        """Those of any tenant, with the database's clock. Each is decoded when it is called for.
+
+        One that a newer version wrote raises UnknownEvent then, and does not keep the others from their readers.
+        """
+        rows = await self._database.fetch(_LOAD_MANY, ids=list(ids))
+        return {UUID(int=row["id"].int): partial(_read, row) for row in rows}
+
     async def beginning(self, sandbox_id: UUID, tenant: str) -> Beginning | None:
         """Of a sandbox that is live or has ended. None = this tenant never had it."""
         row = await self._database.fetch_one(_BEGINNING, id=sandbox_id, tenant=tenant)
@@ -260,6 +273,10 @@ async def load_locked(fetch: Fetch, sandbox_id: UUID, tenant: str | AnyTenant) -
 def _loaded(row: asyncpg.Record | None, tenant: str | AnyTenant) -> tuple[Sandbox, datetime] | None:
     if row is None or (tenant is not ANY_TENANT and row["tenant"] != tenant):
         return None
+    return _read(row)
+
+
+def _read(row: asyncpg.Record) -> tuple[Sandbox, datetime]:
     return from_row(row), row["now"]
 
 

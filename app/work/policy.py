@@ -22,6 +22,8 @@ class WorkPolicy(Struct, frozen=True):
     """Longest wait for news; a lost notification costs no more than this."""
     claim_every: float = 0.01
     """Shortest time from one claim statement to the next; what becomes due meanwhile is claimed together."""
+    claim_every_busy: float = 0.02
+    """The same while there is more to do than there are slots: slots that become free are filled together."""
     backoff_base: float = 1
     backoff_max: float = 300
     removal_retry_max: float = 300
@@ -33,6 +35,8 @@ class WorkPolicy(Struct, frozen=True):
     """How long an engine has to say "none" before it is believed."""
     engine_check: float = 5
     """Longest wait for an engine that is asked who it is; one that hangs is noticed by this."""
+    contact_every: float = 0.02
+    """An engine is asked for its identity at most this often, however many removals want to know."""
     engine_beat: float = 5
     """How often an engine that works is asked for its identity."""
     engine_probe: float = 1

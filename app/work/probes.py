@@ -4,7 +4,7 @@
 for each sandbox then asks the agent, soon and often at first. When it answers, `sandbox.ready` is appended. A reason
 that lasts for a second is recorded as `sandbox.waiting` when it is new, and so is shown to clients.
 
-**Who does not wait any more** (ready, ended, started anew) is found out by `decide`, which appends nothing, and by a
+**Who does not wait any more** (ready, ended, started again) is found out by `decide`, which appends nothing, and by a
 look at the head row now and then.
 
 **Invariants.** No claim is held here. An answer counts for the run that was asked about, because a later run has an

@@ -3,7 +3,7 @@
 **Contact.** At first contact with an engine that the log does not know, `prepare` leaves our mark there and the engine
 is registered. The mark is made at no other time. Every later contact asks `check`, and compares the mark with the one
 in the log. A contact is made at the start, every `engine_beat` seconds, every `engine_probe` seconds while the engine
-cannot be used, when its event stream began anew, when a call was answered with "unavailable", and whenever somebody
+cannot be used, when its event stream began again, when a call was answered with "unavailable", and whenever a run
 wants to conclude that an object is absent (`confirm_identity`).
 
 =========== ============================================================ ======================
@@ -102,6 +102,7 @@ class Station:
         self._asking = asyncio.Lock()
         self._asked = 0
         self._covered = 0
+        self._asked_at = float("-inf")
         self._wake = asyncio.Event()
         self._streaks: dict[UUID, int] = {}
         self._when_usable: list[Callable[[], None]] = []
@@ -152,10 +153,19 @@ class Station:
         ticket = self._asked
         async with self._asking:
             if self._covered < ticket:
+                await self._pace()
                 covers = self._asked
                 await self._ask()
                 self._covered = covers
             return self.trusted
+
+    async def _pace(self) -> None:
+        """Many removals a second each want a contact. Those that come within a moment share one."""
+        clock = asyncio.get_running_loop().time
+        early = self._asked_at + self._policy.contact_every - clock()
+        if early > 0:
+            await asyncio.sleep(early)
+        self._asked_at = clock()
 
     def doubt(self) -> None:
         """Something says that it may have gone and come back: compare again before anything is concluded."""

@@ -1,7 +1,7 @@
 """Loops that stand still.
 
 Each loop stamps its name every time it goes round. A loop that has not done so for too long hangs, although its task
-is not done and its process answers; whoever asks for the health of the process must be told.
+is not done and its process answers; a health check of the process must show it.
 """
 
 from __future__ import annotations

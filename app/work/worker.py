@@ -18,7 +18,7 @@ its claim is not handed back, since the engine may still be making the object.
 
 **How it fails.** No error of one sandbox or of one round ends a loop. `run` raises when a loop ends all the same. A
 loop that stands still does not stamp any more, and a run that never ends grows old. In each case `alive` is false, so
-that whoever supervises the process knows.
+that a supervisor of the process knows.
 """
 
 from __future__ import annotations
@@ -270,7 +270,8 @@ class Worker:
     async def _paced(self) -> float:
         """The loop's time, when the next claim may be made."""
         clock = asyncio.get_running_loop().time
-        early = self._claimed_at + self._policy.claim_every - clock()
+        pause = self._policy.claim_every_busy if self._hungry else self._policy.claim_every
+        early = self._claimed_at + pause - clock()
         if early > 0:
             await asyncio.sleep(early)
         self._claimed_at = clock()

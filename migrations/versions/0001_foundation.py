@@ -428,7 +428,7 @@ CREATE TABLE installation_keys (
 );
 COMMENT ON TABLE installation_keys IS 'Random keys of this installation, wrapped by the master key.';
 
--- A rotation ends with this lock, taken exclusively: whoever sealed before it is seen by the last pass, whoever seals
+-- A rotation ends with this lock, taken exclusively: what was sealed before it is seen by the last pass, what is sealed
 -- after it is held against the keys that are in use then (app/store/vault/rotation.py). 21324 = 0x534C, 'SL'.
 CREATE FUNCTION check_master_key() RETURNS trigger LANGUAGE plpgsql
 SET search_path = pg_catalog, sandledger, pg_temp AS $$

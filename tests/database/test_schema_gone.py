@@ -15,6 +15,7 @@ from asyncpg import exceptions as pg
 from sqlalchemy import func, select
 
 from app.errors import StoreRefused
+from app.store.database.connect import Connector
 from app.store.database.dsn import address
 from app.store.database.migrate import migrate
 from app.store.database.pool import Connection, Database
@@ -54,7 +55,7 @@ async def test_the_code_decides_and_not_the_text(error: pg.PostgresError):
     connection = Connection(Refusing(error), is_refused)
     with pytest.raises(StoreRefused, match="the schema sandledger is gone, or was made again"):
         await connection.fetch(COUNT)
-    assert connection.broken, "the next one is checked anew"
+    assert connection.broken, "the next one is checked again"
 
 
 async def test_a_denial_that_is_not_about_the_schema_is_a_mistake_of_ours():
@@ -110,3 +111,22 @@ async def test_a_server_that_speaks_german(german: TcpServer, done: str):
         with pytest.raises(StoreRefused):
             await database.fetch(COUNT)
     await database.close()
+
+
+async def test_a_schema_that_was_made_again_for_another_role_is_used_after_one_refusal(dsn: str):
+    """Opening as the role of before fails already at the start packet, and that role must be forgotten."""
+    connector = Connector(as_server(dsn), connect_timeout=5, command_timeout=5)
+    (await connector.open()).terminate()
+    async with connected(dsn, owner=True) as owner:
+        before = await app_role(owner)
+        await owner.execute(f"ALTER ROLE {before} RENAME TO {before}_2")
+        try:
+            await owner.execute(f"UPDATE installation SET app_role = '{before}_2'")
+            with pytest.raises(StoreRefused):
+                await connector.open()
+            (await connector.open()).terminate()
+            assert connector.login is not None
+            assert connector.login.role == f"{before}_2"
+        finally:
+            await owner.execute(f"ALTER ROLE {before}_2 RENAME TO {before}")
+            await owner.execute(f"UPDATE installation SET app_role = '{before}'")

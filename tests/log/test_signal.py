@@ -321,3 +321,28 @@ async def test_who_leaves_is_forgotten(database: Database):
     with pytest.raises(RuntimeError), signal.subscribe(mine):
         raise RuntimeError
     assert (signal._by_id, signal._everything, signal._claimers) == ({}, set(), set())
+
+
+async def test_the_state_goes_along_within_the_process(service: Service, signal: Signal):
+    made = await service.create(uuid4(), TENANT, requested(), None, ACTOR)
+    with signal.subscribe(made.sandbox.id) as news, signal.subscribe() as everything:
+        assert news.after(made.sandbox) is None
+        outcome = await service.execute(made.sandbox.id, TENANT, cmd.PatchMetadata({"a": "b"}), ACTOR)
+        assert await news.wait(0)
+        loaded = await service.view.load(made.sandbox.id, TENANT)
+        assert loaded is not None
+        assert news.after(made.sandbox) == outcome.sandbox == loaded[0]
+        assert news.after(outcome.sandbox) is None, "it is known already"
+        assert await everything.wait(0)
+        assert everything.after(made.sandbox) is None, "it is about all streams"
+
+
+async def test_appends_that_report_in_the_wrong_order_leave_the_later_state(service: Service, signal: Signal):
+    made = await service.create(uuid4(), TENANT, requested(), None, ACTOR)
+    first = await service.execute(made.sandbox.id, TENANT, cmd.PatchMetadata({"a": "b"}), ACTOR)
+    second = await service.execute(made.sandbox.id, TENANT, cmd.PatchMetadata({"a": "c"}), ACTOR)
+    with signal.subscribe(made.sandbox.id) as news:
+        signal.poke(made.sandbox.id, state=second.sandbox)
+        signal.poke(made.sandbox.id, state=first.sandbox)
+        signal.poke(made.sandbox.id)
+        assert news.after(made.sandbox) == second.sandbox

@@ -36,7 +36,7 @@ from tests.conftest import INSTALLATION, SIGHTING
 
 CLIENT = Meta(Actor(ActorKind.API_KEY, "k1", "default"), "test")
 QUICK = WorkPolicy(
-    poll=0.05, exit_settle=0, claim_every=0.001, backoff_base=0.02, backoff_max=0.1, removal_retry_max=0.1, breaker_base=0.02,
+    poll=0.05, exit_settle=0, claim_every=0.001, claim_every_busy=0.001, backoff_base=0.02, backoff_max=0.1, removal_retry_max=0.1, breaker_base=0.02,
     breaker_max=0.1, missing_grace=0.1, hint_window=0.01, sweep_every=3600, sweep_tick=0.05, sweep_confirm=3600,
     expiry_lease=2, engine_beat=0.05, engine_probe=0.02, seen_throttle=0.02, progress_every=0.02, place_again=0.05,
 )  # fmt: skip

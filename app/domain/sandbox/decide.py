@@ -228,7 +228,7 @@ def _power_refused(sandbox: Sandbox, reason: str, message: str) -> Events:
         case Phase.RESUMING:
             return (ev.ResumeFailed(reason, message),)
         case Phase.PENDING if sandbox.observed is RuntimeState.RUNNING and sandbox.desired is Desired.PAUSED:
-            # Started anew from outside while it was to be paused: it goes on, and its agent is waited for.
+            # Started again from outside while it was to be paused: it goes on, and its agent is waited for.
             return (ev.PauseFailed(reason, message),)
         case Phase.PENDING if sandbox.observed is RuntimeState.PAUSED:
             # Paused from outside before its agent answered: it waits for nothing any more, and stays paused.

@@ -193,18 +193,20 @@ class Connector:
     async def open(self, _dsn: None = None, **options: Any) -> Any:
         """A checked connection. `options` are asyncpg's."""
         role = self._role or await self._learn()
-        driver = await dial(
-            self._address,
-            self._limit,
-            {**SESSION, "role": role},
-            command_timeout=self._command_timeout,
-            **options,
-        )
+        try:
+            return await self._open(role, options)
+        except BaseException:
+            # The schema may have been made again, for another role. The old one may be dropped, or not granted.
+            self._role = None
+            raise
+
+    async def _open(self, role: str, options: dict[str, Any]) -> Any:
+        settings = {**SESSION, "role": role}
+        driver = await dial(self._address, self._limit, settings, command_timeout=self._command_timeout, **options)
         try:
             self.login = await _checked(driver, role)
         except BaseException as error:
             driver.terminate()
-            self._role = None
             if isinstance(error, GONE):
                 raise explained(error) from error
             raise

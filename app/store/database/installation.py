@@ -99,7 +99,7 @@ async def watch_installation(database: Database, ours: UUID, *, every: float = W
                 _LOG.error("%s; requests are answered 503 until then", error)
             refused = True
         except (StoreUnavailable, asyncpg.PostgresError):
-            pass  # whoever needs the database says so
+            pass  # the parts that need the database say so
         else:
             refused = False
             if found != ours:

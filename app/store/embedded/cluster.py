@@ -340,5 +340,5 @@ def _lost(cluster: Cluster) -> SettingsError:
     return SettingsError(
         f"the database {DATABASE} is gone from {cluster.data}, and an empty log must not take its place: restore a "
         f"backup (into a database {DATABASE} at the socket in {cluster.sockets}, or the whole folder while nothing "
-        "runs), or remove the state directory to begin anew"
+        "runs), or remove the state directory to begin with an empty one"
     )

@@ -8,7 +8,8 @@
    no row = conflict, no exception, no half-write.
 3. `head` writes the head row with the position of the last event. Every other effect (queue row, deadlines, sealed
    values) also selects from `guard`.
-4. The statement answers (position, recorded_at) of the last event.
+4. The statement answers (position, recorded_at) of the last event, and whether the one effect that it reports on
+   changed a row. The other effects always do what they are for.
 
 **Invariants.** All times in one append are one reading of the database's clock, so `recorded_at` equals the head row's
 times exactly. The answer is selected from `guard` first, so the head row is locked before the insert announces its
@@ -40,6 +41,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    false,
     func,
     insert,
     literal,
@@ -87,6 +89,8 @@ class Written(Struct, frozen=True):
 
     position: int
     at: datetime
+    reported: bool = False
+    """The effect that the statement reports on changed a row."""
 
 
 def create_statement(kind: str, head: Effect, effects: Sequence[Effect] = (), *, keyed: bool = False) -> Statement:
@@ -116,22 +120,27 @@ def create_statement(kind: str, head: Effect, effects: Sequence[Effect] = (), *,
     return _statement(kind, clock, guard, [head, *effects])
 
 
-def append_statement(kind: str, heads: Table, head: Effect, effects: Sequence[Effect] = ()) -> Statement:
-    """The append to a stream that exists. Parameters: id, expected (version), events, meta, those of the effects."""
+def append_statement(
+    kind: str, heads: Table, head: Effect, effects: Sequence[Effect] = (), *, report: Effect | None = None
+) -> Statement:
+    """The append to a stream that exists. Parameters: id, expected (version), events, meta, those of the effects.
+
+    `report` is one more effect; `Written.reported` says whether it changed a row.
+    """
     guard = (
         select(heads.c.id, heads.c.tenant)
         .where(heads.c.id == bindparam("id", type_=Uuid), heads.c.version == bindparam("expected", type_=Integer))
         .with_for_update()
         .cte("guard")
     )
-    return _statement(kind, _clock(), guard, [head, *effects])
+    return _statement(kind, _clock(), guard, [head, *effects], report)
 
 
 def _clock() -> CTE:
     return select(func.clock_timestamp().label("now")).cte("clock")
 
 
-def _statement(kind: str, clock: CTE, guard: CTE, effects: Sequence[Effect]) -> Statement:
+def _statement(kind: str, clock: CTE, guard: CTE, effects: Sequence[Effect], report: Effect | None = None) -> Statement:
     given = (
         func.jsonb_to_recordset(cast(bindparam("events", type_=Text), JSONB))
         .table_valued(column("v", Integer), column("t", Text), column("s", SmallInteger), column("d", JSONB))
@@ -159,8 +168,13 @@ def _statement(kind: str, clock: CTE, guard: CTE, effects: Sequence[Effect]) -> 
         "last"
     )
     parts = Parts(kind, clock, guard, last)
+    reported = false() if report is None else select(report(parts)).exists()
     return Statement(
-        select(func.max(written.c.position).label("position"), func.max(written.c.recorded_at).label("recorded_at"))
+        select(
+            func.max(written.c.position).label("position"),
+            func.max(written.c.recorded_at).label("recorded_at"),
+            reported.label("reported"),
+        )
         .select_from(guard.outerjoin(written, literal_column("true")))
         .having(func.count(written.c.position) > 0)
         .add_cte(*[effect(parts) for effect in effects])
@@ -232,4 +246,4 @@ async def append(
         meta=msgspec.json.encode(meta).decode(),
         **values,
     )
-    return None if row is None else Written(row["position"], row["recorded_at"])
+    return None if row is None else Written(row["position"], row["recorded_at"], row["reported"])

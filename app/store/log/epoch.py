@@ -3,7 +3,7 @@
 A cursor says where a reader stands. After the database was restored from a backup, positions and versions beyond its
 end are given out a second time, to other events; a reader that goes on from an old cursor would miss some of them and
 not notice. So a cursor carries the epoch that it was given out in, and one of another epoch is refused. The reader then
-begins anew, and misses nothing.
+begins again, and misses nothing.
 
 `installation.epoch` is to rise with each restore that is followed. Nothing raises it yet: that comes with the event
 `audit.log_restored`. Until then every cursor is of epoch 1, and a restore goes unnoticed.

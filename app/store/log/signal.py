@@ -15,8 +15,11 @@ query every `check` seconds and replaces a connection that does not answer.
 When `run` is cancelled it first sends what was poked and not sent yet. Stop it after the last append and before the
 pool closes.
 
-A signal carries no truth. Every waiter also has a timeout and then reads the database, so a lost notification, a pooler
-in between or a broken LISTEN costs latency (at most a second), never correctness.
+**The state itself** goes along to the subscribers of its stream within the process, so that they need not read it. It
+is what an append has just written. A subscriber keeps the latest version: two appends may report in either order.
+
+A signal from another process carries no truth. Every waiter also has a timeout and then reads the database, so a lost
+notification, a pooler in between or a broken LISTEN costs latency (at most a second), never correctness.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import logging
 import secrets
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -51,15 +54,35 @@ on."""
 _LOG = logging.getLogger(__name__)
 
 
+class Versioned(Protocol):
+    """A state of a stream."""
+
+    @property
+    def version(self) -> int:
+        """That of its last event."""
+        ...
+
+
+V = TypeVar("V", bound=Versioned)
+
+
 class Subscription:
     """Something to wait on. Set when there may be news."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self._latest: Versioned | None = None
 
-    def wake(self) -> None:
-        """Record that there may be news."""
+    def wake(self, state: Versioned | None = None) -> None:
+        """Record that there may be news; `state` is what the stream came to."""
+        if state is not None and (self._latest is None or self._latest.version < state.version):
+            self._latest = state
         self._event.set()
+
+    def after(self, known: V) -> V | None:
+        """The state that this process wrote after the known one. None = the news is not known here; read it."""
+        latest = self._latest
+        return latest if isinstance(latest, type(known)) and latest.version > known.version else None
 
     @property
     def woken(self) -> bool:
@@ -67,7 +90,7 @@ class Subscription:
         return self._event.is_set()
 
     def take(self) -> None:
-        """Whoever reads next sees the news."""
+        """The next read sees the news."""
         self._event.clear()
 
     async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109 - a bounded wait is the point
@@ -95,9 +118,12 @@ class Signal:
         self._has_work = False
         self._outgoing = asyncio.Event()
 
-    def poke(self, stream_id: UUID, *, work: bool = True) -> None:
-        """Something was committed for this stream; `work`: there is something for a reconciler to do."""
-        self._wake(stream_id)
+    def poke(self, stream_id: UUID, *, work: bool = True, state: Versioned | None = None) -> None:
+        """Something was committed for this stream; `work`: there is something for a reconciler to do.
+
+        `state`: what the stream came to by it.
+        """
+        self._wake(stream_id, state)
         if work:
             _wake(self._claimers)
         self._outbox.add(stream_id)
@@ -201,9 +227,10 @@ class Signal:
         if payload != self._word:
             _wake(self._claimers)
 
-    def _wake(self, stream_id: UUID) -> None:
+    def _wake(self, stream_id: UUID, state: Versioned | None = None) -> None:
         _wake(self._everything)
-        _wake(self._by_id.get(stream_id, ()))
+        for subscription in self._by_id.get(stream_id, ()):
+            subscription.wake(state)
 
     def _wake_news(self) -> None:
         _wake(self._everything)

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from sqlalchemy import CTE, Text, bindparam, case, func, literal, literal_column, or_, select
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    Boolean,
+    Text,
+    Uuid,
+    bindparam,
+    case,
+    delete,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+)
 from sqlalchemy.dialects.postgresql import insert
 
 from app.store.log.append import Parts
@@ -46,4 +60,25 @@ def touch(parts: Parts) -> CTE:
         )
         .returning(queue.stream_id)
         .cte("touched")
+    )
+
+
+def complete(parts: Parts) -> CTE:
+    """End the claim with the append that leads to its goal. Its row stays when news came since the claim.
+
+    A touch holds the lock on the head row, so only a hint can come between, and it raises the revision, which is
+    compared once more at the row's lock. A stream that closes needs no comparison: no news can mean anything then.
+    Parameters: lease_owner, claimed_revision, and `closes` of the head row.
+    """
+    queue = reconcile_queue.c
+    unchanged = queue.revision == bindparam("claimed_revision", type_=BigInteger)
+    return (
+        delete(reconcile_queue)
+        .where(
+            queue.stream_id == select(parts.guard.c.id).scalar_subquery(),
+            queue.lease_owner == bindparam("lease_owner", type_=Uuid),
+            or_(unchanged, bindparam("closes", type_=Boolean)),
+        )
+        .returning(queue.stream_id)
+        .cte("completed")
     )

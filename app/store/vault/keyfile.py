@@ -1,7 +1,7 @@
 """Where the master keys come from: the environment, a configured file, or a file made once beside the state.
 
-A file holds one key a line, in base64. The first is the one to use; the others only open what they sealed. Whoever
-changes the file locks its folder, so that of two new keys none is lost: a lost key may be in use already.
+A file holds one key a line, in base64. The first is the one to use; the others only open what they sealed. A
+process that changes the file locks its folder, so that of two new keys none is lost: a lost key may be in use already.
 
 Only the start of a server makes the file, and only for a database that no master key seals yet. Every other reader gets
 `NoKeyFile`: a key that was made where the right one is missing would hide that it is missing.

@@ -39,6 +39,10 @@ class LeaseLost(SandledgerError):
     """Somebody else may be at work; say nothing."""
 
 
+class GivenBack(SandledgerError):
+    """The claim has ended; the run has nothing more to do."""
+
+
 class Held:
     """One claim in the hands of a run."""
 

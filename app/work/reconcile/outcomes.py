@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from uuid import UUID
@@ -20,14 +20,15 @@ from uuid import UUID
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.plan import Ensure, Observe, Remove, SetPower, Step
 from app.domain.sandbox.state import Sandbox
+from app.domain.stream import Actor
 from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeRejected, RuntimeUnavailable, StoreUnavailable
-from app.service.sandboxes import Service
+from app.service.sandboxes import Completion, Service
 from app.store.log.signal import Signal
 from app.store.queue.reconcile import Failed, Queue
 from app.work.policy import WorkPolicy
 from app.work.reconcile.actors import Actors
-from app.work.reconcile.leases import Held, LeaseLost
+from app.work.reconcile.leases import GivenBack, Held, LeaseLost
 from app.work.reconcile.troubles import (
     UNAVAILABLE,
     Trouble,
@@ -72,9 +73,10 @@ class Outcomes:
         self._station.succeeded(sandbox.id)
         if isinstance(error, RuntimeRejected) and isinstance(step, Ensure):
             failure = cmd.RecordFailure(name_of(step), error.reason, error.message)
-            return await self._record(held, sandbox, failure)
+            return await self.record(held, sandbox, failure, self._actors.worker)
         if isinstance(error, RuntimeRejected) and isinstance(step, SetPower):
-            return await self._record(held, sandbox, cmd.RecordPowerRefused(error.reason, error.message))
+            refused = cmd.RecordPowerRefused(error.reason, error.message)
+            return await self.record(held, sandbox, refused, self._actors.worker)
         return await self.count(held, sandbox, step, error)
 
     async def count(self, held: Held, sandbox: Sandbox, step: Step, error: Exception) -> None:
@@ -98,7 +100,7 @@ class Outcomes:
         times = self._station.refusals(sandbox.id)
         if is_refusal_reported(times):
             await self._report(held, sandbox, Trouble(name_of(step), UNAVAILABLE, str(error)), times)
-        # Absence has to be seen anew: an engine that has just come back may not show everything yet.
+        # Absence has to be seen again: an engine that has just come back may not show everything yet.
         await self._defer(held, wait, failed=Failed(held.claim.attempts, UNAVAILABLE, str(error)))
 
     async def _report(self, held: Held, sandbox: Sandbox, trouble: Trouble, attempt: int) -> None:
@@ -106,11 +108,33 @@ class Outcomes:
         retry = cmd.RecordRetry(trouble.step, trouble.reason, trouble.message, attempt)
         await self._service.execute(sandbox.id, ANY_TENANT, retry, self._actors.meta(self._actors.worker, held.cause))
 
-    async def _record(self, held: Held, sandbox: Sandbox, observation: cmd.Observation) -> Sandbox:
-        meta = self._actors.meta(self._actors.worker, held.cause)
-        outcome = await self._service.record(sandbox, observation, meta)
+    async def record(
+        self,
+        held: Held,
+        sandbox: Sandbox,
+        observation: cmd.Observation,
+        actor: Actor,
+        is_reached: Callable[[Sandbox], bool] | None = None,
+    ) -> Sandbox:
+        """Append what was observed. When `is_reached` of the state after it, the claim ends in the same statement.
+
+        Raises:
+            GivenBack: the claim has ended.
+        """
+        claim = held.claim
+        completion = None if is_reached is None else Completion(claim.owner, claim.revision, is_reached)
+        completed = False
+        held.ending = completion is not None
+        try:
+            meta = self._actors.meta(actor, held.cause)
+            outcome = await self._service.record(sandbox, observation, meta, completion)
+            completed = outcome.completed
+        finally:
+            held.ending = completed
         if outcome.position is not None:
-            held.cause = outcome.position
+            held.cause = outcome.position  # what is done next follows from this
+        if completed:
+            raise GivenBack
         return outcome.sandbox
 
     async def complete(self, held: Held, *, closed: bool = False) -> None:
@@ -159,7 +183,7 @@ class Outcomes:
         return True
 
     def _due(self, held: Held) -> None:
-        """Whoever brought the news has woken claimers already, and they found the row held."""
+        """The writer of the news has woken claimers already, and they found the row held."""
         self._signal.poke(held.stream_id, work=True)
 
     async def refresh(self, held: Held) -> None:

@@ -2,8 +2,8 @@
 
 **Protocol.** A run loads the head, then repeats: ask the core for the one next step, act, record what was observed *at
 the version that was loaded*. It ends when nothing is left to do (the claim is completed) or with a wait (it is given
-back). A fresh sandbox that goes well costs one load, one `ensure`, one append, one delete; the engine is not asked
-first, since its create meets an existing object by name.
+back). A fresh sandbox that goes well costs a share of a load, one `ensure` and one append, which ends the claim too;
+the engine is not asked first, since its create meets an existing object by name.
 
 **Nothing slow holds a claim.** An image that is missing is pulled by `app.work.fetches`; an object that is not up yet,
 or not gone yet, is looked at again later. In each of these cases the claim is given back without a count, and what it
@@ -23,8 +23,8 @@ that had ended by the time `ensure` returned is recorded in two appends, so that
 has written to is left alone. A database that goes away ends the run without a word, and the lease brings it back. An
 error of our own outside of any step is counted in the queue and tried again, later each time, for ever: it says nothing
 about the sandbox. A graceful stop cancels the run and hands the claim back; nothing counts. A lost claim ends the run
-in silence, but whoever may have made an object for a sandbox that has ended takes it away again: that is always right,
-and nobody else may look there for a while.
+in silence, but if it may have made an object for a sandbox that has ended, it takes that away again. This is always
+right, and other workers may not look there for a while.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ from app.work.fetches import Fetches
 from app.work.policy import WorkPolicy
 from app.work.probes import Probes
 from app.work.reconcile.actors import Actors
-from app.work.reconcile.leases import Held, LeaseLost
+from app.work.reconcile.heads import Heads
+from app.work.reconcile.leases import GivenBack, Held, LeaseLost
 from app.work.reconcile.outcomes import Outcomes
 from app.work.reconcile.troubles import name_of
 from app.work.reconcile.workloads import Workloads, ref_of
@@ -85,10 +86,6 @@ _LOG = logging.getLogger(__name__)
 
 class NoProgress(Exception):
     """A run went round without reaching a goal: the engine says one thing and does another."""
-
-
-class GivenBack(Exception):
-    """The claim has ended; the run has nothing more to do."""
 
 
 class Reconciler:
@@ -117,6 +114,7 @@ class Reconciler:
         self._outcomes = outcomes
         self._policy = policy
         self._actors = actors
+        self._heads = Heads(service.view)
 
     async def run(self, held: Held) -> None:
         """Work on a claim to its end. Raises nothing but a cancellation."""
@@ -150,7 +148,7 @@ class Reconciler:
         await self._outcomes.give_back(held, self._policy.backoff_base)
 
     async def _from_head(self, held: Held) -> None:
-        loaded = await self._service.view.load(held.stream_id, ANY_TENANT)
+        loaded = await self._heads.load(held.stream_id)
         if loaded is None:
             return await self._outcomes.complete(held)
         sandbox, now = loaded
@@ -163,7 +161,7 @@ class Reconciler:
         answer: Answer | None = None
         step: Step = Observe()
         for _ in range(_MAX_STEPS):
-            step = plan(sandbox, answer, Absence(now, held.claim.missing_since, self._policy.grace))
+            step = plan(sandbox, answer, self._absence(held, now))
             match step:
                 case Settled():
                     return await self._outcomes.complete(held, closed=sandbox.closed_at is not None)
@@ -184,6 +182,9 @@ class Reconciler:
                 sandbox, answer = failed, None
         return await self._outcomes.count(held, sandbox, step, NoProgress())
 
+    def _absence(self, held: Held, now: datetime) -> Absence:
+        return Absence(now, held.claim.missing_since, self._policy.grace)
+
     async def _take(self, held: Held, sandbox: Sandbox, step: Step, now: datetime) -> tuple[Sandbox, Answer | None]:
         """Act, and record.
 
@@ -200,7 +201,7 @@ class Reconciler:
             case Observe():
                 seen = await self._driver.observe(ref_of(sandbox))
                 await self._let_settle(held, sandbox, seen, now)
-                after = await self._saw(held, sandbox, seen, step, acted=False)
+                after = await self._saw(held, sandbox, seen, step, now, acted=False)
                 return self._went_on(held, sandbox, after), Answer(seen)
             case InstallAgent():
                 await self._install_agent(held, sandbox)
@@ -209,14 +210,14 @@ class Reconciler:
                 await self._probe(held, sandbox)
             case Ensure() | Fetch():
                 seen = await self._ensure(held, sandbox)
-                after = await self._saw(held, sandbox, seen, step, acted=True)
+                after = await self._saw(held, sandbox, seen, step, now, acted=True)
             case SetPower(power=power):
                 seen = await self._driver.set_power(ref_of(sandbox), power)
-                after = await self._saw(held, sandbox, seen, step, acted=True)
+                after = await self._saw(held, sandbox, seen, step, now, acted=True)
                 if seen is not None and seen.waiting is not None and seen.power is not power:
                     await self._wait(held)
             case Remove():
-                after = await self._remove(held, sandbox)
+                after = await self._remove(held, sandbox, now)
             case Lose(missing_since=since):
                 after = await self._lose(held, sandbox, since)
             case ConfirmMissing() | Settled():  # no acts
@@ -242,14 +243,14 @@ class Reconciler:
         """Give it to an engine, whose workers go on; ours may be among them."""
         chosen = place(await self._service.engines.known())
         if isinstance(chosen, NoEngine):
-            step = name_of(Place())
-            await self._record(held, sandbox, cmd.RecordWaiting(step, chosen.reason, chosen.message), self._worker)
+            waiting = cmd.RecordWaiting(name_of(Place()), chosen.reason, chosen.message)
+            await self._outcomes.record(held, sandbox, waiting, self._worker)
             await self._outcomes.give_back(held, self._policy.place_again, awaiting=True)
             raise GivenBack
         placed = cmd.RecordPlaced(
             chosen.engine, chosen.epoch, sandbox.id, reason=chosen.reason, candidates=chosen.candidates
         )
-        await self._record(held, sandbox, placed, self._worker)
+        await self._outcomes.record(held, sandbox, placed, self._worker)
         await self._outcomes.pass_on(held)
         raise GivenBack
 
@@ -294,25 +295,25 @@ class Reconciler:
         """`why`: the reason and the message that clients see meanwhile."""
         if sandbox.phase is Phase.PENDING:
             waiting = cmd.RecordWaiting(name_of(step), *why)
-            sandbox = await self._record(held, sandbox, waiting, self._worker)
+            sandbox = await self._outcomes.record(held, sandbox, waiting, self._worker)
         # First the row, then the pull: a pull that ends at once must find a row that waits.
         if await self._outcomes.give_back(held, self._policy.lease, awaiting=True):
             self._fetches.want(sandbox, image, held.cause, step)
 
-    async def _remove(self, held: Held, sandbox: Sandbox) -> Sandbox:
+    async def _remove(self, held: Held, sandbox: Sandbox, now: datetime) -> Sandbox:
         gone = await self._driver.remove(ref_of(sandbox))
         self._station.succeeded(sandbox.id)
         if not gone:
             await self._wait(held)
         await self._confirm_engine(held, sandbox)
-        return await self._record(held, sandbox, cmd.RecordRemoved(), self._worker)
+        return await self._conclude(held, sandbox, cmd.RecordRemoved(), self._worker, now=now)
 
     async def _lose(self, held: Held, sandbox: Sandbox, since: datetime) -> Sandbox:
         await self._confirm_engine(held, sandbox)
         main = None if sandbox.runtime is None else sandbox.runtime.main
         removed_at = None if main is None else self._station.moments.removed_at(main.runtime_id)
         lost = cmd.RecordLost(since, occurred_at=removed_at)
-        return await self._record(held, sandbox, lost, self._actors.runtime)
+        return await self._outcomes.record(held, sandbox, lost, self._actors.runtime)
 
     async def _wait(self, held: Held) -> NoReturn:
         held.start_over()
@@ -333,7 +334,9 @@ class Reconciler:
         await self._outcomes.give_back(held, self._policy.missing_grace)
         raise GivenBack
 
-    async def _saw(self, held: Held, sandbox: Sandbox, seen: Observed | None, step: Step, *, acted: bool) -> Sandbox:
+    async def _saw(
+        self, held: Held, sandbox: Sandbox, seen: Observed | None, step: Step, now: datetime, *, acted: bool
+    ) -> Sandbox:
         self._station.succeeded(sandbox.id)
         if seen is None:
             return sandbox
@@ -349,20 +352,30 @@ class Reconciler:
             if sandbox.observed in (RuntimeState.NONE, RuntimeState.CREATED):
                 # That it was made and started is our doing; that it ended is not.
                 made = msgspec.structs.replace(seen, power=Power.CREATED, exit=None)
-                sandbox = await self._record(held, sandbox, cmd.RecordSeen(made, found_by), actor)
+                sandbox = await self._outcomes.record(held, sandbox, cmd.RecordSeen(made, found_by), actor)
             actor = self._actors.runtime
-        return await self._record(held, sandbox, cmd.RecordSeen(seen, found_by), actor)
+        return await self._conclude(held, sandbox, cmd.RecordSeen(seen, found_by), actor, now=now, seen=seen)
 
     @property
     def _worker(self) -> Actor:
         return self._actors.worker
 
-    async def _record(self, held: Held, sandbox: Sandbox, observation: cmd.Observation, actor: Actor) -> Sandbox:
-        meta = self._actors.meta(actor, held.cause)
-        outcome = await self._service.record(sandbox, observation, meta)
-        if outcome.position is not None:
-            held.cause = outcome.position  # what is done next follows from this
-        return outcome.sandbox
+    async def _conclude(
+        self,
+        held: Held,
+        sandbox: Sandbox,
+        observation: cmd.Observation,
+        actor: Actor,
+        *,
+        now: datetime,
+        seen: Observed | None = None,
+    ) -> Sandbox:
+        """Record; when nothing is left to do afterwards, the claim ends too."""
+
+        def is_reached(after: Sandbox) -> bool:
+            return isinstance(plan(after, Answer(seen), self._absence(held, now)), Settled)
+
+        return await self._outcomes.record(held, sandbox, observation, actor, is_reached)
 
     async def _clean_up(self, held: Held) -> None:
         """After a lost claim: what we may have made for a sandbox that has ended has to go."""
