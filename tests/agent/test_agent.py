@@ -210,6 +210,19 @@ async def test_proxy_decodes_an_encoded_slash(sandbox: Sandbox, session: aiohttp
     assert "GET /a/b HTTP/1.1" in got
 
 
+async def test_a_connection_is_good_for_the_next_request_unless_its_answer_says_otherwise(sandbox: Sandbox):
+    """Clients send commands on the connection of their last ping, and repeat no command."""
+    reader, writer = await asyncio.open_connection(*sandbox.agent.split(":"))
+    asked = f"GET /proxy/44772/ping HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}: {TOKEN}\r\n\r\n".encode()
+    writer.write(asked)
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    assert head.startswith("http/1.1 200")
+    if "connection: close" not in head:
+        writer.write(asked)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
 async def test_proxy_to_nobody(session: aiohttp.ClientSession):
     async with session.get("/proxy/3001/") as answer:
         assert answer.status == 502

@@ -10,6 +10,7 @@ STANDIN_LATE_SECONDS, STANDIN_DIES_AFTER (so many requests), STANDIN_OTHER (some
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -36,6 +37,7 @@ CHUNK = 1 << 16
 PING_SECONDS = 3.0
 PER_CONNECTION = {"connection", "upgrade", "keep-alive", "te", "transfer-encoding", "content-length"}
 DROPPED = PER_CONNECTION | {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
+INTERIM, SWITCHING = (b"HTTP/1.1 100", b"HTTP/1.1 102", b"HTTP/1.1 103"), b"HTTP/1.1 101"
 REQUESTS = itertools.count(1)
 
 
@@ -276,11 +278,14 @@ class Agent(BaseHTTPRequestHandler):
         head += [f"{name}: {value}" for name, value in kept]
         backend.sendall("\r\n".join([*head, "", ""]).encode("latin-1"))
         threading.Thread(target=self.send_on, args=(backend, bool(upgrade)), daemon=True).start()
-        try:
-            while data := backend.recv(CHUNK):
+        with suppress(OSError), backend.makefile("rb") as answer:
+            while (head := _head(answer)).startswith(INTERIM):
+                self.wfile.write(head)
+            # It is closed after this answer. A client that is not told would send its next request into the end.
+            closing = b"" if head.startswith(SWITCHING) else b"Connection: close\r\n"
+            self.wfile.write(head.removesuffix(b"\r\n") + closing + b"\r\n")
+            while data := answer.read1(CHUNK):
                 self.wfile.write(data)
-        except OSError:
-            pass
         _shut(backend)
         return _shut(self.connection)
 
@@ -298,6 +303,18 @@ class Agent(BaseHTTPRequestHandler):
         except (OSError, ValueError):
             pass
         _shut(backend)
+
+
+def _head(answer: io.BufferedIOBase) -> bytes:
+    """Of an answer, with its empty line, without what is about the backend's connection unless it has switched."""
+    lines: list[bytes] = []
+    while (line := answer.readline()) not in (b"\r\n", b"\n"):
+        if not line:
+            raise ConnectionResetError("the program ended its connection before its answer")
+        lines.append(line)
+    if not lines[0].startswith(SWITCHING):
+        lines = [line for line in lines if line.partition(b":")[0].lower() not in (b"connection", b"keep-alive")]
+    return b"".join(lines) + b"\r\n"
 
 
 def _shut(connection: socket.socket) -> None:
