@@ -164,9 +164,10 @@ async def test_metrics_as_a_stream(session: aiohttp.ClientSession):
     async with session.get("/metrics/watch") as answer:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         samples: list[dict[str, Any]] = []
-        while len(samples) < 2:
+        while len(samples) < 5:
             line = (await answer.content.readline()).strip().removeprefix(b"data:")
             samples += [json.loads(line)] if line else []
+    assert all("cpu_used_pct" in sample for sample in samples), "nothing else; the command line would not read it"
     assert samples[0]["timestamp"] < samples[1]["timestamp"]
 
 

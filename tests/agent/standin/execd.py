@@ -100,8 +100,9 @@ class Agent(BaseHTTPRequestHandler):
         self.reply(status, json.dumps({"code": code, "message": message}).encode(), Connection="close")
 
     @contextmanager
-    def stream(self, gone: Callable[[], None] = lambda: None) -> Iterator[Say]:
-        """A chunked answer of events: JSON, each followed by an empty line. Pings find out that the client is gone."""
+    def stream(self, gone: Callable[[], None] | None = None) -> Iterator[Say]:
+        """A chunked answer of events: JSON, each followed by an empty line. `gone` is called when a ping, which fills
+        silence, finds no client; without it there are no pings."""
         lock, done = threading.Lock(), threading.Event()
         self.send_response(200)
         for name, value in (("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")):
@@ -121,7 +122,8 @@ class Agent(BaseHTTPRequestHandler):
             except OSError:
                 gone()
 
-        threading.Thread(target=ping, daemon=True).start()
+        if gone is not None:
+            threading.Thread(target=ping, daemon=True).start()
         try:
             yield say
         finally:
