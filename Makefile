@@ -40,7 +40,7 @@ engine-stop: ## Stop the private engine, if this checkout started one
 	@.ci/engine stop
 
 demo: setup engine ## See it work: sandboxes, crashes and their history, in about a minute
-	@$(with_engine); .venv/bin/sandledger demo
+	@$(with_engine); .venv/bin/sandledger demo --agent-image "$$(.venv/bin/python -m tests.agent.image)"
 
 run: setup engine ## Serve the API on this machine
 	@$(with_engine); .venv/bin/sandledger serve

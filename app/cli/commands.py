@@ -172,7 +172,10 @@ def rotate_master(config: Path | None, *, generate: bool) -> None:
 
 @cli.command(name="demo")
 @_CONFIG
-def show(config: Path | None) -> None:
+@click.option(
+    "--agent-image", default="", help="An image with the agent that the engine has, for commands in a sandbox."
+)
+def show(config: Path | None, agent_image: str) -> None:
     """Show the main job on real parts, narrated, in under a minute."""
     settings = settings_of(config)
-    go(lambda: play(settings))
+    go(lambda: play(settings, agent_image))

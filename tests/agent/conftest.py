@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
+import aiohttp
 import pytest
 from msgspec import Struct
+from opensandbox.config import ConnectionConfig
+from opensandbox.models.sandboxes import SandboxEndpoint
 
+from app.agent import TOKEN_HEADER
 from app.runtime.workload import AGENT_PORT, Agent
 from tests.agent.image import ensure_agent_image
 from tests.drivers.conftest import engine, eventually  # noqa: F401 - fixtures
 from tests.drivers.rigs import DockerRig
 
+Eventually = Callable[[Callable[[], Any]], Awaitable[Any]]
 TOKEN = "t0ken-of-a-sandbox"
 PROGRAM = r"""
 head=
@@ -64,3 +71,28 @@ async def _start(rig: DockerRig) -> Sandbox:
     seen = await rig.driver.ensure(work)
     assert seen.address is not None
     return Sandbox(work.ref.object_id, seen.address.ports[AGENT_PORT])
+
+
+@pytest.fixture
+async def session(  # the fixture of the same name is imported
+    sandbox: Sandbox,
+    eventually: Eventually,  # noqa: F811
+) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(f"http://{sandbox.agent}", headers={TOKEN_HEADER: TOKEN}) as session:
+
+        async def answers() -> bool:
+            try:
+                async with session.get("/ping") as answer:
+                    return answer.status == 200
+            except aiohttp.ClientError:
+                return False
+
+        await eventually(answers)
+        yield session
+
+
+@pytest.fixture
+def endpoint(session: aiohttp.ClientSession, sandbox: Sandbox) -> tuple[ConnectionConfig, SandboxEndpoint]:
+    """As the SDK gets it from the server."""
+    config = ConnectionConfig(request_timeout=timedelta(seconds=30))
+    return config, SandboxEndpoint(endpoint=sandbox.agent, headers={TOKEN_HEADER: TOKEN})

@@ -7,6 +7,7 @@ script that starts the loader with its library path. `/bootstrap.sh` lies beside
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import os
@@ -120,3 +121,13 @@ def _loader(program: Path) -> Path:
         if kind == 3:
             return Path(os.fsdecode(binary[offset : offset + length].rstrip(b"\0")))
     raise AssertionError(f"{program} names no loader")
+
+
+async def _main() -> None:
+    """Make it on the engine of DOCKER_HOST and print its name, for the demo."""
+    async with aiodocker.Docker() as docker:
+        print(await ensure_agent_image(docker))
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())

@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import json
 from datetime import timedelta
 from typing import Any
 
 import aiohttp
 import pytest
 from opensandbox.adapters.command_adapter import CommandsAdapter
-from opensandbox.adapters.filesystem_adapter import FilesystemAdapter
 from opensandbox.adapters.health_adapter import HealthAdapter
 from opensandbox.adapters.metrics_adapter import MetricsAdapter
 from opensandbox.config import ConnectionConfig
 from opensandbox.exceptions import SandboxApiException
 from opensandbox.models.execd import Execution, RunCommandOpts
-from opensandbox.models.filesystem import WriteEntry
 from opensandbox.models.sandboxes import SandboxEndpoint
 
 from app.agent import TOKEN_HEADER
-from tests.agent.conftest import TOKEN, Sandbox
+from tests.agent.conftest import TOKEN, Eventually, Sandbox
 
 pytestmark = pytest.mark.engine
-Eventually = Callable[[Callable[[], Any]], Awaitable[Any]]
 PATHS = ("/ping", "/metrics", "/files/info?path=/etc/passwd", "/command/status/x", "/proxy/3000/", "/nothing")
-
-
-@pytest.fixture
-async def session(sandbox: Sandbox, eventually: Eventually) -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(f"http://{sandbox.agent}", headers={TOKEN_HEADER: TOKEN}) as session:
-
-        async def answers() -> bool:
-            try:
-                async with session.get("/ping") as answer:
-                    return answer.status == 200
-            except aiohttp.ClientError:
-                return False
-
-        await eventually(answers)
-        yield session
-
-
-@pytest.fixture
-def endpoint(session: aiohttp.ClientSession, sandbox: Sandbox) -> tuple[ConnectionConfig, SandboxEndpoint]:
-    """As the SDK gets it from the server."""
-    config = ConnectionConfig(request_timeout=timedelta(seconds=30))
-    return config, SandboxEndpoint(endpoint=sandbox.agent, headers={TOKEN_HEADER: TOKEN})
 
 
 def lines(execution: Execution) -> tuple[list[str], list[str]]:
@@ -133,25 +108,49 @@ async def test_an_interrupt(endpoint: tuple[ConnectionConfig, SandboxEndpoint], 
     assert await eventually(ended)
 
 
-# files and metrics
+async def test_a_child_that_stays_does_not_hold_up_the_answer(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    async with asyncio.timeout(20):
+        execution = await CommandsAdapter(*endpoint).run("sleep 3600 & echo begun")
+    assert (lines(execution)[0], execution.exit_code) == (["begun"], 0)
 
 
-@pytest.mark.parametrize("proxied", [False, True], ids=["chunked", "with-length"])
-async def test_files(endpoint: tuple[ConnectionConfig, SandboxEndpoint], proxied: bool):
-    config, place = endpoint
-    files = FilesystemAdapter(config.model_copy(update={"use_server_proxy": proxied}), place)
-    content = bytes(range(256)) * 1000
-    await files.write_files(
-        [WriteEntry(path="/tmp/deep/a.bin", data=content, mode=640), WriteEntry(path="/tmp/b", data="ü\n")]
-    )
-    assert await files.read_bytes("/tmp/deep/a.bin") == content
-    assert await files.read_file("/tmp/b") == "ü\n"
-    assert await files.read_bytes("/tmp/deep/a.bin", range_header="bytes=10-19") == content[10:20]
-    info = (await files.get_file_info(["/tmp/deep/a.bin"]))["/tmp/deep/a.bin"]
-    assert (info.size, info.mode, info.owner) == (len(content), 640, "root")
-    await files.delete_files(["/tmp/b"])
+async def test_a_command_ends_at_its_time_limit(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    opts = RunCommandOpts(timeout=timedelta(seconds=1))
+    async with asyncio.timeout(20):
+        execution = await CommandsAdapter(*endpoint).run("sleep 3600", opts=opts)
+    assert execution.error is not None
+
+
+async def test_a_client_that_leaves_ends_its_command(
+    session: aiohttp.ClientSession, endpoint: tuple[ConnectionConfig, SandboxEndpoint], eventually: Eventually
+):
+    async with session.post("/command", json={"command": "echo begun; sleep 3600"}) as answer:
+        init = json.loads(await answer.content.readuntil(b"\n\n"))
+        answer.close()
+
+    async def ended() -> bool:
+        return not (await CommandsAdapter(*endpoint).get_command_status(init["text"])).running
+
+    assert await eventually(ended)
+
+
+async def test_many_commands_at_once(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    commands = CommandsAdapter(*endpoint)
+    done = await asyncio.gather(*(commands.run(f"echo {n}") for n in range(30)))
+    assert [lines(each)[0] for each in done] == [[str(n)] for n in range(30)]
+
+
+async def test_a_shell_session_keeps_variables_and_folder(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
+    commands = CommandsAdapter(*endpoint)
+    one = await commands.create_session(working_directory="/tmp")
+    await commands.run_in_session(one, "export KEPT='a b'; mkdir -p /tmp/kept; cd /tmp/kept")
+    assert lines(await commands.run_in_session(one, 'echo "$KEPT"; pwd'))[0] == ["a b", "/tmp/kept"]
+    failed = await commands.run_in_session(one, "exit 3")
+    assert failed.exit_code == 3
+    assert lines(await commands.run_in_session(one, "pwd", working_directory="/"))[0] == ["/"]
+    await commands.delete_session(one)
     with pytest.raises(SandboxApiException) as caught:
-        await files.get_file_info(["/tmp/b"])
+        await commands.run_in_session(one, "pwd")
     assert caught.value.status_code == 404
 
 
@@ -159,6 +158,17 @@ async def test_metrics(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):
     metrics = await MetricsAdapter(*endpoint).get_metrics("any")
     assert metrics.cpu_count >= 1
     assert metrics.memory_total_in_mib > 0
+
+
+async def test_metrics_as_a_stream(session: aiohttp.ClientSession):
+    async with session.get("/metrics/watch") as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        samples: list[dict[str, Any]] = []
+        while len(samples) < 5:
+            line = (await answer.content.readline()).strip().removeprefix(b"data:")
+            samples += [json.loads(line)] if line else []
+    assert all("cpu_used_pct" in sample for sample in samples), "nothing else; the command line would not read it"
+    assert samples[0]["timestamp"] < samples[1]["timestamp"]
 
 
 # proxy
@@ -199,6 +209,19 @@ async def test_proxy_decodes_an_encoded_slash(sandbox: Sandbox, session: aiohttp
     got = (await reader.read()).decode()
     writer.close()
     assert "GET /a/b HTTP/1.1" in got
+
+
+async def test_a_connection_is_good_for_the_next_request_unless_its_answer_says_otherwise(sandbox: Sandbox):
+    """Clients send commands on the connection of their last ping, and repeat no command."""
+    reader, writer = await asyncio.open_connection(*sandbox.agent.split(":"))
+    asked = f"GET /proxy/44772/ping HTTP/1.1\r\nHost: x\r\n{TOKEN_HEADER}: {TOKEN}\r\n\r\n".encode()
+    writer.write(asked)
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    assert head.startswith("http/1.1 200")
+    if "connection: close" not in head:
+        writer.write(asked)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    writer.close()
 
 
 async def test_proxy_to_nobody(session: aiohttp.ClientSession):

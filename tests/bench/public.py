@@ -7,13 +7,8 @@ It keeps no row of a sandbox: its truth is the container. So it is given one tha
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import time
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from uuid import uuid4
 
 import aiodocker
@@ -25,62 +20,9 @@ from tests.bench.on_engine import IMAGE
 from tests.bench.over_http import seeded
 from tests.bench.servers import running
 from tests.bench.stage import Bench
+from tests.support.public import public_server
 
-ENVIRONMENT = Path(".state/public")
-UV = Path(".state/uv/bin/uv")
-START_SECONDS = 60
 REQUESTS = 400
-CONFIG = """
-[server]
-host = "127.0.0.1"
-port = {port}
-[log]
-level = "WARNING"
-[runtime]
-type = "docker"
-execd_image = "unused:1"
-[docker]
-network_mode = "bridge"
-[store]
-type = "sqlite"
-path = "{database}"
-"""
-
-
-def install() -> Path:
-    """The public server's command."""
-    environment = os.environ | {"UV_PROJECT_ENVIRONMENT": str(ENVIRONMENT.absolute()), "UV_PYTHON_DOWNLOADS": "never"}
-    environment.pop("VIRTUAL_ENV", None)
-    subprocess.run([str(UV), "sync", "--quiet", "--locked", "--only-group", "public"], env=environment, check=True)
-    return ENVIRONMENT / "bin" / "opensandbox-server"
-
-
-@contextmanager
-def public_server(home: Path, docker_host: str) -> Generator[str]:
-    """Its address, once it answers."""
-    command = install()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = home / "public.toml"
-    config.write_text(CONFIG.format(port=port, database=home / "public.db"))
-    environment = os.environ | {"DOCKER_HOST": docker_host, "OPENSANDBOX_INSECURE_SERVER": "YES", "HOME": str(home)}
-    with (home / "public.log").open("wb") as log:
-        process = subprocess.Popen([str(command), "--config", str(config)], env=environment, stdout=log, stderr=log)
-    try:
-        until = time.monotonic() + START_SECONDS
-        while True:
-            if process.poll() is not None or time.monotonic() > until:
-                raise SystemExit(f"the public server did not start: {(home / 'public.log').read_text()[-2000:]}")
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -22,6 +23,7 @@ from tests.support.needs import refuse_or_skip
 KEY = "compose-test-key-0123456789"
 SANDBOX_IMAGE = "sandledger-test:1"
 DEADLINE_S = 90.0
+PAGE = "a-page-in-a-sandbox"
 PROJECT_LABEL = "com.docker.compose.project"
 
 
@@ -41,7 +43,8 @@ def compose_command() -> list[str]:
 
 
 class Stack:
-    def __init__(self, docker_host: str) -> None:
+    def __init__(self, docker_host: str, config: Path) -> None:
+        """`config` is the servers' settings file."""
         if not docker_host.startswith("unix://"):
             refuse_or_skip("the workers mount the engine's socket, and this engine is not reached through one")
         self._command = compose_command()
@@ -66,6 +69,7 @@ class Stack:
             "SANDLEDGER_PYTHON_IMAGE": self.tags["python"],
             "SANDLEDGER_POSTGRES_IMAGE": self.tags["postgres"],
             "SANDLEDGER_IMAGE": self.tags["server"],
+            "SANDLEDGER_CONFIG": str(config),
             # The engine takes free ones.
             "SANDLEDGER_API1_PORT": "0",
             "SANDLEDGER_API2_PORT": "0",
@@ -132,7 +136,9 @@ class Stack:
             return api.get("/ready").status_code == 200
 
     def create(self, service: str) -> str:
-        body = {"image": {"uri": SANDBOX_IMAGE}, "entrypoint": ["sleep", "3600"], "timeout": 600}
+        """It serves a page on port 8080."""
+        serving = ["sh", "-c", f"mkdir -p /srv; echo {PAGE} > /srv/page; exec httpd -f -p 8080 -h /srv"]
+        body = {"image": {"uri": SANDBOX_IMAGE}, "entrypoint": serving, "timeout": 600}
         with self.api(service) as api:
             answer = api.post("/v1/sandboxes", json=body | {"resourceLimits": {"cpu": "100m", "memory": "32Mi"}})
         assert answer.status_code == 202, answer.text
@@ -143,6 +149,17 @@ class Stack:
         with self.api(service) as api:
             answer = api.get(f"/v1/sandboxes/{sandbox}")
         return answer.status_code == 200 and answer.json()["status"]["state"] == "Running"
+
+    def page(self, service: str, sandbox: str, *, through_server: bool) -> str:
+        """What the program in a sandbox serves, where this service says that it is reached; from this machine."""
+        with self.api(service) as api:
+            asked = {"use_server_proxy": str(through_server).lower()}
+            answer = api.get(f"/v1/sandboxes/{sandbox}/endpoints/8080", params=asked)
+            assert answer.status_code == 200, answer.text
+            endpoint = answer.json()
+            key = api.headers if through_server else {}
+        read = httpx.get(f"http://{endpoint['endpoint']}/page", headers={**endpoint["headers"], **key}, timeout=30)
+        return read.text.strip()
 
     def kill(self, *services: str) -> None:
         """SIGKILL to the first process, from outside. A kill by the engine would be a stop, which restarts nothing."""
@@ -168,9 +185,14 @@ class Stack:
             self.engine.close()
 
     def _remove_marks(self) -> None:
-        """The workers' marks are no volumes of the project, so `down` leaves them."""
+        """The workers' marks and the agent's files are no volumes of the project, so `down` leaves them."""
         for installation in self._installations:
             filters = json.dumps({"label": [f"{names.INSTALLATION}={installation}"]})
+            left = (
+                self.engine.get("/containers/json", params={"filters": filters, "all": "1"}).raise_for_status().json()
+            )
+            for container in left:
+                self.engine.delete(f"/containers/{container['Id']}", params={"force": "1"})
             found = self.engine.get("/volumes", params={"filters": filters}).raise_for_status().json()["Volumes"] or []
             for volume in found:
                 self.engine.delete(f"/volumes/{volume['Name']}").raise_for_status()

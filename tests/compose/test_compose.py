@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import aiodocker
 import pytest
 
 from app.cli.local_image import ensure_busybox_image
-from tests.compose.stack import SANDBOX_IMAGE, Stack
+from tests.agent.image import ensure_agent_image
+from tests.compose.stack import PAGE, SANDBOX_IMAGE, Stack
+from tests.conftest import ROOT
 
 APIS = ("api1", "api2")
 WORKERS = ("worker1", "worker2")
 
 
 @pytest.fixture
-def stack(docker_host: str) -> Iterator[Stack]:
-    async def sandbox_image() -> None:
+def stack(docker_host: str, tmp_path: Path) -> Iterator[Stack]:
+    async def images() -> str:
+        """The agent's; both are there."""
         async with aiodocker.Docker(url=docker_host) as docker:
             await ensure_busybox_image(docker, SANDBOX_IMAGE)
+            return await ensure_agent_image(docker)
 
-    made = Stack(docker_host)
-    asyncio.run(sandbox_image())
+    tmp_path.chmod(0o755)
+    config = tmp_path / "server.toml"
+    own = (ROOT / "app" / "container" / "server.toml").read_text()
+    made = Stack(docker_host, config)
+    config.write_text(f'{own}\n[runtime]\nexecd_image = "{asyncio.run(images())}"\n')
     try:
         yield made
     finally:
@@ -34,6 +42,14 @@ def create_through_each(stack: Stack) -> None:
     for here, there in (APIS, reversed(APIS)):
         sandbox = stack.create(here)
         stack.until(f"{sandbox} of {here} runs", lambda there=there, sandbox=sandbox: stack.runs(there, sandbox))
+
+
+def read_through_each(stack: Stack) -> None:
+    """What a sandbox serves is read where each API server says, directly and through that server."""
+    for api in APIS:
+        for sandbox in stack.made:
+            for through_server in (False, True):
+                assert stack.page(api, sandbox, through_server=through_server) == PAGE
 
 
 def hardening(stack: Stack, service: str) -> None:
@@ -64,6 +80,7 @@ def test_two_of_each_serve_outlive_kills_and_leave_nothing(stack: Stack) -> None
         )
     assert "Traceback" not in stack.compose("exec", "-T", "worker1", "sandledger", "doctor")
     create_through_each(stack)
+    read_through_each(stack)
 
     killed = ("api1", "worker1", "postgres")
     before = {each: stack.container(each)["State"]["StartedAt"] for each in killed}
@@ -80,6 +97,7 @@ def test_two_of_each_serve_outlive_kills_and_leave_nothing(stack: Stack) -> None
     for sandbox in stack.made:
         assert stack.runs("api1", sandbox)
     create_through_each(stack)
+    read_through_each(stack)
 
     assert len(stack.sandbox_containers()) == 4
     for api, sandbox in zip(APIS * 2, stack.made, strict=True):

@@ -23,6 +23,7 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
+from app.cli.demonstration.clients import ANSWERS, PROGRAM, has_sdk, remove_agent, run_program
 from app.cli.demonstration.registry import SlowRegistry, serve
 from app.cli.demonstration.relay import REFUSAL, Relay, relay
 from app.cli.demonstration.server import PATIENCE_SECONDS, DemoFailed, Server, environment
@@ -31,12 +32,14 @@ from app.settings import Settings
 
 _LABEL = "sandledger.io/installation"
 _ID_LABEL = "sandledger.io/object"
-_MARK_ROLE = "mark"
+_KEPT_ROLES = ("mark", "agent")
 _CONFIG = """\
 [server]
 port = 0
 [docker]
 {host}
+[runtime]
+execd_image = {agent}
 [sandledger]
 state_dir = {state}
 [sandledger.worker]
@@ -127,13 +130,17 @@ class Demo:
     async def leftovers(self, installation: str) -> list[str]:
         """What bears our label on the engine."""
         filters = json.dumps({"label": [f"{_LABEL}={installation}"]})
-        containers = await self.docker.containers.list(all=True, filters=filters)
+        containers = [
+            one
+            for one in await self.docker.containers.list(all=True, filters=filters)
+            if one["Labels"].get("sandledger.io/role") not in _KEPT_ROLES
+        ]
         networks = await self.docker.networks.list(filters={"label": [f"{_LABEL}={installation}"]})
         answer = await self.docker.volumes.list(filters={"label": [f"{_LABEL}={installation}"]})
         volumes = [
             volume["Name"]
             for volume in cast("list[dict[str, Any]]", answer["Volumes"] or [])
-            if volume["Labels"].get("sandledger.io/role") != _MARK_ROLE
+            if volume["Labels"].get("sandledger.io/role") not in _KEPT_ROLES
         ]
         return [*(f"container {one.id}" for one in containers), *map(str, networks), *volumes]
 
@@ -193,6 +200,22 @@ async def _first_life(demo: Demo) -> str:
     await demo.reaches(one, "Running")
     demo.saw("Running again")
     return one
+
+
+async def _sdk(demo: Demo) -> list[str]:
+    """The sandbox that a program made."""
+    demo.say(
+        "Run a program that uses the public SDK, unmodified: commands in a sandbox, directly and through the server"
+    )
+    demo.console.print("\n".join(f"   [dim]{line}[/dim]" for line in PROGRAM.splitlines()), highlight=False)
+    try:
+        sandbox, answers = await run_program(demo.server.base, demo.image)
+    except ValueError as error:
+        raise DemoFailed(f"the program failed:\n{error}") from None
+    for answer, wanted in zip(answers, ANSWERS, strict=True):
+        check(answer.endswith(wanted), f"the program printed {answer!r}, and not {wanted!r}")
+        demo.saw(f"it printed: {answer}")
+    return [sandbox]
 
 
 async def _crash(demo: Demo) -> str:
@@ -296,7 +319,7 @@ async def _endings(demo: Demo, sandboxes: list[str], installation: str) -> None:
     demo.say("Nothing of ours is left on the engine")
     left = await demo.leftovers(installation)
     check(not left, f"left behind: {left}")
-    demo.saw("no container, network or volume bears our label, but the mark by which the engine is known")
+    demo.saw("no container, network or volume bears our label, but the mark by which the engine is known and the agent")
 
 
 async def _installation(demo: Demo, sandbox: str) -> str:
@@ -306,7 +329,7 @@ async def _installation(demo: Demo, sandbox: str) -> str:
 
 
 @asynccontextmanager
-async def _stage(settings: Settings, home: Path) -> AsyncGenerator[Demo]:
+async def _stage(settings: Settings, home: Path, agent: str) -> AsyncGenerator[Demo]:
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     # A socket's path holds about a hundred bytes, so the relay's is not in the state folder.
@@ -320,7 +343,8 @@ async def _stage(settings: Settings, home: Path) -> AsyncGenerator[Demo]:
         ):
             config = home / "demo.toml"
             address = json.dumps(f"unix://{sockets}/engine")
-            config.write_text(_CONFIG.format(host=f"host = {address}", state=json.dumps(str(home / "state"))))
+            state = json.dumps(str(home / "state"))
+            config.write_text(_CONFIG.format(host=f"host = {address}", agent=json.dumps(agent), state=state))
             image = await ensure_busybox_image(docker)
             server = Server(config, home / "server.log")
             try:
@@ -340,22 +364,29 @@ async def _remove_mark(demo: Demo, installation: str) -> None:
     await volume.delete()
 
 
-async def play(settings: Settings) -> None:
-    """Run every step.
+async def play(settings: Settings, agent: str) -> None:
+    """Run every step. `agent` names an image with the agent that the engine has; with "" no program uses the SDK.
 
     Raises:
         DemoFailed: names the step's expectation that was not met.
     """
     home = settings.sandledger.state_dir / "demo"
-    async with _stage(settings, home) as demo:
+    async with _stage(settings, home, agent) as demo:
         demo.console.print(f"server {demo.server.base}, its log in {home / 'server.log'}")
         one = await _first_life(demo)
         installation = await _installation(demo, one)
+        made: list[str] = []
+        if agent and has_sdk():
+            made = await _sdk(demo)
+        else:
+            lacking = "the package opensandbox" if agent else "an image with the agent (--agent-image)"
+            demo.console.print(f"\n[yellow]Not shown: commands in a sandbox through the SDK need {lacking}.[/yellow]")
         await _refused_pause(demo, one)
         two = await _crash(demo)
         three = await _slow_pull(demo)
         four = await _expiry(demo)
         await _operator(demo, home / "demo.toml")
-        await _endings(demo, [one, two, three, four], installation)
+        await _endings(demo, [one, *made, two, three, four], installation)
+        await remove_agent(demo.docker, _LABEL, installation)
         await _remove_mark(demo, installation)
         demo.console.print("\n[bold green]Every step was observed.[/bold green]")

@@ -1,8 +1,8 @@
-"""A stand-in for the agent of a sandbox (OpenSandbox's execd), for tests. One file, standard library only.
+"""A stand-in for the agent of a sandbox (OpenSandbox's execd), for tests. Standard library only.
 
-It answers on the paths that the public SDKs use: `/ping`, `/command` (the stream of events that they read), `/files`,
-`/directories`, `/metrics`, and `/proxy/<port>/...` to programs inside the sandbox. With EXECD_ACCESS_TOKEN set, every
-path wants it in the header X-EXECD-ACCESS-TOKEN. What it does not have is 404.
+It answers on the paths that the public SDKs use: `/ping`, `/command` (the stream of events that they read), `/session`,
+`/files`, `/directories`, `/metrics`, and `/proxy/<port>/...` to programs inside the sandbox. With EXECD_ACCESS_TOKEN
+set, every path wants it in the header X-EXECD-ACCESS-TOKEN. What it does not have is 404.
 
 Faults, by environment: STANDIN_SILENT (accepts, never answers), STANDIN_TOKEN (wants this token instead),
 STANDIN_LATE_SECONDS, STANDIN_DIES_AFTER (so many requests), STANDIN_OTHER (some other service that has the port).
@@ -10,79 +10,35 @@ STANDIN_LATE_SECONDS, STANDIN_DIES_AFTER (so many requests), STANDIN_OTHER (some
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
-import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 sys.modules["ssl"] = None  # type: ignore[assignment] - not needed, and it would bring large libraries
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer  # noqa: E402
 from urllib.parse import parse_qs, quote, unquote  # noqa: E402
 
-for _name in ("PYTHONHOME", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE"):
-    os.environ.pop(_name, None)  # they are about this interpreter, not about the user's
+import files  # noqa: E402
+from commands import COMMANDS, ENV, SESSIONS, Command, Say, Session, lines_of  # noqa: E402
 
-ENV = dict(os.environ)
 TOKEN = ENV.get("STANDIN_TOKEN") or ENV.get("EXECD_ACCESS_TOKEN", "")
 SILENT, OTHER, DIES_AFTER = "STANDIN_SILENT" in ENV, "STANDIN_OTHER" in ENV, int(ENV.get("STANDIN_DIES_AFTER", "0"))
 CHUNK = 1 << 16
+PING_SECONDS = 3.0
 PER_CONNECTION = {"connection", "upgrade", "keep-alive", "te", "transfer-encoding", "content-length"}
 DROPPED = PER_CONNECTION | {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
+INTERIM, SWITCHING = (b"HTTP/1.1 100", b"HTTP/1.1 102", b"HTTP/1.1 103"), b"HTTP/1.1 101"
 REQUESTS = itertools.count(1)
-COMMANDS: dict[str, Command] = {}
-
-
-class Command:
-    """One command, its output and its end."""
-
-    def __init__(self, request: dict) -> None:
-        self.id = os.urandom(16).hex()
-        self.started = time.time()
-        self.finished: float | None = None
-        self.output: list[str] = []
-        words = request.get("argv") or ["/bin/sh", "-c", request["command"]]
-        ids = {name: request[key] for name, key in (("user", "uid"), ("group", "gid")) if key in request}
-        env = ENV | _env_file() | request.get("envs", {})
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            words, cwd=request.get("cwd"), env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
-            start_new_session=True, **ids,
-        )  # fmt: skip
-        COMMANDS[self.id] = self
-        if request.get("timeout"):
-            threading.Timer(request["timeout"] / 1000, self.kill).start()
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def read(self, name: str, say) -> None:
-        for line in getattr(self.process, name):
-            self.output.append(line.decode(errors="replace"))
-            say(type=name, text=self.output[-1].removesuffix("\n"))
-
-    def run(self, say) -> None:
-        """Both streams by lines, then the end."""
-        errors = threading.Thread(target=self.read, args=("stderr", say), daemon=True)
-        errors.start()
-        self.read("stdout", say)
-        errors.join()
-        code = self.process.wait()
-        self.finished = time.time()
-        if code:
-            code = 128 - code if code < 0 else code
-            say(type="error", error={"ename": "CommandExecError", "evalue": str(code), "traceback": []})
-        else:
-            say(type="execution_complete", execution_time=int((self.finished - self.started) * 1000))
 
 
 class Agent(BaseHTTPRequestHandler):
@@ -104,16 +60,23 @@ class Agent(BaseHTTPRequestHandler):
             return self.proxy(port, "/" + rest, mark + query)
         self.query = parse_qs(query)
         name = f"{self.command.lower()}{path.replace('/', '_')}"
+        first, *rest = unquote(path).strip("/").split("/")
         try:
             if (handler := getattr(self, name, None)) is not None:
                 return handler()
-            if path.startswith("/command/"):
-                return self.about_command(path.split("/")[2:])
+            if first == "command" and self.command == "GET" and rest:
+                return self.about_command(rest)
+            if first == "session" and rest:
+                return self.in_session(rest)
             return self.refuse(404, "NOT_FOUND", f"the stand-in has no {self.command} {path}")
         except FileNotFoundError as error:
             return self.refuse(404, "FILE_NOT_FOUND", str(error))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return self.refuse(400 if isinstance(error, (ValueError, KeyError)) else 500, "FAILED", repr(error))
+        except (ValueError, KeyError) as error:
+            return self.refuse(400, "INVALID_REQUEST_BODY", repr(error))
+        except ConnectionError:
+            raise
+        except (OSError, TypeError) as error:
+            return self.refuse(500, "RUNTIME_ERROR", repr(error))
 
     def __getattr__(self, name: str):
         if name.startswith("do_"):
@@ -129,9 +92,44 @@ class Agent(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else body)
 
+    def reply_json(self, shown: object) -> None:
+        self.reply(200, json.dumps(shown).encode())
+
     def refuse(self, status: int, code: str, message: str) -> None:
         self.close_connection = True  # the body may not have been read
         self.reply(status, json.dumps({"code": code, "message": message}).encode(), Connection="close")
+
+    @contextmanager
+    def stream(self, gone: Callable[[], None] | None = None) -> Iterator[Say]:
+        """A chunked answer of events: JSON, each followed by an empty line. `gone` is called when a ping, which fills
+        silence, finds no client; without it there are no pings."""
+        lock, done = threading.Lock(), threading.Event()
+        self.send_response(200)
+        for name, value in (("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")):
+            self.send_header(name, value)
+        self.end_headers()
+
+        def say(**event: object) -> None:
+            data = json.dumps({"timestamp": int(time.time() * 1000), **event}).encode() + b"\n\n"
+            with lock:
+                if not done.is_set():
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+        def ping() -> None:
+            try:
+                while not done.wait(PING_SECONDS):
+                    say(type="ping", text="pong")
+            except OSError:
+                gone()
+
+        if gone is not None:
+            threading.Thread(target=ping, daemon=True).start()
+        try:
+            yield say
+        finally:
+            with lock:
+                done.set()  # nothing follows the end
+        self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, *_: object) -> None:
         pass
@@ -157,101 +155,111 @@ class Agent(BaseHTTPRequestHandler):
         self.reply(200)
 
     def get_metrics(self) -> None:
-        memory = dict(line.split(":", 1) for line in _lines("/proc/meminfo"))
-        total, free = (int(memory[name].split()[0]) / 1024 for name in ("MemTotal", "MemAvailable"))
-        shown = {"cpu_count": float(os.cpu_count() or 1), "cpu_used_pct": 0.0, "mem_total_mib": total}
-        shown |= {"mem_used_mib": total - free, "timestamp": int(time.time() * 1000)}
-        self.reply(200, json.dumps(shown).encode())
+        self.reply_json(_metrics())
+
+    def get_metrics_watch(self) -> None:
+        with self.stream() as say:
+            while True:
+                say(**_metrics())
+                time.sleep(1)
 
     def post_command(self) -> None:
         request = self.document()
-        command, lock = Command(request), threading.Lock()
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-
-        def say(**event: object) -> None:
-            data = json.dumps({**event, "timestamp": int(time.time() * 1000)}).encode() + b"\n\n"
-            with lock:
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-        say(type="init", text=command.id)
+        command = Command.of(request)
         if request.get("background"):
             threading.Thread(target=command.run, args=(lambda **_: None,), daemon=True).start()
-            say(type="execution_complete", execution_time=0)
+            with self.stream() as say:
+                say(type="init", text=command.id)
+                say(type="execution_complete", execution_time=0)
         else:
-            try:
-                command.run(say)
-            except OSError:
-                command.kill()  # nobody reads any more
-                raise
-        self.wfile.write(b"0\r\n\r\n")
+            self.follow(command)
+
+    def follow(self, command: Command) -> None:
+        with self.stream(command.kill) as say:
+            say(type="init", text=command.id)
+            command.run(say)
 
     def delete_command(self) -> None:
-        command = COMMANDS[self.query["id"][0]]
-        command.kill()
+        COMMANDS[self.query["id"][0]].kill()
         self.reply(200)
 
     def about_command(self, rest: list[str]) -> None:
         command = COMMANDS.get(rest[-1] if rest[0] == "status" else rest[0])
         if command is None:
             return self.refuse(404, "NOT_FOUND", "no such command")
-        if rest[-1] == "logs":
-            lines = command.output[int(self.query.get("cursor", ["0"])[0]) :]
-            cursor = str(len(command.output))
-            return self.reply(200, "".join(lines).encode(), "text/plain", EXECD_COMMANDS_TAIL_CURSOR=cursor)
-        shown = {"id": command.id, "running": command.finished is None, "started_at": _instant(command.started)}
-        if command.finished is not None:
-            shown |= {"exit_code": command.process.returncode, "finished_at": _instant(command.finished)}
-        return self.reply(200, json.dumps(shown).encode())
+        if rest[-1] != "logs":
+            return self.reply_json(command.status())
+        output = list(command.output)
+        content = "".join(output[int(self.query.get("cursor", ["0"])[0]) :]).encode()
+        return self.reply(200, content, "text/plain", EXECD_COMMANDS_TAIL_CURSOR=str(len(output)))
+
+    def post_session(self) -> None:
+        asked = b"".join(self.body())
+        self.reply_json({"session_id": Session((json.loads(asked) if asked else {}).get("cwd")).id})
+
+    def in_session(self, rest: list[str]) -> None:
+        session = SESSIONS.get(rest[0])
+        if session is None:
+            return self.refuse(404, "CONTEXT_NOT_FOUND", "no such session")
+        if self.command == "POST" and rest[1:] == ["run"]:
+            return self.follow(session.command(self.document()))
+        session.end()
+        return self.reply(200)
 
     def post_files_upload(self) -> None:
-        boundary = b"--" + self.headers["Content-Type"].partition("boundary=")[2].strip('"').encode()
-        metadata: dict = {}
-        for part in (b"\r\n" + b"".join(self.body())).split(b"\r\n" + boundary)[1:-1]:
-            head, _, content = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-            if b'name="metadata"' in head:
-                metadata = json.loads(content)
-                continue
-            os.makedirs(os.path.dirname(metadata["path"]) or "/", exist_ok=True)
-            with open(metadata["path"], "wb") as file:
-                file.write(content)
-            os.chmod(metadata["path"], int(str(metadata.get("mode") or 644), 8))
+        files.upload(self.headers["Content-Type"], b"".join(self.body()))
         self.reply(200)
 
     def get_files_download(self) -> None:
-        with open(self.query["path"][0], "rb") as file:
-            content = file.read()
-        if "offset" in self.query or "limit" in self.query:
-            first = int(self.query.get("offset", ["1"])[0]) - 1
-            count = int(self.query["limit"][0]) if "limit" in self.query else None
-            content = b"".join(content.splitlines(keepends=True)[first:][:count])
-        kind, size = "application/octet-stream", len(content)
-        asked = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
-        if not asked[1]:
+        first, count = (int(self.query[name][0]) if name in self.query else None for name in ("offset", "limit"))
+        content, kind = files.read(self.query["path"][0], first, count), "application/octet-stream"
+        if "Range" not in self.headers:
             return self.reply(200, content, kind)
-        first = int(asked[0]) if asked[0] else size - int(asked[2])
-        last = min(size - 1, int(asked[2])) if asked[0] and asked[2] else size - 1
-        return self.reply(206, content[first : last + 1], kind, Content_Range=f"bytes {first}-{last}/{size}")
+        try:
+            begin, end = files.span(self.headers["Range"], len(content))
+        except ValueError as error:
+            return self.refuse(416, "UNKNOWN", str(error))
+        return self.reply(206, content[begin : end + 1], kind, Content_Range=f"bytes {begin}-{end}/{len(content)}")
 
     def get_files_info(self) -> None:
-        self.reply(200, json.dumps({path: _info(path) for path in self.query["path"]}).encode())
+        self.reply_json({path: files.info(path) for path in self.query.get("path", [])})
 
-    def delete_files(self) -> None:
-        for path in self.query["path"]:
-            os.unlink(path)
+    def get_files_search(self) -> None:
+        self.reply_json(files.search(self.query["path"][0], self.query.get("pattern", ["*"])[0]))
+
+    def post_files_permissions(self) -> None:
+        for path, wanted in self.document().items():
+            files.set_permissions(path, wanted)
         self.reply(200)
 
+    def post_files_mv(self) -> None:
+        for each in self.document():
+            files.move(each["src"], each["dest"])
+        self.reply(200)
+
+    def post_files_replace(self) -> None:
+        changes = self.document().items()
+        counts = {path: {"replacedCount": files.replace(path, each["old"], each["new"])} for path, each in changes}
+        if self.query.get("verbose") == ["true"]:
+            return self.reply_json(counts)
+        return self.reply(200)
+
+    def delete_files(self) -> None:
+        for path in self.query.get("path", []):
+            files.remove_file(path)
+        self.reply(200)
+
+    def get_directories_list(self) -> None:
+        self.reply_json(list(files.entries(self.query["path"][0], int(self.query.get("depth", ["1"])[0]))))
+
     def post_directories(self) -> None:
-        for path, options in self.document().items():
-            os.makedirs(path, exist_ok=True)
-            os.chmod(path, int(str(options.get("mode") or 755), 8))
+        for path, wanted in self.document().items():
+            files.make_folder(path, wanted)
         self.reply(200)
 
     def delete_directories(self) -> None:
-        for path in self.query["path"]:
-            shutil.rmtree(path)
+        for path in self.query.get("path", []):
+            files.remove_folder(path)
         self.reply(200)
 
     # to a program in the sandbox
@@ -272,11 +280,14 @@ class Agent(BaseHTTPRequestHandler):
         head += [f"{name}: {value}" for name, value in kept]
         backend.sendall("\r\n".join([*head, "", ""]).encode("latin-1"))
         threading.Thread(target=self.send_on, args=(backend, bool(upgrade)), daemon=True).start()
-        try:
-            while data := backend.recv(CHUNK):
+        with suppress(OSError), backend.makefile("rb") as answer:
+            while (head := _head(answer)).startswith(INTERIM):
+                self.wfile.write(head)
+            # It is closed after this answer. A client that is not told would send its next request into the end.
+            closing = b"" if head.startswith(SWITCHING) else b"Connection: close\r\n"
+            self.wfile.write(head.removesuffix(b"\r\n") + closing + b"\r\n")
+            while data := answer.read1(CHUNK):
                 self.wfile.write(data)
-        except OSError:
-            pass
         _shut(backend)
         return _shut(self.connection)
 
@@ -296,48 +307,28 @@ class Agent(BaseHTTPRequestHandler):
         _shut(backend)
 
 
+def _head(answer: io.BufferedIOBase) -> bytes:
+    """Of an answer, with its empty line, without what is about the backend's connection unless it has switched."""
+    lines: list[bytes] = []
+    while (line := answer.readline()) not in (b"\r\n", b"\n"):
+        if not line:
+            raise ConnectionResetError("the program ended its connection before its answer")
+        lines.append(line)
+    if not lines[0].startswith(SWITCHING):
+        lines = [line for line in lines if line.partition(b":")[0].lower() not in (b"connection", b"keep-alive")]
+    return b"".join(lines) + b"\r\n"
+
+
 def _shut(connection: socket.socket) -> None:
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _instant(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def _info(path: str) -> dict:
-    shown = os.lstat(path)
-    at = _instant(shown.st_mtime)
-    kind = "directory" if os.path.isdir(path) else "file"
-    named = {"owner": _named("/etc/passwd", shown.st_uid), "group": _named("/etc/group", shown.st_gid)}
-    mode = int(f"{shown.st_mode & 0o7777:o}")
-    return {
-        "path": path,
-        "size": shown.st_size,
-        "modified_at": at,
-        "created_at": at,
-        "mode": mode,
-        "type": kind,
-    } | named
-
-
-def _named(table: str, number: int) -> str:
-    rows = [line.split(":") for line in _lines(table)]
-    return next((row[0] for row in rows if row[2:] and row[2].strip() == str(number)), str(number))
-
-
-def _env_file() -> dict[str, str]:
-    path = ENV.get("EXECD_ENVS", "/opt/opensandbox/.env")
-    rows = (line.removeprefix("export ").partition("=") for line in _lines(path))
-    return {name: "".join(shlex.split(value)) for name, is_row, value in rows if is_row}
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        with open(path) as file:
-            return file.read().splitlines()
-    except FileNotFoundError:
-        return []
+def _metrics() -> dict:
+    memory = dict(line.split(":", 1) for line in lines_of("/proc/meminfo"))
+    total, free = (int(memory[name].split()[0]) / 1024 for name in ("MemTotal", "MemAvailable"))
+    shown = {"cpu_count": float(os.cpu_count() or 1), "cpu_used_pct": 0.0, "mem_total_mib": total}
+    return shown | {"mem_used_mib": total - free, "timestamp": int(time.time() * 1000)}
 
 
 class Server(ThreadingHTTPServer):
@@ -345,7 +336,9 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, *_: object) -> None:
-        pass  # clients go as they like
+        """Clients go as they like; any other end of a connection is a fault of this program, which its log tells."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            traceback.print_exc()
 
 
 def main(arguments: list[str]) -> None:
