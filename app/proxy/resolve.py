@@ -58,6 +58,7 @@ class Target(Struct, frozen=True):
 
     sandbox_id: UUID
     generation: int
+    run: int
     host: str
     port: int
     path: str
@@ -109,6 +110,7 @@ def target_of(sandbox: Sandbox, port: int, key: bytes, own_host: str) -> Target:
     return Target(
         sandbox.id,
         sandbox.generation,
+        sandbox.run,
         own_host if host in _WILDCARDS else host,
         int(number),
         "" if port == AGENT_PORT else f"/proxy/{port}",

@@ -223,6 +223,9 @@ class ProxySettings(Table, frozen=True):
     server; the agent then asks the caller for its token."""
     public_address: PublicAddress = ""
     """Address of this server in endpoints that lead through it; wins over `server.eip` and the request's own host."""
+    drain_seconds: WholeSeconds = 30
+    """Seconds that open streams and WebSockets get to finish at shutdown. What supervises the server has to wait longer
+    than that before it kills it."""
 
 
 _MIN_CONNECTIONS = 5
