@@ -1,10 +1,9 @@
 """The HTTP client to sandboxes: aiohttp's, behind this seam, without its habits.
 
-* No cookie is kept, no redirect followed, no body decompressed, no header added, no proxy of the environment used.
+* It is a session as `app.agent.session` makes them. No redirect is followed and no header added.
 * The request target is written as it is given: it stands as the path of a URL that says of itself that it is encoded.
-* Nothing is repeated. aiohttp would send a PUT or a DELETE again when the connection ends without an answer. A request
-  is repeated here only when it has no body, changes nothing by its method, and met a kept connection that ended before
-  the first byte of the answer; then once, on a new connection. Other requests always get a new connection.
+* A request is repeated only when it has no body, changes nothing by its method, and met a kept connection that ended
+  before the first byte of the answer; then once, on a new connection. Other requests always get a new connection.
 * A request may ask for another protocol. When the answer is 101, the connection leaves aiohttp with what came behind
   the head, so nothing of it is parsed (`Answer.take`).
 * Connections are kept by sandbox, generation and port, so what one sandbox writes behind its answer never reaches a
@@ -33,6 +32,7 @@ from msgspec import Struct
 from multidict import CIMultiDict
 from yarl import URL
 
+from app.agent.session import plain_session
 from app.proxy.resolve import Target
 
 CONNECT_SECONDS: Final = 5.0
@@ -170,20 +170,15 @@ class _Request(aiohttp.ClientRequest):
 
 
 def _session(*, force_close: bool) -> aiohttp.ClientSession:
-    session = aiohttp.ClientSession(
-        connector=_Connector(force_close=force_close),
-        cookie_jar=aiohttp.DummyCookieJar(),
+    return plain_session(
+        _Connector(force_close=force_close),
+        aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
         request_class=_Request,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-        auto_decompress=False,
-        trust_env=False,
         read_bufsize=READ_BYTES,
         max_line_size=MAX_HEAD_BYTES,
         max_field_size=MAX_HEAD_BYTES,
         max_headers=_MAX_HEADERS,
     )
-    session._retry_connection = False  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - it has no public switch
-    return session
 
 
 async def _request(session: aiohttp.ClientSession, outgoing: Outgoing) -> Answer:

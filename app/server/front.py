@@ -20,13 +20,13 @@ from app.proxy.http import Admit, Options, Relay
 from app.proxy.inbound import Receive, Scope, Send, exchange_of
 from app.proxy.limits import Limits, with_descriptors
 from app.proxy.refusals import Refusal, invalid_header
-from app.proxy.resolve import Resolver
+from app.proxy.resolve import Resolver, Way
 from app.server.assembly import Opened
+from app.server.network import engine_host
 from app.settings import is_loopback
 
 App: TypeAlias = Any
 """An ASGI application."""
-_LOOPBACK = "127.0.0.1"
 _LOOKED_AT = {name.encode(): name for name in ("host", "origin", "sec-fetch-site", API_KEY)}
 """Of these depends who may call."""
 _ACTS = "CONNECT"
@@ -88,7 +88,12 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
             loopback_only=is_loopback(settings.server.host),
             is_open=settings.proxy.auth == "open",
         ),
-        Resolver(parts.service.view, parts.signal, parts.keys.token, settings.docker.host_ip or _LOOPBACK, stopping),
+        Resolver(
+            parts.service.view,
+            parts.signal,
+            Way(parts.keys.token, engine_host(settings), has_agents=bool(settings.runtime.execd_image)),
+            stopping,
+        ),
         Options(
             via=f"sandledger-{str(parts.installation)[:8]}",
             adds_token=settings.proxy.auth != "open",

@@ -31,19 +31,17 @@ from typing import Final
 
 from msgspec import Struct
 
+from app.domain.sandbox import address as addresses
+from app.domain.sandbox.address import AGENT_PORT, HOST_NETWORK
 from app.domain.sandbox.decide import visible
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.sandbox.status import Attempt, status_of
 from app.errors import Conflict, NotFound, Rejected, Unsupported
 
-AGENT_PORT: Final = 44772
-"""Where the agent listens inside the sandbox."""
 HTTP_PORT: Final = 8080
 """The port of the user's own program that is published beside the agent's."""
 TOKEN_HEADER: Final = "X-EXECD-ACCESS-TOKEN"  # noqa: S105 - the name of a header
 GENERATION_HEADER: Final = "Sandledger-Generation"
-HOST_NETWORK: Final = "host"
-"""How the engine names the network of a container that shares the machine's."""
 MAX_PORT: Final = 65535
 _ONLY_FROM_HERE = ("NETWORK_NOT_REACHABLE", "ADVERTISED_NOT_REACHABLE")
 """Reasons that hold for the place of the probe only. A client may stand elsewhere, so it gets the endpoint."""
@@ -99,11 +97,8 @@ def is_awaited(sandbox: Sandbox, asked: Asked, network: Network) -> bool:
 
 
 def has_agent(sandbox: Sandbox, network: Network) -> bool:
-    """Whether an agent is in it: its published port says so; where nothing is published, the settings do."""
-    address = sandbox.address
-    if address is None or address.network == HOST_NETWORK:
-        return network.agent
-    return str(AGENT_PORT) in address.ports
+    """Whether an agent is in it."""
+    return addresses.has_agent(sandbox.address, configured=network.agent)
 
 
 def resolve(sandbox: Sandbox, asked: Asked, network: Network, token: str) -> Endpoint:
