@@ -1,7 +1,8 @@
-"""The headers of a request to a sandbox, and of its answer, in the form with the path. Pure.
+"""The headers of a request to a sandbox, and of its answer. Pure.
 
-All sandboxes share the origin of this server in this form. So `Authorization` and `Cookie` of the origin never reach a
-sandbox, and what a sandbox sets is confined to its own prefix.
+In the form with the path all sandboxes share the origin of this server. So `Authorization` and `Cookie` of the origin
+never reach a sandbox, and what a sandbox sets is confined to its own prefix. In the form with the host (in brackets
+below) each port of a sandbox has an origin of its own, and these headers are the program's.
 
 ====================================== =================================== ====================================
 Header                                 to the sandbox                      to the client
@@ -11,8 +12,9 @@ hop-by-hop, and all in `Connection`    removed                             remov
 our own (key, `Sandledger-*`, …)       removed                             `Sandledger-*` removed
 `X-EXECD-ACCESS-TOKEN`                 ours, for the agent only            kept
 `OPENSANDBOX-EGRESS-AUTH`              kept for port 18080 only            kept
-`Authorization`, `Cookie`              removed                             kept
-`Set-Cookie`                           kept                                no `Domain`, `Path` under the prefix
+`Authorization`, `Cookie`              removed [kept]                      kept
+`Set-Cookie`                           kept                                no `Domain`; `Path` under the prefix
+                                                                           [kept]
 `Host`                                 the client's                        kept
 `X-Forwarded-*`, `Forwarded`,          replaced by ours                    kept
 `X-Real-IP`
@@ -60,9 +62,7 @@ _HOP_BY_HOP: Final = frozenset(
 _TOKEN: Final = TOKEN_HEADER.lower().encode()
 _EGRESS: Final = b"opensandbox-egress-auth"
 _NEVER_SENT: Final = _HOP_BY_HOP | {
-    b"authorization",
     b"content-length",
-    b"cookie",
     b"expect",
     b"forwarded",
     b"host",
@@ -72,6 +72,7 @@ _NEVER_SENT: Final = _HOP_BY_HOP | {
     b"x-real-ip",
     b"x-request-id",
 }
+_NOT_FROM_OUR_ORIGIN: Final = _NEVER_SENT | {b"authorization", b"cookie"}
 _OURS: Final = b"sandledger-"
 _FORWARDED: Final = b"x-forwarded-"
 _NO_BODY: Final = (204, 304)
@@ -85,7 +86,7 @@ class Passage(Struct, frozen=True):
     """What a request's way through this server adds to it."""
 
     prefix: str
-    """Path up to the port, as the client sees it."""
+    """Path up to the port, as the client sees it. Empty: the port has an origin of its own."""
     port: int
     token: str | None
     """Of the agent; None = the caller sends its own."""
@@ -113,9 +114,10 @@ def to_sandbox(headers: Headers, passage: Passage) -> list[tuple[bytes, bytes]]:
     host = passage.host or passage.address.encode()
     sent: list[tuple[bytes, bytes]] = [(b"host", host)]
     encoded = False
+    kept_back = _NOT_FROM_OUR_ORIGIN if passage.prefix else _NEVER_SENT
     for name, value in headers:
         plain = name.replace(b"_", b"-")
-        if plain in _NEVER_SENT or plain in named or plain.startswith((_OURS, _FORWARDED)):
+        if plain in kept_back or plain in named or plain.startswith((_OURS, _FORWARDED)):
             continue
         if plain == _TOKEN and passage.token is not None:
             continue
@@ -160,7 +162,7 @@ def _forwarded(passage: Passage) -> list[tuple[bytes, bytes]]:
         (b"x-forwarded-for", client.encode()),
         (b"x-forwarded-proto", scheme.encode()),
         *([(b"x-forwarded-host", passage.host)] if passage.host else []),
-        (b"x-forwarded-prefix", passage.prefix.encode()),
+        *([(b"x-forwarded-prefix", passage.prefix.encode())] if passage.prefix else []),
         (b"x-real-ip", client.encode()),
         (b"forwarded", ";".join(pairs).encode("latin-1")),
     ]

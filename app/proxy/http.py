@@ -49,11 +49,12 @@ from app.proxy.refusals import (
     too_slow,
 )
 from app.proxy.resolve import Resolver, Target, generation_of
+from app.proxy.route import Route
 from app.proxy.splice import HALF_CLOSED_SECONDS, splice
 from app.proxy.watch import watch
 
-Admit: TypeAlias = Callable[[Headers, str], str]
-"""From the headers and the method of a request to the tenant that it is from. Raises `Refusal`."""
+Admit: TypeAlias = Callable[[Headers, Route], str]
+"""From the headers and the route of a request to the tenant that it is from. Raises `Refusal`."""
 IDLE_SECONDS: Final = 180.0
 _PROVE_SECONDS: Final = 2.0
 _UNAUTHORISED: Final = 401
@@ -106,7 +107,7 @@ class Relay:
         """Answer one request."""
         inbound, route = Inbound(exchange, scope, receive), exchange.route
         try:
-            tenant = self._admit(scope["headers"], scope["method"])
+            tenant = self._admit(scope["headers"], route)
             if route.port is None:
                 raise invalid_port()
             inbound.frame()
@@ -204,9 +205,9 @@ class _Stream:
         return answer, passage
 
     def _prefix(self) -> str:
-        """The path up to the port as the client sees it."""
+        """The path up to the port as the client sees it. Empty in the form with the host."""
         external, own = self._options.external_path, self._route.prefix
-        return own if external is None else external + own[own.index("/sandboxes/") :]
+        return own if external is None or not own else external + own[own.index("/sandboxes/") :]
 
     async def _sent(self, outgoing: Outgoing) -> Answer:
         try:

@@ -21,6 +21,7 @@ from app.proxy.inbound import Receive, Scope, Send, exchange_of
 from app.proxy.limits import Limits, with_descriptors
 from app.proxy.refusals import Refusal, invalid_header
 from app.proxy.resolve import Resolver, Way
+from app.proxy.route import Route
 from app.server.assembly import Opened
 from app.server.network import engine_host
 from app.settings import is_loopback
@@ -52,13 +53,14 @@ class Front:
 def admission(authenticate: Authenticate | None, *, loopback_only: bool, is_open: bool = False) -> Admit:
     """Who may send a request to a sandbox. `is_open`: everybody, as on the public server."""
 
-    def admit(headers: Sequence[tuple[bytes, bytes]], _method: str) -> str:
+    def admit(headers: Sequence[tuple[bytes, bytes]], route: Route) -> str:
         if authenticate is not None and is_open:
             return ANONYMOUS.tenant
         found = _by_name(headers)
         try:
             if authenticate is None:
-                check_keyless(found, _ACTS, loopback_only=loopback_only)
+                # A host that names a sandbox is under the operator's own domain, so no page can have it rebound.
+                check_keyless(found, _ACTS, loopback_only=loopback_only and bool(route.prefix))
                 return ANONYMOUS.tenant
             return principal_of(found, authenticate).tenant
         except Problem as problem:

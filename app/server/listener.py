@@ -113,13 +113,19 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def domain_of(wildcard: str) -> str:
+    """The domain of `[proxy] wildcard`, as hosts are compared with it; empty = there is none."""
+    return wildcard.removeprefix("*.").partition(":")[0].lower()
+
+
 def uvicorn_server(settings: Settings, app: Any, waiters: Waiters | None = None) -> Listener:
     """Uvicorn with our protocol on an ASGI application, not yet serving. `limit_concurrency` does not count the
     `waiters`.
     """
     server = settings.server
     # uvicorn makes the instances itself, so they find what they share in their class.
-    protocol = type(HttpProtocol.__name__, (HttpProtocol,), {"waiters": waiters})
+    shared = {"waiters": waiters, "domain": domain_of(settings.proxy.wildcard).encode()}
+    protocol = type(HttpProtocol.__name__, (HttpProtocol,), shared)
     return Listener(
         uvicorn.Config(
             app,

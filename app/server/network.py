@@ -36,6 +36,7 @@ def network_of(settings: Settings, environ: Mapping[str, str], root: Path = Path
         outbound=outbound_address() if listens_everywhere else LOOPBACK,
         public_address=proxy.public_address,
         open_proxy=proxy.auth == "open",
+        wildcard=proxy.wildcard.removeprefix("*."),
     )
 
 

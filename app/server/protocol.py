@@ -78,6 +78,8 @@ class HttpProtocol(HttpToolsProtocol):
     head_within_seconds = 30.0
     waiters: ClassVar[Waiters | None] = None
     """The requests of this process that only wait."""
+    domain: ClassVar[bytes] = b""
+    """Of the hosts that name a sandbox and a port; empty = there are none."""
     idle_since: float = 0.0
     _head: int | None = 0
     """Bytes read of a head that is not complete; None while a body is read."""
@@ -176,6 +178,10 @@ class HttpProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
 
+    def _route(self) -> Route | None:
+        host = next((value for name, value in self.headers if name == b"host"), b"") if self.domain else b""
+        return route(self.url, host.strip(), self.domain)
+
     def _is_handshake(self) -> bool:
         """Whether the head that was parsed last begins a WebSocket to a sandbox."""
         named = [(name, value.strip().lower()) for name, value in self.headers]
@@ -187,7 +193,7 @@ class HttpProtocol(HttpToolsProtocol):
             and not has_body
             and (self.parser.get_method(), self.parser.get_http_version()) == (b"GET", "1.1")
             and [value for name, value in named if name == b"upgrade"] == [WEBSOCKET]
-            and route(self.url) is not None
+            and self._route() is not None
         )
 
     def on_headers_complete(self) -> None:
@@ -196,7 +202,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._end_head()
         self._head, self._spilt = None, 0
-        found = route(self.url)
+        found = self._route()
         if found is None:
             self.app: Any = _crowded if self._is_crowded() else self._served
             super().on_headers_complete()

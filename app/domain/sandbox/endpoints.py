@@ -9,6 +9,7 @@ host network                    `<host>:<port>`                         the agen
 published port 8080             `<host>:<published 8080>`               none
 any other port, with an agent   `<host>:<published 44772>/proxy/<port>` the agent's token
 through this server             `<base>/sandboxes/<id>/proxy/<port>`    none; the token where the proxy is open
+the same, with a wildcard       `<port>-<id>.<domain>`                  the same
 =============================== ======================================= =================================
 
 The agent asks for its token on every path, so it goes with each endpoint that leads to the agent. The proxy of this
@@ -65,6 +66,8 @@ class Network(Struct, frozen=True):
     public_address: str = ""
     open_proxy: bool = False
     """Whether the proxy lets in callers without a key."""
+    wildcard: str = ""
+    """The domain, with a port if need be, under which every port of every sandbox has a host; empty = there is none."""
 
 
 class Asked(Struct, frozen=True):
@@ -177,6 +180,8 @@ def _direct(sandbox: Sandbox, port: int, network: Network) -> str:
 
 
 def _through_server(sandbox: Sandbox, asked: Asked, network: Network) -> str:
+    if network.wildcard:
+        return f"{asked.port}-{sandbox.id}.{network.wildcard}"
     chosen = network.public_address or network.eip
     base = _without_scheme(chosen).rstrip("/") if chosen else f"{asked.host}{asked.mount}"
     return f"{base}/sandboxes/{sandbox.id}/proxy/{asked.port}"
