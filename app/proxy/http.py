@@ -36,6 +36,7 @@ from msgspec.structs import replace
 
 from app.agent.token import TOKEN_HEADER
 from app.proxy.client import Answer, AnswerFailed, Client, ConnectFailed, Cut, Outgoing
+from app.proxy.cors import PREFLIGHT, is_preflight, readable
 from app.proxy.heads import Headers, Passage, to_client, to_sandbox
 from app.proxy.inbound import Exchange, Inbound, Receive, Scope, Send
 from app.proxy.limits import Limits, Stream, Streams
@@ -73,6 +74,8 @@ class Options(Struct, frozen=True):
     external_path: str | None = None
     """The path before `/sandboxes`, as clients see it; None = as they sent it."""
     limits: Limits = Limits()
+    cors: bool = False
+    """Whether pages of other origins may call, see `app.proxy.cors`."""
     idle_seconds: float = IDLE_SECONDS
     half_closed_seconds: float = HALF_CLOSED_SECONDS
     """How long one direction of a WebSocket may outlive the other."""
@@ -106,6 +109,9 @@ class Relay:
     async def __call__(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         inbound, route = Inbound(exchange, scope, receive), exchange.route
+        if self._options.cors and is_preflight(scope["method"], inbound.headers):
+            await _answer(204, PREFLIGHT, b"", inbound, send)
+            return
         try:
             tenant = self._admit(scope["headers"], route)
             if route.port is None:
@@ -120,7 +126,7 @@ class Relay:
                 if not stream.spliced:
                     place.leave()
         except Refusal as refusal:
-            await _refuse(refusal, inbound, send)
+            await _refuse(refusal, inbound, send, cors=self._options.cors)
 
 
 class _Stream:
@@ -257,6 +263,8 @@ class _Stream:
         """Pass the answer on."""
         inbound, send = self._inbound, self._send
         headers = to_client(answer.status, answer.headers, passage)
+        if self._options.cors:
+            headers += readable(inbound.headers, headers)
         if not inbound.ended:
             headers.append(_CLOSE)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -283,19 +291,25 @@ class _Stream:
             exchange.abort()
 
 
-async def _refuse(refusal: Refusal, inbound: Inbound, send: Send) -> None:
+async def _refuse(refusal: Refusal, inbound: Inbound, send: Send, *, cors: bool) -> None:
     """A whole error answer."""
     body = refusal.body
-    headers: list[tuple[bytes, bytes]] = [
+    headers = [
         *((name.encode(), value.encode()) for name, value in refusal.headers),
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (ERROR_HEADER, refusal.code.encode()),
-        (b"x-request-id", inbound.request_id.encode()),
+        *(readable(inbound.headers, ()) if cors else ()),
     ]
+    await _answer(refusal.status, headers, body, inbound, send)
+
+
+async def _answer(status: int, headers: Headers, body: bytes, inbound: Inbound, send: Send) -> None:
+    """A whole answer of ours. What is left of the request's body is thrown away."""
+    headers = [*headers, (b"x-request-id", inbound.request_id.encode())]
     if not inbound.ended:
         headers.append(_CLOSE)
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     if not inbound.ended:
         await send({"type": "http.response.body", "body": body, "more_body": True})
         await inbound.linger()

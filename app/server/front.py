@@ -84,12 +84,9 @@ def _by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
 def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
     """The relay of a server. Made inside the event loop; close it after the listener."""
     settings = parts.settings
+    authenticate, is_open = built_in(settings.server.api_key, parts.sealer), settings.proxy.auth == "open"
     return Relay(
-        admission(
-            built_in(settings.server.api_key, parts.sealer),
-            loopback_only=is_loopback(settings.server.host),
-            is_open=settings.proxy.auth == "open",
-        ),
+        admission(authenticate, loopback_only=is_loopback(settings.server.host), is_open=is_open),
         Resolver(
             parts.service.view,
             parts.signal,
@@ -98,7 +95,8 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
         ),
         Options(
             via=f"sandledger-{str(parts.installation)[:8]}",
-            adds_token=settings.proxy.auth != "open",
+            adds_token=not is_open,
+            cors=authenticate is not None and not is_open,
             external_path=external_path(settings.proxy.public_address or settings.server.eip),
             limits=with_descriptors(Limits()),
         ),

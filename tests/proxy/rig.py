@@ -253,7 +253,7 @@ async def serving(
     relay = Relay(
         admission(authenticate, loopback_only=context.loopback_only, is_open=is_open),
         resolver,
-        options or Options(VIA, adds_token=not is_open),
+        options or Options(VIA, adds_token=not is_open, cors=authenticate is not None and not is_open),
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
