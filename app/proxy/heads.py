@@ -24,9 +24,14 @@ our own (key, `Sandledger-*`, …)       removed                             `Sa
 `Location`                             kept                                under the prefix, if it is the
                                                                            program's own
 `Server`                               kept                                removed
+`Content-Security-Policy`              kept                                kept; `sandbox` beside it on pages
+                                                                           [kept]
 `X-Request-ID`                         passed, or made                     ours, if the program sets none
 `Via`                                  ours added; four of ours: refused   kept
 ====================================== =================================== ====================================
+
+A page of a sandbox in the form with the path would be a page of this server: its script could use the API as whoever
+looks at it, where no key is needed, and read what a console keeps. `sandbox` gives it an origin of no one.
 
 A name that is removed from requests is removed with `_` for `-` too: many frameworks take the two for one, and a caller
 could forge with one what we replace in the other.
@@ -76,9 +81,13 @@ _NOT_FROM_OUR_ORIGIN: Final = _NEVER_SENT | {b"authorization", b"cookie"}
 _OURS: Final = b"sandledger-"
 _FORWARDED: Final = b"x-forwarded-"
 _NO_BODY: Final = (204, 304)
+_NO_PAGE: Final = (101, *_NO_BODY)
 _QUOTABLE: Final = re.compile(r"[!#-\[\]-~]*")
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
+_PAGE: Final = re.compile(rb"\s*(text/html|[^;]*xml)", re.IGNORECASE)
+"""Types that a browser shows as a page with scripts. It also looks for one where no type is given."""
+_SANDBOX: Final = (b"content-security-policy", b"sandbox allow-scripts allow-forms allow-popups allow-downloads")
 _AUTHORITY: Final = re.compile(rb"(https?)://([^/?#]*)(.*)", re.DOTALL | re.IGNORECASE)
 
 
@@ -101,6 +110,8 @@ class Passage(Struct, frozen=True):
     request_id: str
     via: str
     """Our name in `Via`."""
+    same_origin_pages: bool = False
+    """Whether pages of sandboxes may be pages of this server."""
 
 
 def to_sandbox(headers: Headers, passage: Passage) -> list[tuple[bytes, bytes]]:
@@ -201,7 +212,16 @@ def to_client(status: int, headers: Headers, passage: Passage) -> list[tuple[byt
             sent.append((name, relocated(value, passage)))
         else:
             sent.append((name, value))
-    return sent if known else [*sent, (b"x-request-id", passage.request_id.encode())]
+    if not known:
+        sent.append((b"x-request-id", passage.request_id.encode()))
+    if passage.prefix and not passage.same_origin_pages and status not in _NO_PAGE and _may_be_page(sent):
+        sent.append(_SANDBOX)
+    return sent
+
+
+def _may_be_page(headers: Headers) -> bool:
+    types = [value for name, value in headers if name == b"content-type"]
+    return not types or any(_PAGE.match(each) for each in types)
 
 
 def confined(cookie: bytes, prefix: str) -> bytes:

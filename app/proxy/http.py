@@ -76,6 +76,8 @@ class Options(Struct, frozen=True):
     limits: Limits = Limits()
     cors: bool = False
     """Whether pages of other origins may call, see `app.proxy.cors`."""
+    same_origin_pages: bool = False
+    """Whether pages of sandboxes may be pages of this server, in the form with the path."""
     idle_seconds: float = IDLE_SECONDS
     half_closed_seconds: float = HALF_CLOSED_SECONDS
     """How long one direction of a WebSocket may outlive the other."""
@@ -194,6 +196,7 @@ class _Stream:
             scheme=scope["scheme"],
             request_id=inbound.request_id,
             via=self._options.via,
+            same_origin_pages=self._options.same_origin_pages,
         )
         rest = route.rest.decode("latin-1")
         outgoing = Outgoing(

@@ -99,6 +99,7 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
             cors=authenticate is not None and not is_open,
             external_path=external_path(settings.proxy.public_address or settings.server.eip),
             limits=with_descriptors(Limits()),
+            same_origin_pages=settings.proxy.same_origin_pages,
         ),
     )
 

@@ -228,6 +228,9 @@ class ProxySettings(Table, frozen=True):
     """Domain whose names all lead to this server, such as `*.sandboxes.example.com`; empty = none. Each port of each
     sandbox then has an origin of its own, `{port}-{id}.sandboxes.example.com`, and endpoints that lead through this
     server name it."""
+    same_origin_pages: bool = False
+    """Whether a page of a sandbox that is reached by path may act as a page of this server. Only for sandboxes whose
+    programs are trusted like the server itself."""
     drain_seconds: WholeSeconds = 30
     """Seconds that open streams and WebSockets get to finish at shutdown. What supervises the server has to wait longer
     than that before it kills it."""

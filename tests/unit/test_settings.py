@@ -410,6 +410,7 @@ resolve_internal = false
 auth = "open"
 public_address = "https://proxy.example.com"
 wildcard = "*.sandboxes.example.com:8443"
+same_origin_pages = true
 drain_seconds = 5
 [store]
 type = "sqlite"
