@@ -23,6 +23,7 @@ import errno
 import aiohttp
 from msgspec import Struct
 
+from app.agent.session import plain_session
 from app.agent.token import TOKEN_HEADER
 
 CONNECT_SECONDS = 1.0
@@ -64,12 +65,10 @@ class Prober:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = aiohttp.ClientSession(
+            self._session = plain_session(
                 # A connection that is kept would be one to a container that may have ended since.
-                connector=aiohttp.TCPConnector(force_close=True, limit=0),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS),
-                trust_env=False,
+                aiohttp.TCPConnector(force_close=True, limit=0),
+                aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS),
             )
         return self._session
 

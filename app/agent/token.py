@@ -9,7 +9,8 @@ from __future__ import annotations
 import hmac
 from uuid import UUID
 
-from app.domain.sandbox.endpoints import AGENT_PORT, TOKEN_HEADER
+from app.domain.sandbox.address import AGENT_PORT
+from app.domain.sandbox.endpoints import TOKEN_HEADER
 
 __all__ = ["AGENT_PORT", "TOKEN_HEADER", "agent_token"]
 _PURPOSE = b"agent"

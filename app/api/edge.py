@@ -16,8 +16,9 @@ send none of it, and hold the connection for ever. When the process is asked to 
 lets a request through with its principal, see `app.api.auth`. Browsers of other origins may call, without
 credentials, when keys exist. Without keys no cross-origin header is ever sent.
 
-Our own listener has no WebSockets (`app.server.protocol`). What both layers do with them guards the application on
-other ASGI servers, where a WebSocket would otherwise come to the router without a key.
+Our own listener has WebSockets to sandboxes only, which do not come here (`app.server.protocol`). What both layers do
+with them guards the application on other ASGI servers, where a WebSocket would otherwise come to the router without a
+key.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ command of a known caller becomes a record beside it. All paths below `/v1` are 
 routes of the public contract (network policies, diagnostics, snapshots, pools, templates) answer 501.
 
 `/v1/sandboxes/{sandboxId}/proxy/{port}/...` passes a request of any method on to the program that listens on this port
-in the sandbox, byte by byte. It has no entry below, because what it takes and answers is the program's. Errors of this
-server have the header `Sandledger-Error`.
+in the sandbox, byte by byte, and carries WebSockets. It has no entry below, because what it takes and answers is the
+program's. Errors of this server have the header `Sandledger-Error`.
 
 Errors are always `{"code", "message"}`; 422 adds `detail`. No answer repeats a value that was sent.
 """

@@ -1,10 +1,11 @@
 """The HTTP client to sandboxes: aiohttp's, behind this seam, without its habits.
 
-* No cookie is kept, no redirect followed, no body decompressed, no header added, no proxy of the environment used.
+* It is a session as `app.agent.session` makes them. No redirect is followed and no header added.
 * The request target is written as it is given: it stands as the path of a URL that says of itself that it is encoded.
-* Nothing is repeated. aiohttp would send a PUT or a DELETE again when the connection ends without an answer. A request
-  is repeated here only when it has no body, changes nothing by its method, and met a kept connection that ended before
-  the first byte of the answer; then once, on a new connection. Other requests always get a new connection.
+* A request is repeated only when it has no body, changes nothing by its method, and met a kept connection that ended
+  before the first byte of the answer; then once, on a new connection. Other requests always get a new connection.
+* A request may ask for another protocol. When the answer is 101, the connection leaves aiohttp with what came behind
+  the head, so nothing of it is parsed (`Answer.take`).
 * Connections are kept by sandbox, generation and port, so what one sandbox writes behind its answer never reaches a
   request to another.
 * Heads of answers are strict: lines end in CR LF, nothing is folded, 64 KiB at most. aiohttp's parser is lenient in
@@ -21,7 +22,7 @@ import re
 import socket
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -31,6 +32,7 @@ from msgspec import Struct
 from multidict import CIMultiDict
 from yarl import URL
 
+from app.agent.session import plain_session
 from app.proxy.resolve import Target
 
 CONNECT_SECONDS: Final = 5.0
@@ -74,6 +76,8 @@ class Outgoing(Struct, frozen=True):
     body: AsyncIterator[bytes] | None = None
     length: int | None = None
     """Of the body; None = in chunks."""
+    upgrade: bytes | None = None
+    """The protocol that is asked for; such a request has no body."""
 
 
 class Answer:
@@ -82,6 +86,8 @@ class Answer:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status = response.status
+        self.switched = response.status == _SWITCHING
+        """Whether the connection speaks the other protocol now."""
         self.headers: Sequence[tuple[bytes, bytes]] = response.raw_headers
 
     async def read(self) -> bytes:
@@ -99,6 +105,17 @@ class Answer:
     def ended(self) -> bool:
         """Whether all of the body was read."""
         return self._response.content.at_eof()
+
+    def take(self) -> tuple[asyncio.Transport, bytes]:
+        """The connection that has switched, which is the caller's from now on, and what came behind the head. It may
+        be closed already.
+        """
+        connection = self._response.connection
+        assert connection is not None, "it is kept while the connection has switched"
+        protocol = cast("_Connection", connection.protocol)
+        carrier, tail = protocol.let_go()
+        self._response.close()
+        return carrier, tail
 
     def abort(self) -> None:
         """Give up what has not been read, and what has not been written. Harmless after the end."""
@@ -124,7 +141,7 @@ class Client:
             ConnectFailed, AnswerFailed: there is none.
         """
         try:
-            if outgoing.body is None and outgoing.method in _KEPT_METHODS:
+            if outgoing.body is None and outgoing.upgrade is None and outgoing.method in _KEPT_METHODS:
                 try:
                     return await _request(self._kept, outgoing)
                 except _Stale:
@@ -153,25 +170,22 @@ class _Request(aiohttp.ClientRequest):
 
 
 def _session(*, force_close: bool) -> aiohttp.ClientSession:
-    session = aiohttp.ClientSession(
-        connector=_Connector(force_close=force_close),
-        cookie_jar=aiohttp.DummyCookieJar(),
+    return plain_session(
+        _Connector(force_close=force_close),
+        aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
         request_class=_Request,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-        auto_decompress=False,
-        trust_env=False,
         read_bufsize=READ_BYTES,
         max_line_size=MAX_HEAD_BYTES,
         max_field_size=MAX_HEAD_BYTES,
         max_headers=_MAX_HEADERS,
     )
-    session._retry_connection = False  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - it has no public switch
-    return session
 
 
 async def _request(session: aiohttp.ClientSession, outgoing: Outgoing) -> Answer:
     target, body = outgoing.target, outgoing.body
     headers = [(name.decode(), value.decode()) for name, value in outgoing.headers]
+    if outgoing.upgrade is not None:
+        headers += [("connection", "Upgrade"), ("upgrade", outgoing.upgrade.decode())]
     if body is not None and outgoing.length is not None:
         headers.append(("content-length", str(outgoing.length)))
     url = URL.build(scheme="http", host=target.host, port=target.port, path=target.path + outgoing.rest, encoded=True)
@@ -185,10 +199,18 @@ async def _request(session: aiohttp.ClientSession, outgoing: Outgoing) -> Answer
         # Part of the key by which aiohttp keeps connections. It has no other meaning without TLS.
         server_hostname=f"{target.sandbox_id}.{target.generation}{target.path}",
     )
-    if response.status == _SWITCHING or response.status > _HIGHEST_STATUS:
+    wrong = response.status > _HIGHEST_STATUS
+    if response.status == _SWITCHING:
+        wrong = outgoing.upgrade is None or _protocols(response.raw_headers) != [outgoing.upgrade]
+    if wrong:
         response.close()
-        raise AnswerFailed(f"the answer has the status {response.status}")
+        raise AnswerFailed(f"the answer has the status {response.status}, and that is no answer to the request")
     return Answer(response)
+
+
+def _protocols(headers: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+    """What the answer says that the connection speaks now."""
+    return [value.strip().lower() for name, value in headers if name.lower() == b"upgrade"]
 
 
 class _Stale(aiohttp.ServerDisconnectedError):
@@ -223,10 +245,15 @@ class _Connection(ResponseHandler):
     """What came of the present head; None = a body is read, or nothing is expected."""
     _silent = True
     """Whether nothing came since the request began."""
+    _carrier: asyncio.Transport | None = None
+    """The transport, also when it is lost."""
+    _ahead: bytes | None = None
+    """What came behind the head of a connection that has switched; None = it has not."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A peer that is gone without a word is noticed after a minute."""
         super().connection_made(transport)
+        self._carrier = cast("asyncio.Transport", transport)
         taken = transport.get_extra_info("socket")
         if taken is not None:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -240,7 +267,12 @@ class _Connection(ResponseHandler):
         super().set_response_params(**named)
 
     def data_received(self, data: bytes) -> None:
-        """Let the parser see heads that are well-formed only, and nothing that nobody asked for."""
+        """Let the parser see heads that are well-formed only, and nothing that was not asked for."""
+        if self._ahead is not None:
+            self._ahead += data
+            if len(self._ahead) > READ_BYTES and self.transport is not None:
+                self.transport.pause_reading()
+            return
         if data:
             self._silent = False
             wrong = self._unasked() if self._head is None else self._check(self._head + data)
@@ -248,7 +280,19 @@ class _Connection(ResponseHandler):
                 self.abort()
                 self.set_exception(HttpProcessingError(code=502, message=wrong))
                 return
-        super().data_received(data)
+        if self._ahead is None:
+            super().data_received(data)
+            return
+        super().data_received(data[: len(data) - len(self._ahead)])
+        self._upgraded = True  # otherwise aiohttp closes the connection behind an answer without a body
+
+    def let_go(self) -> tuple[asyncio.Transport, bytes]:
+        """The connection, and what came behind the head. aiohttp has nothing of it any more."""
+        carrier, ahead = self._carrier, self._ahead
+        assert carrier is not None, "it is connected"
+        assert ahead is not None, "it has switched"
+        self.transport = self._carrier = self._parser = None
+        return carrier, ahead
 
     def _unasked(self) -> str | None:
         """Bytes behind the end of an answer would be read as the answer to the next request."""
@@ -273,6 +317,8 @@ class _Connection(ResponseHandler):
             status = _STATUS.match(here)
             if status is None:
                 return "what came is no answer of HTTP/1.1"
+            if status[1] == b"101":
+                self._ahead = head[end + 4 :]
             if status[1][:1] != b"1" or status[1] == b"101":
                 self._head = None
                 return None

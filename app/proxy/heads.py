@@ -1,7 +1,8 @@
-"""The headers of a request to a sandbox, and of its answer, in the form with the path. Pure.
+"""The headers of a request to a sandbox, and of its answer. Pure.
 
-All sandboxes share the origin of this server in this form. So `Authorization` and `Cookie` of the origin never reach a
-sandbox, and what a sandbox sets is confined to its own prefix.
+In the form with the path all sandboxes share the origin of this server. So `Authorization` and `Cookie` of the origin
+never reach a sandbox, and what a sandbox sets is confined to its own prefix. In the form with the host (in brackets
+below) each port of a sandbox has an origin of its own, and these headers are the program's.
 
 ====================================== =================================== ====================================
 Header                                 to the sandbox                      to the client
@@ -11,8 +12,9 @@ hop-by-hop, and all in `Connection`    removed                             remov
 our own (key, `Sandledger-*`, …)       removed                             `Sandledger-*` removed
 `X-EXECD-ACCESS-TOKEN`                 ours, for the agent only            kept
 `OPENSANDBOX-EGRESS-AUTH`              kept for port 18080 only            kept
-`Authorization`, `Cookie`              removed                             kept
-`Set-Cookie`                           kept                                no `Domain`, `Path` under the prefix
+`Authorization`, `Cookie`              removed [kept]                      kept
+`Set-Cookie`                           kept                                no `Domain`; `Path` under the prefix
+                                                                           [kept]
 `Host`                                 the client's                        kept
 `X-Forwarded-*`, `Forwarded`,          replaced by ours                    kept
 `X-Real-IP`
@@ -22,9 +24,14 @@ our own (key, `Sandledger-*`, …)       removed                             `Sa
 `Location`                             kept                                under the prefix, if it is the
                                                                            program's own
 `Server`                               kept                                removed
+`Content-Security-Policy`              kept                                kept; `sandbox` beside it on pages
+                                                                           [kept]
 `X-Request-ID`                         passed, or made                     ours, if the program sets none
 `Via`                                  ours added; four of ours: refused   kept
 ====================================== =================================== ====================================
+
+A page of a sandbox in the form with the path would be a page of this server: its script could use the API as whoever
+looks at it, where no key is needed, and read what a console keeps. `sandbox` gives it an origin of no one.
 
 A name that is removed from requests is removed with `_` for `-` too: many frameworks take the two for one, and a caller
 could forge with one what we replace in the other.
@@ -60,9 +67,7 @@ _HOP_BY_HOP: Final = frozenset(
 _TOKEN: Final = TOKEN_HEADER.lower().encode()
 _EGRESS: Final = b"opensandbox-egress-auth"
 _NEVER_SENT: Final = _HOP_BY_HOP | {
-    b"authorization",
     b"content-length",
-    b"cookie",
     b"expect",
     b"forwarded",
     b"host",
@@ -72,12 +77,17 @@ _NEVER_SENT: Final = _HOP_BY_HOP | {
     b"x-real-ip",
     b"x-request-id",
 }
+_NOT_FROM_OUR_ORIGIN: Final = _NEVER_SENT | {b"authorization", b"cookie"}
 _OURS: Final = b"sandledger-"
 _FORWARDED: Final = b"x-forwarded-"
 _NO_BODY: Final = (204, 304)
+_NO_PAGE: Final = (101, *_NO_BODY)
 _QUOTABLE: Final = re.compile(r"[!#-\[\]-~]*")
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
+_PAGE: Final = re.compile(rb"\s*(text/html|[^;]*xml)", re.IGNORECASE)
+"""Types that a browser shows as a page with scripts. It also looks for one where no type is given."""
+_SANDBOX: Final = (b"content-security-policy", b"sandbox allow-scripts allow-forms allow-popups allow-downloads")
 _AUTHORITY: Final = re.compile(rb"(https?)://([^/?#]*)(.*)", re.DOTALL | re.IGNORECASE)
 
 
@@ -85,7 +95,7 @@ class Passage(Struct, frozen=True):
     """What a request's way through this server adds to it."""
 
     prefix: str
-    """Path up to the port, as the client sees it."""
+    """Path up to the port, as the client sees it. Empty: the port has an origin of its own."""
     port: int
     token: str | None
     """Of the agent; None = the caller sends its own."""
@@ -100,6 +110,8 @@ class Passage(Struct, frozen=True):
     request_id: str
     via: str
     """Our name in `Via`."""
+    same_origin_pages: bool = False
+    """Whether pages of sandboxes may be pages of this server."""
 
 
 def to_sandbox(headers: Headers, passage: Passage) -> list[tuple[bytes, bytes]]:
@@ -113,9 +125,10 @@ def to_sandbox(headers: Headers, passage: Passage) -> list[tuple[bytes, bytes]]:
     host = passage.host or passage.address.encode()
     sent: list[tuple[bytes, bytes]] = [(b"host", host)]
     encoded = False
+    kept_back = _NOT_FROM_OUR_ORIGIN if passage.prefix else _NEVER_SENT
     for name, value in headers:
         plain = name.replace(b"_", b"-")
-        if plain in _NEVER_SENT or plain in named or plain.startswith((_OURS, _FORWARDED)):
+        if plain in kept_back or plain in named or plain.startswith((_OURS, _FORWARDED)):
             continue
         if plain == _TOKEN and passage.token is not None:
             continue
@@ -160,7 +173,7 @@ def _forwarded(passage: Passage) -> list[tuple[bytes, bytes]]:
         (b"x-forwarded-for", client.encode()),
         (b"x-forwarded-proto", scheme.encode()),
         *([(b"x-forwarded-host", passage.host)] if passage.host else []),
-        (b"x-forwarded-prefix", passage.prefix.encode()),
+        *([(b"x-forwarded-prefix", passage.prefix.encode())] if passage.prefix else []),
         (b"x-real-ip", client.encode()),
         (b"forwarded", ";".join(pairs).encode("latin-1")),
     ]
@@ -199,7 +212,16 @@ def to_client(status: int, headers: Headers, passage: Passage) -> list[tuple[byt
             sent.append((name, relocated(value, passage)))
         else:
             sent.append((name, value))
-    return sent if known else [*sent, (b"x-request-id", passage.request_id.encode())]
+    if not known:
+        sent.append((b"x-request-id", passage.request_id.encode()))
+    if passage.prefix and not passage.same_origin_pages and status not in _NO_PAGE and _may_be_page(sent):
+        sent.append(_SANDBOX)
+    return sent
+
+
+def _may_be_page(headers: Headers) -> bool:
+    types = [value for name, value in headers if name == b"content-type"]
+    return not types or any(_PAGE.match(each) for each in types)
 
 
 def confined(cookie: bytes, prefix: str) -> bytes:

@@ -1,5 +1,9 @@
 """The relay: one HTTP request to a sandbox, and its answer, both as streams. Plain ASGI.
 
+A WebSocket begins as such a request, so it has the same admission, limits, headers and refusals. When the program
+accepts it, the two connections are joined (`app.proxy.splice`) and the request is over; its place stays taken. Any
+other answer of the program is passed on, and then the connection is closed.
+
 A stream goes through these steps: admit (who calls), frame (what the body is), limits, target, send, copy. Nothing is
 buffered beyond what both sides' sockets hold: the client's is not read while the sandbox does not read, and the other
 way round.
@@ -12,6 +16,8 @@ way round.
   after it, since the rest of the body would stand where the next request begins.
 * **Time**: until the head of the answer something must move every `idle_seconds`: a piece of the body, or the answer.
   After that an event stream may be silent for hours.
+* **The sandbox ends, or is started again**: its streams are cut (`app.proxy.watch`).
+* **The server stops**: streams get `drain_seconds`, and those that are left are cut.
 * **401**: the agent says that of a token that is not its own, so another sandbox may have the address by now. But the
   program in the sandbox may say it too. So the agent is asked by `/ping`, with the token, before such an answer is
   passed on.
@@ -26,12 +32,14 @@ from contextlib import suppress
 from typing import Final, TypeAlias, cast
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.agent.token import TOKEN_HEADER
 from app.proxy.client import Answer, AnswerFailed, Client, ConnectFailed, Cut, Outgoing
+from app.proxy.cors import PREFLIGHT, is_preflight, readable
 from app.proxy.heads import Headers, Passage, to_client, to_sandbox
 from app.proxy.inbound import Exchange, Inbound, Receive, Scope, Send
-from app.proxy.limits import Limits, Streams
+from app.proxy.limits import Limits, Stream, Streams
 from app.proxy.refusals import (
     ERROR_HEADER,
     Refusal,
@@ -43,9 +51,11 @@ from app.proxy.refusals import (
 )
 from app.proxy.resolve import Resolver, Target, generation_of
 from app.proxy.route import Route
+from app.proxy.splice import HALF_CLOSED_SECONDS, splice
+from app.proxy.watch import watch
 
-Admit: TypeAlias = Callable[[Headers, str], str]
-"""From the headers and the method of a request to the tenant that it is from. Raises `Refusal`."""
+Admit: TypeAlias = Callable[[Headers, Route], str]
+"""From the headers and the route of a request to the tenant that it is from. Raises `Refusal`."""
 IDLE_SECONDS: Final = 180.0
 _PROVE_SECONDS: Final = 2.0
 _UNAUTHORISED: Final = 401
@@ -64,7 +74,13 @@ class Options(Struct, frozen=True):
     external_path: str | None = None
     """The path before `/sandboxes`, as clients see it; None = as they sent it."""
     limits: Limits = Limits()
+    cors: bool = False
+    """Whether pages of other origins may call, see `app.proxy.cors`."""
+    same_origin_pages: bool = False
+    """Whether pages of sandboxes may be pages of this server, in the form with the path."""
     idle_seconds: float = IDLE_SECONDS
+    half_closed_seconds: float = HALF_CLOSED_SECONDS
+    """How long one direction of a WebSocket may outlive the other."""
 
 
 class Relay:
@@ -76,41 +92,58 @@ class Relay:
         self._options = options
         self._client = Client()
         self.streams = Streams(options.limits)
+        self._watch = asyncio.create_task(watch(self.streams, resolver.rows), name="proxy-watch")
+
+    async def drain(self, seconds: float) -> None:
+        """Wait for the streams to end, and cut those that are left then."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.streams.none()
+        self.streams.cut()
 
     async def close(self) -> None:
         """End all connections to sandboxes."""
+        self._watch.cancel()
+        self.streams.cut()
         self._resolver.rows.close()
         await self._client.close()
 
     async def __call__(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         inbound, route = Inbound(exchange, scope, receive), exchange.route
+        if self._options.cors and is_preflight(scope["method"], inbound.headers):
+            await _answer(204, PREFLIGHT, b"", inbound, send)
+            return
         try:
-            tenant = self._admit(scope["headers"], scope["method"])
+            tenant = self._admit(scope["headers"], route)
             if route.port is None:
                 raise invalid_port()
             inbound.frame()
             generation = generation_of(scope["headers"])
-            self.streams.enter(tenant, route.sandbox_id)
+            place = self.streams.enter(tenant, route.sandbox_id)
+            stream = _Stream(self._client, self._options, place, inbound, send)
             try:
-                stream = _Stream(self._client, self._options, route, inbound, send)
                 await stream.run(lambda port: self._resolver.target(route.sandbox_id, tenant, port, generation))
             finally:
-                self.streams.leave(tenant, route.sandbox_id)
+                if not stream.spliced:
+                    place.leave()
         except Refusal as refusal:
-            await _refuse(refusal, inbound, send)
+            await _refuse(refusal, inbound, send, cors=self._options.cors)
 
 
 class _Stream:
     """One admitted request."""
 
-    def __init__(self, client: Client, options: Options, route: Route, inbound: Inbound, send: Send) -> None:
+    def __init__(self, client: Client, options: Options, place: Stream, inbound: Inbound, send: Send) -> None:
         self._client = client
         self._options = options
-        self._route = route
+        self._route = inbound.exchange.route
+        self._place = place
         self._inbound = inbound
         self._send = send
         self._answer: Answer | None = None
+        self.spliced = False
+        """Whether the place is given back by the joined connections."""
 
     async def run(self, find: Callable[[int], Awaitable[Target]]) -> None:
         """From the target to the last byte. Returns too when the client has left.
@@ -128,12 +161,18 @@ class _Stream:
                 port = self._route.port
                 assert port is not None, "a route without a port is refused before"
                 target = await find(port)
+                self._place.generation, self._place.run = target.generation, target.run
                 if inbound.has_body:
                     inbound.on_move = lambda: _within(clock, idle)
                 answer, passage = await self._ask(target)
                 inbound.still()
                 clock.reschedule(None)
-                if not exchange.gone:
+                if exchange.gone:
+                    return
+                if answer.switched:
+                    self._splice(answer, passage)
+                else:
+                    self._place.cut = exchange.abort
                     await self._copy(answer, passage)
         except TimeoutError:
             if not exchange.gone:
@@ -157,6 +196,7 @@ class _Stream:
             scheme=scope["scheme"],
             request_id=inbound.request_id,
             via=self._options.via,
+            same_origin_pages=self._options.same_origin_pages,
         )
         rest = route.rest.decode("latin-1")
         outgoing = Outgoing(
@@ -166,6 +206,7 @@ class _Stream:
             to_sandbox(inbound.headers, passage),
             inbound.body() if inbound.has_body else None,
             inbound.length,
+            inbound.exchange.upgrade,
         )
         answer = self._answer = await self._sent(outgoing)
         if answer.status == _UNAUTHORISED:
@@ -173,9 +214,9 @@ class _Stream:
         return answer, passage
 
     def _prefix(self) -> str:
-        """The path up to the port as the client sees it."""
+        """The path up to the port as the client sees it. Empty in the form with the host."""
         external, own = self._options.external_path, self._route.prefix
-        return own if external is None else external + own[own.index("/sandboxes/") :]
+        return own if external is None or not own else external + own[own.index("/sandboxes/") :]
 
     async def _sent(self, outgoing: Outgoing) -> Answer:
         try:
@@ -195,7 +236,7 @@ class _Stream:
             Refusal: it is not, or nobody says so.
         """
         headers = [(b"host", target.address.encode()), (TOKEN_HEADER.lower().encode(), target.token.encode())]
-        agent = Target(target.sandbox_id, target.generation, target.host, target.port, "", target.token)
+        agent = replace(target, path="")
         status = 0
         with suppress(TimeoutError, ConnectFailed, AnswerFailed):
             async with asyncio.timeout(_PROVE_SECONDS):
@@ -205,10 +246,28 @@ class _Stream:
         if status != _OK:
             raise not_proven("What answers at the sandbox's address does not know its token: the address is another's.")
 
+    def _splice(self, answer: Answer, passage: Passage) -> None:
+        """Join the two connections. The rest happens without this request."""
+        exchange = self._inbound.exchange
+        headers = [
+            *to_client(answer.status, answer.headers, passage),
+            (b"connection", b"Upgrade"),
+            (b"upgrade", cast("bytes", exchange.upgrade)),
+        ]
+        head = b"".join(b"%b: %b\r\n" % header for header in headers)
+        exchange.on_left = None
+        client = exchange.switch(b"HTTP/1.1 101 Switching Protocols\r\n%b\r\n" % head)
+        self.spliced = True
+        self._place.cut = client[0].abort
+        options = self._options
+        splice(client, answer.take(), self._place.leave, options.half_closed_seconds, options.idle_seconds)
+
     async def _copy(self, answer: Answer, passage: Passage) -> None:
         """Pass the answer on."""
         inbound, send = self._inbound, self._send
         headers = to_client(answer.status, answer.headers, passage)
+        if self._options.cors:
+            headers += readable(inbound.headers, headers)
         if not inbound.ended:
             headers.append(_CLOSE)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -235,19 +294,25 @@ class _Stream:
             exchange.abort()
 
 
-async def _refuse(refusal: Refusal, inbound: Inbound, send: Send) -> None:
+async def _refuse(refusal: Refusal, inbound: Inbound, send: Send, *, cors: bool) -> None:
     """A whole error answer."""
     body = refusal.body
-    headers: list[tuple[bytes, bytes]] = [
+    headers = [
         *((name.encode(), value.encode()) for name, value in refusal.headers),
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         (ERROR_HEADER, refusal.code.encode()),
-        (b"x-request-id", inbound.request_id.encode()),
+        *(readable(inbound.headers, ()) if cors else ()),
     ]
+    await _answer(refusal.status, headers, body, inbound, send)
+
+
+async def _answer(status: int, headers: Headers, body: bytes, inbound: Inbound, send: Send) -> None:
+    """A whole answer of ours. What is left of the request's body is thrown away."""
+    headers = [*headers, (b"x-request-id", inbound.request_id.encode())]
     if not inbound.ended:
         headers.append(_CLOSE)
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     if not inbound.ended:
         await send({"type": "http.response.body", "body": body, "more_body": True})
         await inbound.linger()

@@ -42,6 +42,19 @@ class Exchange(Protocol):
         ...
 
     @property
+    def upgrade(self) -> bytes | None:
+        """The protocol that the client asks for; None = HTTP only. Such a request has no body, and no other request
+        follows on its connection.
+        """
+        ...
+
+    def switch(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
+        """Send the head of the answer that accepts. The connection leaves the server with what the client sent behind
+        its own head.
+        """
+        ...
+
+    @property
     def gone(self) -> bool:
         """Whether the client's connection is closed."""
         ...

@@ -1,14 +1,16 @@
-"""How many streams may be open at once: in this process, for a tenant, for a sandbox.
+"""The open streams, and how many there may be at once: in this process, for a tenant, for a sandbox.
 
 Proxied requests are counted here and not among the requests of the lifecycle API, so neither can take the other's
-places. A stream has two descriptors. `raise_file_limit` sees to it that there are enough of them.
+places. A stream has two descriptors. `with_descriptors` sees to it that there are enough of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import resource
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, TypeAlias
 from uuid import UUID
 
 from msgspec import Struct
@@ -28,41 +30,101 @@ class Limits(Struct, frozen=True):
     of_sandbox: int = 512
 
 
+Key: TypeAlias = tuple[UUID, str]
+"""A sandbox, and the tenant that asks for it. It need not be the owner, so it gets none of the owner's places."""
+
+
+class Stream:
+    """One open stream."""
+
+    __slots__ = ("_streams", "cut", "generation", "key", "run")
+
+    def __init__(self, streams: Streams, key: Key) -> None:
+        self.key = key
+        self.generation = 0
+        self.run = 0
+        """Which object of the sandbox, and which start of it, the bytes go to."""
+        self.cut: Callable[[], None] | None = None
+        """Breaks it; None = it has not begun."""
+        self._streams = streams
+
+    def leave(self) -> None:
+        """Give the place back, once."""
+        self._streams.leave(self)
+
+
 class Streams:
-    """Counts the open ones."""
+    """The open ones of this process."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._tenants: dict[str, int] = {}
-        self._sandboxes: dict[UUID, int] = {}
+        self._sandboxes: dict[Key, set[Stream]] = {}
+        self._changed = asyncio.Event()
         self.open = 0
 
-    def enter(self, tenant: str, sandbox_id: UUID) -> None:
-        """Take a place. Its holder gives it back with `leave`.
+    def enter(self, tenant: str, sandbox_id: UUID) -> Stream:
+        """Take a place, until the stream's `leave`.
 
         Raises:
             Refusal: there is none.
         """
-        of_tenant, of_sandbox = self._tenants.get(tenant, 0), self._sandboxes.get(sandbox_id, 0)
+        key = (sandbox_id, tenant)
+        of_tenant, of_sandbox = self._tenants.get(tenant, 0), len(self._sandboxes.get(key, ()))
         if self.open >= self._limits.in_process:
             raise busy("This server")
         if of_tenant >= self._limits.of_tenant:
             raise busy("The tenant")
         if of_sandbox >= self._limits.of_sandbox:
             raise busy("The sandbox")
-        self.open += 1
+        stream = Stream(self, key)
         self._tenants[tenant] = of_tenant + 1
-        self._sandboxes[sandbox_id] = of_sandbox + 1
+        self._sandboxes.setdefault(key, set()).add(stream)
+        self.open += 1
+        if self.open == 1:
+            self._changed.set()
+        return stream
 
-    def leave(self, tenant: str, sandbox_id: UUID) -> None:
+    def leave(self, stream: Stream) -> None:
         """Give the place back. Names that count nothing are not kept: there are as many as sandboxes ever were."""
+        key = stream.key
+        self._sandboxes[key].remove(stream)
+        self._tenants[key[1]] -= 1
         self.open -= 1
-        self._tenants[tenant] -= 1
-        self._sandboxes[sandbox_id] -= 1
-        if not self._tenants[tenant]:
-            del self._tenants[tenant]
-        if not self._sandboxes[sandbox_id]:
-            del self._sandboxes[sandbox_id]
+        if not self._sandboxes[key]:
+            del self._sandboxes[key]
+        if not self._tenants[key[1]]:
+            del self._tenants[key[1]]
+        if not self.open:
+            self._changed.set()
+
+    @property
+    def keys(self) -> Iterable[Key]:
+        """For whom streams are open."""
+        return list(self._sandboxes)
+
+    def of(self, key: Key) -> Iterable[Stream]:
+        """The open ones for one sandbox and tenant."""
+        return list(self._sandboxes.get(key, ()))
+
+    async def some(self) -> None:
+        """Wait until one is open."""
+        while not self.open:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def none(self) -> None:
+        """Wait until none is open."""
+        while self.open:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def cut(self) -> None:
+        """Break all that have begun."""
+        for key in self.keys:
+            for stream in self.of(key):
+                if stream.cut is not None:
+                    stream.cut()
 
 
 def with_descriptors(limits: Limits) -> Limits:

@@ -1,8 +1,8 @@
 """From the head row to an address, and what stands in the way of that.
 
-No engine is called and no socket is opened: the log has the address (`sandbox.started.address`). On every network but
-our own, user traffic goes to the published port of the sandbox's agent with the sandbox's token. Engines give an
-address away when its container ends. The token is how the next owner is found out: its agent answers 401.
+No engine is called and no socket is opened: the log has the address (`sandbox.started.address`), and
+`app.domain.sandbox.address` says where the agent is. User traffic goes to the agent with the sandbox's token. Engines
+give an address away when its container ends. The token is how the next owner is found out: its agent answers 401.
 
 =================================== ==========================================================
 state                               answer
@@ -28,6 +28,7 @@ from uuid import UUID
 from msgspec import Struct
 
 from app.agent.token import AGENT_PORT, agent_token
+from app.domain.sandbox.address import LOOPBACK, Reach, agent_at, has_agent
 from app.domain.sandbox.decide import visible
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.sandbox.status import status_of
@@ -49,8 +50,22 @@ GENERATION_HEADER: Final = b"sandledger-generation"
 PENDING_SECONDS: Final = 20.0
 _READ_AGAIN_SECONDS: Final = 1.0
 _UNDER_WAY: Final = (Phase.PENDING, Phase.RESUMING)
-_WILDCARDS: Final = frozenset(("0.0.0.0", "::"))  # noqa: S104 - compared, not bound
 _GENERATION: Final = re.compile(rb"[0-9]{1,9}")
+
+
+class Way(Struct, frozen=True):
+    """How this server reaches agents."""
+
+    token_key: bytes
+    """The key `token` of the installation."""
+    engine_host: str = LOOPBACK
+    """How it reaches the engine's machine."""
+    has_agents: bool = False
+    """Whether sandboxes get an agent now. It counts only where no published port says it, as on the host network."""
+
+    def __repr__(self) -> str:
+        """Keep the key out of logs and tracebacks."""
+        return f"Way({self.engine_host!r})"
 
 
 class Target(Struct, frozen=True):
@@ -58,6 +73,7 @@ class Target(Struct, frozen=True):
 
     sandbox_id: UUID
     generation: int
+    run: int
     host: str
     port: int
     path: str
@@ -71,7 +87,7 @@ class Target(Struct, frozen=True):
     @property
     def address(self) -> str:
         """As a URL has it."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return str(Reach(self.host, self.port))
 
 
 def generation_of(headers: Sequence[tuple[bytes, bytes]]) -> int | None:
@@ -88,9 +104,8 @@ def generation_of(headers: Sequence[tuple[bytes, bytes]]) -> int | None:
     return int(given[0])
 
 
-def target_of(sandbox: Sandbox, port: int, key: bytes, own_host: str) -> Target:
-    """The target of a sandbox that is not on its way to Running. `own_host` stands for an address that means every
-    address of the engine's machine.
+def target_of(sandbox: Sandbox, port: int, way: Way) -> Target:
+    """The target of a sandbox that is not on its way to Running.
 
     Raises:
         Refusal: it cannot be reached in its state.
@@ -98,21 +113,22 @@ def target_of(sandbox: Sandbox, port: int, key: bytes, own_host: str) -> Target:
     if sandbox.phase is not Phase.RUNNING:
         status = status_of(sandbox)
         raise not_running(f"The sandbox is {status.state}: {status.message}")
-    published = None if sandbox.address is None else sandbox.address.ports.get(str(AGENT_PORT))
-    host, _, number = (published or "").rpartition(":")
-    if not number.isdecimal() or sandbox.object_id is None:
+    # Without an agent whatever has the address by now would get the token, and its answer would pass for the sandbox's.
+    known = has_agent(sandbox.address, configured=way.has_agents)
+    reach = agent_at(sandbox.address, way.engine_host) if known else None
+    if reach is None or sandbox.object_id is None:
         raise not_proven(
-            "The sandbox has no agent whose port is published, so nobody can tell whose address it is. "
+            "The sandbox has no agent that this server reaches, so it is not known whose address it is. "
             "Set runtime.execd_image, and create the sandbox again."
         )
-    host = host.removeprefix("[").removesuffix("]")
     return Target(
         sandbox.id,
         sandbox.generation,
-        own_host if host in _WILDCARDS else host,
-        int(number),
+        sandbox.run,
+        reach.host,
+        reach.port,
         "" if port == AGENT_PORT else f"/proxy/{port}",
-        agent_token(key, sandbox.object_id, sandbox.generation),
+        agent_token(way.token_key, sandbox.object_id, sandbox.generation),
     )
 
 
@@ -123,18 +139,16 @@ class Resolver:
         self,
         view: CurrentView,
         signal: Signal,
-        key: bytes,
-        own_host: str,
+        way: Way,
         stopping: asyncio.Event,
         *,
         pending_seconds: float = PENDING_SECONDS,
     ) -> None:
-        """`key` is the key `token` of the installation."""
+        """`stopping` ends waits."""
         self.rows = Rows(view, signal)
         self._view = view
         self._signal = signal
-        self._key = key
-        self._own_host = own_host
+        self._way = way
         self._stopping = stopping
         self._pending_seconds = pending_seconds
         self._targets: dict[tuple[UUID, int], tuple[Sandbox, Target]] = {}
@@ -166,7 +180,7 @@ class Resolver:
             return known[1]
         if len(self._targets) >= MAX_ROWS:
             self._targets.clear()
-        target = target_of(sandbox, port, self._key, self._own_host)
+        target = target_of(sandbox, port, self._way)
         self._targets[sandbox.id, port] = (sandbox, target)
         return target
 

@@ -23,6 +23,8 @@ from app.views.current import CurrentView
 KEPT_SECONDS: Final = 1.0
 MAX_ROWS: Final = 4096
 READ_WITHIN_SECONDS: Final = 5.0
+LOST_SECONDS: Final = 30.0
+"""For how long `known` relies on a signal that may have been lost."""
 
 
 class _Row:
@@ -72,14 +74,22 @@ class Rows:
             await asyncio.shield(row.reading)
             return row.sandbox
 
+    def known(self, key: tuple[UUID, str]) -> Sandbox | None:
+        """What was read and, as far as the signal tells, still holds. None = read it."""
+        row = self._rows.get(key)
+        if row is None or row.news.woken or asyncio.get_running_loop().time() >= row.until + LOST_SECONDS:
+            return None
+        return row.sandbox
+
     async def _read(self, key: tuple[UUID, str], row: _Row) -> None:
         loop = asyncio.get_running_loop()
         row.news.take()
         try:
             async with asyncio.timeout(READ_WITHIN_SECONDS):
                 loaded = await self._view.load(*key)
-        except TimeoutError:
-            raise StoreUnavailable(f"no answer within {READ_WITHIN_SECONDS:g} s") from None
+        except (TimeoutError, StoreUnavailable) as error:
+            row.news.wake()  # the news that was taken is not read yet
+            raise StoreUnavailable(str(error) or f"no answer within {READ_WITHIN_SECONDS:g} s") from None
         else:
             row.sandbox = None if loaded is None else loaded[0]
             row.until = loop.time() + KEPT_SECONDS

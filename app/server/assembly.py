@@ -23,7 +23,7 @@ from app.errors import SettingsError
 from app.runtime.docker import DockerOptions, connect
 from app.runtime.docker.options import CAPABILITIES
 from app.runtime.driver import Driver
-from app.server.network import network_of
+from app.server.network import engine_host, network_of
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import DockerSettings, Settings, is_loopback, publish_host, redacted_dsn
@@ -171,8 +171,10 @@ def deadline_limits(settings: Settings) -> Limits:
 
 def agent_policy(settings: Settings, token_key: bytes) -> AgentPolicy | None:
     """The agent that sandboxes get; None = none. `token_key` is the installation's key `token`."""
-    image = settings.runtime.execd_image
-    return AgentPolicy(image, token_key, settings.runtime.execd_run_as_init) if image else None
+    runtime = settings.runtime
+    if not runtime.execd_image:
+        return None
+    return AgentPolicy(runtime.execd_image, token_key, runtime.execd_run_as_init, engine_host(settings))
 
 
 @asynccontextmanager

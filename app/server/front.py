@@ -20,13 +20,14 @@ from app.proxy.http import Admit, Options, Relay
 from app.proxy.inbound import Receive, Scope, Send, exchange_of
 from app.proxy.limits import Limits, with_descriptors
 from app.proxy.refusals import Refusal, invalid_header
-from app.proxy.resolve import Resolver
+from app.proxy.resolve import Resolver, Way
+from app.proxy.route import Route
 from app.server.assembly import Opened
+from app.server.network import engine_host
 from app.settings import is_loopback
 
 App: TypeAlias = Any
 """An ASGI application."""
-_LOOPBACK = "127.0.0.1"
 _LOOKED_AT = {name.encode(): name for name in ("host", "origin", "sec-fetch-site", API_KEY)}
 """Of these depends who may call."""
 _ACTS = "CONNECT"
@@ -52,13 +53,14 @@ class Front:
 def admission(authenticate: Authenticate | None, *, loopback_only: bool, is_open: bool = False) -> Admit:
     """Who may send a request to a sandbox. `is_open`: everybody, as on the public server."""
 
-    def admit(headers: Sequence[tuple[bytes, bytes]], _method: str) -> str:
+    def admit(headers: Sequence[tuple[bytes, bytes]], route: Route) -> str:
         if authenticate is not None and is_open:
             return ANONYMOUS.tenant
         found = _by_name(headers)
         try:
             if authenticate is None:
-                check_keyless(found, _ACTS, loopback_only=loopback_only)
+                # A host that names a sandbox is under the operator's own domain, so no page can have it rebound.
+                check_keyless(found, _ACTS, loopback_only=loopback_only and bool(route.prefix))
                 return ANONYMOUS.tenant
             return principal_of(found, authenticate).tenant
         except Problem as problem:
@@ -82,18 +84,22 @@ def _by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
 def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
     """The relay of a server. Made inside the event loop; close it after the listener."""
     settings = parts.settings
+    authenticate, is_open = built_in(settings.server.api_key, parts.sealer), settings.proxy.auth == "open"
     return Relay(
-        admission(
-            built_in(settings.server.api_key, parts.sealer),
-            loopback_only=is_loopback(settings.server.host),
-            is_open=settings.proxy.auth == "open",
+        admission(authenticate, loopback_only=is_loopback(settings.server.host), is_open=is_open),
+        Resolver(
+            parts.service.view,
+            parts.signal,
+            Way(parts.keys.token, engine_host(settings), has_agents=bool(settings.runtime.execd_image)),
+            stopping,
         ),
-        Resolver(parts.service.view, parts.signal, parts.keys.token, settings.docker.host_ip or _LOOPBACK, stopping),
         Options(
             via=f"sandledger-{str(parts.installation)[:8]}",
-            adds_token=settings.proxy.auth != "open",
+            adds_token=not is_open,
+            cors=authenticate is not None and not is_open,
             external_path=external_path(settings.proxy.public_address or settings.server.eip),
             limits=with_descriptors(Limits()),
+            same_origin_pages=settings.proxy.same_origin_pages,
         ),
     )
 

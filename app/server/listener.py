@@ -1,10 +1,16 @@
-"""The listening socket, and uvicorn on it."""
+"""The listening socket, and uvicorn on it.
+
+**Stop**: nothing more is accepted, idle connections are closed, and requests under way get their time: those of the
+lifecycle API `timeout_graceful_shutdown`, those to sandboxes `[proxy] drain_seconds`. What is left then is broken off.
+WebSockets are not uvicorn's any more when they are open; the relay ends them (`app.proxy.http.Relay.drain`).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -12,20 +18,26 @@ import uvicorn
 
 from app.api.waiters import Waiters
 from app.errors import SettingsError
-from app.server.protocol import HttpProtocol
+from app.server.protocol import HttpProtocol, streams_of
 from app.settings import Settings
 
 _TICK_SECONDS = 1.0
+_LOOK_SECONDS = 0.05
+"""How often a stop looks for what is still open."""
+_LOG = logging.getLogger(__name__)
 
 
 class Listener(uvicorn.Server):
-    """uvicorn without its signal handlers, because this process has more to stop than a listener, and with a slower
-    main loop.
+    """uvicorn without its signal handlers, because this process has more to stop than a listener, with a slower main
+    loop, and with two times for what is under way at the stop.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, drain_seconds: float) -> None:
         super().__init__(config)
+        self._drain_seconds = drain_seconds
         self._leaving = asyncio.Event()
+        self.is_quiet = asyncio.Event()
+        """Set at the stop, when no request of the lifecycle API is left."""
 
     def leave(self) -> None:
         """Finish the requests under way and end."""
@@ -43,10 +55,41 @@ class Listener(uvicorn.Server):
                 async with asyncio.timeout(_TICK_SECONDS):
                     await self._leaving.wait()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End in the order that the module's docstring gives."""
+        state, streams = self.server_state, streams_of(self.server_state)
+        until = asyncio.get_running_loop().time() + self._drain_seconds
+        for each in (*self.servers, *(sockets or ())):
+            each.close()
+        for connection in list(state.connections):
+            connection.shutdown()
+        await _settle(
+            self.config.timeout_graceful_shutdown or 0,
+            lambda: state.connections - streams.keys(),
+            lambda: state.tasks.difference(streams.values()),
+        )
+        self.is_quiet.set()
+        await _settle(until - asyncio.get_running_loop().time(), lambda: state.connections, lambda: state.tasks)
+
     @contextmanager
     def capture_signals(self) -> Generator[None]:
         """Leave signals to `run`."""
         yield
+
+
+async def _settle(
+    seconds: float, connections: Callable[[], Collection[Any]], tasks: Callable[[], Collection[asyncio.Task[Any]]]
+) -> None:
+    """Wait until there are none of both, and cancel the tasks that are left then."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(max(0, seconds)):
+            while connections() or tasks():  # noqa: ASYNC110 - uvicorn has no event for it
+                await asyncio.sleep(_LOOK_SECONDS)
+    left = tasks()
+    if left:
+        _LOG.warning("the time to stop is over, and %s requests under way are broken off", len(left))
+    for task in left:
+        task.cancel()
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -70,13 +113,19 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def domain_of(wildcard: str) -> str:
+    """The domain of `[proxy] wildcard`, as hosts are compared with it; empty = there is none."""
+    return wildcard.removeprefix("*.").partition(":")[0].lower()
+
+
 def uvicorn_server(settings: Settings, app: Any, waiters: Waiters | None = None) -> Listener:
     """Uvicorn with our protocol on an ASGI application, not yet serving. `limit_concurrency` does not count the
     `waiters`.
     """
     server = settings.server
     # uvicorn makes the instances itself, so they find what they share in their class.
-    protocol = type(HttpProtocol.__name__, (HttpProtocol,), {"waiters": waiters})
+    shared = {"waiters": waiters, "domain": domain_of(settings.proxy.wildcard).encode()}
+    protocol = type(HttpProtocol.__name__, (HttpProtocol,), shared)
     return Listener(
         uvicorn.Config(
             app,
@@ -91,5 +140,6 @@ def uvicorn_server(settings: Settings, app: Any, waiters: Waiters | None = None)
             ws="none",
             lifespan="off",
             proxy_headers=False,  # a local caller could otherwise forge the client address in the log
-        )
+        ),
+        settings.proxy.drain_seconds,
     )

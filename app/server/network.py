@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from app.domain.sandbox.address import LOOPBACK
 from app.domain.sandbox.endpoints import Network
 from app.settings import Settings
 
@@ -18,7 +19,6 @@ _MARKS: Final = (".dockerenv", "run/.containerenv")
 """Files that engines put into containers, below the root."""
 _RUNTIMES: Final = frozenset({"docker", "podman", "oci", "containerd", "lxc", "systemd-nspawn"})
 """Values of the variable `container` that mean one."""
-_LOOPBACK: Final = "127.0.0.1"
 _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - compared only
 _ELSEWHERE: Final = ("192.0.2.1", 9)
 """An address of the documentation network: any that is not this machine's leads to the same answer."""
@@ -33,10 +33,16 @@ def network_of(settings: Settings, environ: Mapping[str, str], root: Path = Path
         listens_on=server.host,
         eip=server.eip,
         host_ip=docker.host_ip if in_container(environ, root) else "",
-        outbound=outbound_address() if listens_everywhere else _LOOPBACK,
+        outbound=outbound_address() if listens_everywhere else LOOPBACK,
         public_address=proxy.public_address,
         open_proxy=proxy.auth == "open",
+        wildcard=proxy.wildcard.removeprefix("*."),
     )
+
+
+def engine_host(settings: Settings) -> str:
+    """How this server reaches the machine of its engine, where a recorded address does not say it."""
+    return settings.docker.host_ip or LOOPBACK
 
 
 def in_container(environ: Mapping[str, str], root: Path) -> bool:
@@ -56,4 +62,4 @@ def outbound_address() -> str:
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
-        return _LOOPBACK
+        return LOOPBACK

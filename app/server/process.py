@@ -9,8 +9,8 @@ as another installation the process ends with exit code 1, see `app.store.databa
 
 Stop (SIGTERM or SIGINT): the listener closes, requests whose body has not arrived are answered 503 at once, other
 requests in flight finish within `timeout_graceful_shutdown`, the worker hands its leases back, nothing is marked
-failed. A second signal ends the process at once; leases then run out and another worker, or this one after its restart,
-goes on from the log.
+failed. Streams and WebSockets to sandboxes go on for `[proxy] drain_seconds` and are then cut. A second signal ends the
+process at once; leases then run out and another worker, or this one after its restart, goes on from the log.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
         if worker is not None:
             path = life_file(parts.settings.sandledger.state_dir)
             ends.append(tasks.create_task(show_life(lambda: worker.alive, path), name="life"))
-        http = serving = None
+        http = relay = serving = draining = None
         address = None
         if listener is not None:
             waiters = Waiters()
@@ -168,12 +168,17 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         await _banner(parts, worker, address, say)
         await stop.asked.wait()
-        if http is not None and serving is not None:
+        if http is not None and relay is not None:
             http.leave()
-            await serving
+            draining = tasks.create_task(relay.drain(parts.settings.proxy.drain_seconds), name="drain")
+            await http.is_quiet.wait()
         if worker is not None and working is not None:
             await worker.stop(parts.settings.server.timeout_graceful_shutdown)
             await working
+        # Streams outlive the worker: its leases must not wait for them.
+        for task in (serving, draining):
+            if task is not None:
+                await task
         # Last words of the worker still go out to others before the signal ends.
         for task in ends:
             task.cancel()

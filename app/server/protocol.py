@@ -14,6 +14,10 @@
 * A request with `Upgrade` is answered as if it had none (RFC 9110, section 7.8: a server may ignore it). Some clients
   send it with the first request of a connection (`h2c`). The parser would take its body for bytes of the other
   protocol, and lose it or read it as the next request. So the head is parsed once more, without `Upgrade`.
+* Only the handshake of a WebSocket to a sandbox is one: a GET of HTTP/1.1 without a body, for `websocket` alone, on a
+  connection where no other request is under way. What follows its head is never parsed. It is held until the program
+  has accepted, and then goes to it; otherwise the connection is closed after the answer. A client has to wait for the
+  answer, so one that sends more than `MAX_AHEAD_BYTES` before it is cut off.
 * A request beyond `limit_concurrency` first takes the place of a connection that has no request: one whose head is not
   complete, or an idle one. Otherwise callers without a key could shut everybody out by opening connections and saying
   nothing. When every other connection has a request, the answer is 503 with `Retry-After`, in the same shape. Requests
@@ -36,6 +40,7 @@ from typing import Any, ClassVar, Final, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from app.api.errors import Problem
 from app.api.waiters import Waiters
@@ -44,6 +49,8 @@ from app.proxy.route import Route, route
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_SPILT_BYTES: Final = 1024 * 1024
+MAX_AHEAD_BYTES: Final = 64 * 1024
+WEBSOCKET: Final = b"websocket"
 MAX_STREAMS: Final = 10_000
 """More than the relay carries: it also has to answer those that it refuses."""
 _KEEP_ALIVE: Final = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
@@ -60,18 +67,27 @@ _CROWDED: Final = Problem(
 _REASONS: Final = {400: "Bad Request", 431: "Request Header Fields Too Large"}
 
 
+def streams_of(state: ServerState) -> dict[HttpProtocol, asyncio.Task[Any] | None]:
+    """The connections of a server that have a stream, with the task that serves it once it has begun."""
+    return vars(state).setdefault("streams", {})
+
+
 class HttpProtocol(HttpToolsProtocol):
     """One connection: uvicorn's protocol with the bounds that the module's docstring names."""
 
     head_within_seconds = 30.0
     waiters: ClassVar[Waiters | None] = None
     """The requests of this process that only wait."""
+    domain: ClassVar[bytes] = b""
+    """Of the hosts that name a sandbox and a port; empty = there are none."""
     idle_since: float = 0.0
     _head: int | None = 0
     """Bytes read of a head that is not complete; None while a body is read."""
     _spilt: int = 0
     """Bytes read of a body whose request has been answered."""
 
+    ahead: bytearray | None = None
+    """What came behind the head of a handshake; None = there was none."""
     _exchange: _Exchange | None = None
     """The stream that is served now. uvicorn marks the last request of a connection when it is lost, and that may be
     another one, which waits behind this."""
@@ -84,8 +100,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._limit, self.limit_concurrency = self.limit_concurrency, None
         self._served = cast("Any", self).app
-        self._streams: set[HttpProtocol] = vars(self.server_state).setdefault("streams", set())
-        """The connections of this server that have a stream."""
+        self._streams = streams_of(self.server_state)
         self._unread: deque[memoryview] = deque()
         """What the parser has yet to be given of the present read."""
 
@@ -98,7 +113,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
         self._end_head()
-        self._streams.discard(self)
+        self._streams.pop(self, None)
         super().connection_lost(exc)
         if self._exchange is not None:
             self._exchange.leave()
@@ -114,6 +129,11 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sent."""
+        if self.ahead is not None:
+            self.ahead += data
+            if len(self.ahead) > MAX_AHEAD_BYTES:
+                self.transport.abort()
+            return
         if self._head is not None:
             self._head += len(data)
         self._unread.append(memoryview(data))
@@ -149,9 +169,32 @@ class HttpProtocol(HttpToolsProtocol):
         for name, value in self.headers:
             if name != b"upgrade":
                 head += [name, b": ", value, b"\r\n"]
-        self._unread.extendleft([self._reading[ended:], memoryview(b"".join([*head, b"\r\n"]))])
+        behind = self._reading[ended:]
+        if self._is_handshake():
+            self.ahead = bytearray(behind)
+        else:
+            self._unread.appendleft(behind)
+        self._unread.appendleft(memoryview(b"".join([*head, b"\r\n"])))
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+
+    def _route(self) -> Route | None:
+        host = next((value for name, value in self.headers if name == b"host"), b"") if self.domain else b""
+        return route(self.url, host.strip(), self.domain)
+
+    def _is_handshake(self) -> bool:
+        """Whether the head that was parsed last begins a WebSocket to a sandbox."""
+        named = [(name, value.strip().lower()) for name, value in self.headers]
+        has_body = any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in named
+        )
+        return (
+            self.is_idle
+            and not has_body
+            and (self.parser.get_method(), self.parser.get_http_version()) == (b"GET", "1.1")
+            and [value for name, value in named if name == b"upgrade"] == [WEBSOCKET]
+            and self._route() is not None
+        )
 
     def on_headers_complete(self) -> None:
         """Stop the timer of the head; the request begins."""
@@ -159,7 +202,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._end_head()
         self._head, self._spilt = None, 0
-        found = route(self.url)
+        found = self._route()
         if found is None:
             self.app: Any = _crowded if self._is_crowded() else self._served
             super().on_headers_complete()
@@ -169,15 +212,26 @@ class HttpProtocol(HttpToolsProtocol):
     def _begin_stream(self, found: Route) -> None:
         self.app = _crowded if len(self._streams) >= MAX_STREAMS else self._stream
         if self.is_idle and self.app == self._stream:
-            self._streams.add(self)  # now: its task, which is counted already, begins later
+            self._streams[self] = None  # now: its task, which is counted already, begins later
         super().on_headers_complete()
         cycle = self.cycle
         cycle.default_headers = []  # the program in the sandbox has its own Date
-        cast("Any", self.scope)["extensions"] = {EXTENSION: _Exchange(found, self.transport, cycle)}
+        cycle.keep_alive = cycle.keep_alive and self.ahead is None
+        cast("Any", self.scope)["extensions"] = {EXTENSION: _Exchange(found, self, cycle)}
+
+    def let_go(self) -> bytes:
+        """The connection is another's from now on. What the client sent behind the head of its handshake."""
+        assert self.ahead is not None, "there was a handshake"
+        self.connections.discard(self)
+        self._streams.pop(self, None)
+        # What names this object in a circle would stay in memory until the garbage collector comes by.
+        bare: Any = self
+        bare.app = bare.parser = bare.cycle = bare.scope = None
+        return bytes(self.ahead)
 
     async def _stream(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve the request, counted among the streams."""
-        self._streams.add(self)
+        self._streams[self] = asyncio.current_task()
         exchange = self._exchange = scope["extensions"][EXTENSION]
         if not self._prepared:
             self._prepared = True
@@ -190,7 +244,8 @@ class HttpProtocol(HttpToolsProtocol):
             exchange.abort()
         finally:
             self._exchange = None
-            self._streams.discard(self)
+            self._streams.pop(self, None)
+            del scope["extensions"]  # the exchange and the scope name each other, see `let_go`
 
     def _is_crowded(self) -> bool:
         if self._limit is None:
@@ -243,18 +298,26 @@ class HttpProtocol(HttpToolsProtocol):
 class _Exchange:
     """One request, as the relay sees the server (`app.proxy.inbound.Exchange`)."""
 
-    __slots__ = ("_cycle", "_transport", "on_left", "route")
+    __slots__ = ("_cycle", "_protocol", "_transport", "on_left", "route", "upgrade")
 
-    def __init__(self, found: Route, transport: asyncio.Transport, cycle: Any) -> None:
+    def __init__(self, found: Route, protocol: HttpProtocol, cycle: Any) -> None:
         self.route = found
+        self.upgrade = None if protocol.ahead is None else WEBSOCKET
         self.on_left: Callable[[], None] | None = None
-        self._transport = transport
+        self._protocol = protocol
+        self._transport = protocol.transport
         self._cycle = cycle
 
     @property
     def gone(self) -> bool:
         """Whether the client's connection is closed."""
         return self._transport.is_closing()
+
+    def switch(self, head: bytes) -> tuple[asyncio.Transport, bytes]:
+        """Send the head, and let go of the connection."""
+        self._cycle.disconnected = True  # else uvicorn reports that there was no answer
+        self._transport.write(head)
+        return self._transport, self._protocol.let_go()
 
     def leave(self) -> None:
         """The client's connection is lost."""

@@ -38,6 +38,7 @@ from app.settings.values import (
     Seconds,
     Text,
     WholeSeconds,
+    WildcardDomain,
 )
 
 MASK = "***"
@@ -223,6 +224,16 @@ class ProxySettings(Table, frozen=True):
     server; the agent then asks the caller for its token."""
     public_address: PublicAddress = ""
     """Address of this server in endpoints that lead through it; wins over `server.eip` and the request's own host."""
+    wildcard: WildcardDomain = ""
+    """Domain whose names all lead to this server, such as `*.sandboxes.example.com`; empty = none. Each port of each
+    sandbox then has an origin of its own, `{port}-{id}.sandboxes.example.com`, and endpoints that lead through this
+    server name it."""
+    same_origin_pages: bool = False
+    """Whether a page of a sandbox that is reached by path may act as a page of this server. Only for sandboxes whose
+    programs are trusted like the server itself."""
+    drain_seconds: WholeSeconds = 30
+    """Seconds that open streams and WebSockets get to finish at shutdown. What supervises the server has to wait longer
+    than that before it kills it."""
 
 
 _MIN_CONNECTIONS = 5

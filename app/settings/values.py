@@ -74,6 +74,13 @@ PublicAddress = Annotated[
         description="a host, with a port and a path if need be, such as sandboxes.example.com:8443/path",
     ),
 ]
+WildcardDomain = Annotated[
+    str,
+    Meta(
+        pattern=r"^\*(\.[0-9A-Za-z]([0-9A-Za-z-]{0,61}[0-9A-Za-z])?)+(:[0-9]{1,5})?\Z|^\Z",
+        description="*. and a domain, with a port if need be, such as *.sandboxes.example.com",
+    ),
+]
 Port = Annotated[int, Meta(ge=1024, le=65535)]
 LogSize = Annotated[
     str, Meta(pattern=r"^[1-9][0-9]*[kmg]?\Z", description="a size in bytes, or with k, m or g, such as 10m")

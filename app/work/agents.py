@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from app.agent.token import agent_token
 from app.domain.engine.decide import RecordAgentInstalled
+from app.domain.sandbox.address import LOOPBACK
 from app.domain.sandbox.state import Sandbox
 from app.domain.stream import Meta
 from app.errors import StoreUnavailable
@@ -38,6 +39,8 @@ class AgentPolicy(Struct, frozen=True):
     """The installation's key `token`."""
     init: bool = False
     """The agent runs as process 1."""
+    engine_host: str = LOOPBACK
+    """How this worker reaches the engine's machine."""
 
     def __repr__(self) -> str:
         """Keep the key out of logs and tracebacks."""

@@ -23,14 +23,16 @@ from itertools import repeat
 from uuid import UUID
 
 from app.agent.probe import Prober, Trouble
-from app.agent.token import AGENT_PORT, agent_token
+from app.agent.token import agent_token
 from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.address import agent_at
 from app.domain.sandbox.observed import Address
 from app.domain.sandbox.plan import STEP_NAMES, Probe
 from app.domain.sandbox.state import Sandbox
 from app.domain.tenants import ANY_TENANT
 from app.errors import SandledgerError
 from app.service.sandboxes import Service
+from app.work.agents import AgentPolicy
 from app.work.reconcile.actors import Actors
 
 _FIRST_PAUSES_S = (0.0, 0.005, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.18)
@@ -46,11 +48,10 @@ _LOG = logging.getLogger(__name__)
 class Probes:
     """The probes of one worker."""
 
-    def __init__(self, *, service: Service, actors: Actors, token_key: bytes) -> None:
-        """`token_key` is the installation's key `token`."""
+    def __init__(self, *, service: Service, actors: Actors, policy: AgentPolicy) -> None:
         self._service = service
         self._actors = actors
-        self._token_key = token_key
+        self._policy = policy
         self._prober = Prober()
         self._tasks: dict[tuple[UUID, int], asyncio.Task[None]] = {}
         self._closed = False
@@ -88,7 +89,7 @@ class Probes:
 
     async def _until_ready(self, sandbox: Sandbox, cause: int | None) -> None:
         assert sandbox.object_id is not None, "it runs"
-        token = agent_token(self._token_key, sandbox.object_id, sandbox.generation)
+        token = agent_token(self._policy.token_key, sandbox.object_id, sandbox.generation)
         clock = asyncio.get_running_loop().time
         begun, reported = clock(), ""
         for asked, pause in enumerate(_pauses(), start=1):
@@ -105,12 +106,12 @@ class Probes:
                 return
 
     async def _ask(self, address: Address | None, token: str) -> Trouble | None:
-        found = agent_address(address)
+        found = agent_at(address, self._policy.engine_host)
         if found is None:
             return Trouble(
                 "NETWORK_NOT_REACHABLE", "The engine shows no address of the container, so its agent cannot be asked."
             )
-        return await self._prober.ask(found, token)
+        return await self._prober.ask(str(found), token)
 
     async def _is_wanted(self, sandbox: Sandbox) -> bool:
         loaded = await self._service.view.load(sandbox.id, ANY_TENANT)
@@ -121,16 +122,6 @@ class Probes:
     async def _record(self, sandbox: Sandbox, command: cmd.Command, cause: int | None) -> None:
         meta = self._actors.meta(self._actors.worker, cause)
         await self._service.execute(sandbox.id, ANY_TENANT, command, meta)
-
-
-def agent_address(address: Address | None) -> str | None:
-    """Where this server reaches the agent: the published port, else the container's own address."""
-    if address is None:
-        return None
-    published = address.ports.get(str(AGENT_PORT))
-    if published is not None:
-        return published
-    return f"{address.ip}:{AGENT_PORT}" if address.ip else None
 
 
 def _pauses() -> Iterator[float]:

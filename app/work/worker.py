@@ -116,7 +116,7 @@ class Worker:
         self.agents = self.probes = None
         if agent is not None:
             self.agents = Agents(station=self.station, engines=engines, policy=agent, meta=meta)
-            self.probes = Probes(service=service, actors=self._actors, token_key=agent.token_key)
+            self.probes = Probes(service=service, actors=self._actors, policy=agent)
         self.reconciler = self._make_reconciler(Workloads(database, sealer, self.agents))
         self._runs: dict[asyncio.Task[None], float] = {}
         """Since when they have been running, by the monotonic clock."""

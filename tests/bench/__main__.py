@@ -39,6 +39,7 @@ CASES: Mapping[str, BenchCase] = {
     "proxied": proxied.small,
     "bulk": proxied.bulk,
     "streams": proxied.streams,
+    "websockets": proxied.websockets,
     "engine": on_engine.creates,
     "public": public.reads,
 }

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from base64 import b64encode
+from hashlib import sha1
 from typing import Any
 
 import aiohttp
@@ -16,10 +18,16 @@ from aiohttp import web
 SMALL = b"x" * 100
 PIECE = b"\x00" * 65536
 LENGTH = b"content-length: "
+SWITCHED = (
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: %b\r\n\r\n"
+)
+KEY = b"sec-websocket-key: "
+GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+"""Of RFC 6455."""
 
 
 class Backend(asyncio.Protocol):
-    """Answers `.../small`, `.../down?bytes`, `.../events`, and takes any body. Asks for no token."""
+    """Answers `.../small`, `.../down?bytes`, `.../events`, echoes on `.../ws`, takes any body. Asks for no token."""
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -28,6 +36,7 @@ class Backend(asyncio.Protocol):
         self._to_send = 0
         self._transport: Any = None
         self._paused = False
+        self._echoes = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -40,6 +49,9 @@ class Backend(asyncio.Protocol):
         self._send()
 
     def data_received(self, data: bytes) -> None:
+        if self._echoes:
+            self._transport.write(data)
+            return
         if self._left:
             taken = min(self._left, len(data))
             self._left -= taken
@@ -48,15 +60,20 @@ class Backend(asyncio.Protocol):
                 self._answer(SMALL)
         self._buffer += data
         while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
-            head, self._buffer = self._buffer[:end].lower(), self._buffer[end + 4 :]
-            self._request(head)
+            head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
+            self._request(head.lower(), head)
 
-    def _request(self, head: bytes) -> None:
+    def _request(self, head: bytes, sent: bytes) -> None:
         path = head.split(b" ", 2)[1]
         if b"/down?" in path:
             self._to_send = int(path.partition(b"?")[2])
             self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % self._to_send)
             self._send()
+        elif b"/ws" in path:
+            self._echoes = True
+            at = head.index(KEY) + len(KEY)
+            key = sent[at:].split(b"\r\n")[0]
+            self._transport.write(SWITCHED % b64encode(sha1(key + GUID, usedforsecurity=False).digest()))
         elif b"/events" in path:
             self._transport.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n.\r\n")
         elif LENGTH in head and (length := int(head.partition(LENGTH)[2].split(b"\r\n")[0])):

@@ -11,9 +11,11 @@ import socket
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
+
+import aiohttp
 
 from app.domain.engine.decide import Sighting
 from app.domain.sandbox import commands as cmd
@@ -208,6 +210,13 @@ async def _beside(three: Ways) -> tuple[float, float]:
     return idle, loaded
 
 
+async def _close(writers: Sequence[asyncio.StreamWriter]) -> None:
+    """And wait: a server that is stopped would wait for them, while nothing here runs that closes them."""
+    for writer in writers:
+        writer.close()
+    await asyncio.gather(*(writer.wait_closed() for writer in writers))
+
+
 async def streams(bench: Bench) -> Sequence[Figure]:
     """What an event stream costs that is open and silent."""
     async with ways(bench) as three:
@@ -222,6 +231,69 @@ async def streams(bench: Bench) -> Sequence[Figure]:
             await reader.readuntil(b".\r\n")
             writers.append(writer)
         kib = (memory_mib(three.pid) - before) * 1024 / len(writers)
-        for writer in writers:
-            writer.close()
+        await _close(writers)
     return [Figure("memory of a silent event stream", f"{kib:.1f} KiB", target="<= 24 KiB", met=kib <= 24)]
+
+
+ECHOES = 40_000 if LARGE else 12_000
+MESSAGE = bytes(64)
+
+
+async def _echo_rate(base: str, prefix: str, connections: int, count: int) -> float:
+    """Echoes a second, as a client on aiohttp sees them. The backend sends back what it reads, byte by byte."""
+    each = count // connections
+
+    async def work(opened: aiohttp.ClientWebSocketResponse) -> None:
+        for _ in range(each):
+            await opened.send_bytes(MESSAGE)
+            await opened.receive_bytes()
+
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+        url = f"{base}{prefix}/ws"
+        made = [await stack.enter_async_context(session.ws_connect(url)) for _ in range(connections)]
+        began = time.perf_counter()
+        await asyncio.gather(*map(work, made))
+        return each * connections / (time.perf_counter() - began)
+
+
+async def _idle_websocket(three: Ways) -> float:
+    """KiB that each of many costs the server."""
+    base, prefix = three.ways["ours"]
+    parts = urlsplit(base)
+    before = memory_mib(three.pid)
+    writers: list[asyncio.StreamWriter] = []
+    for _ in range(STREAMS):
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(
+            f"GET {prefix}/ws HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+        )
+        assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+        writers.append(writer)
+    kib = (memory_mib(three.pid) - before) * 1024 / len(writers)
+    await _close(writers)
+    return kib
+
+
+async def websockets(bench: Bench) -> Sequence[Figure]:
+    """Echoes of small messages beside a direct connection, and what an idle WebSocket costs."""
+    rates: dict[tuple[str, int], list[float]] = {}
+    async with ways(bench) as three:
+        for _ in range(ROUNDS):
+            for connections in (1, 32):
+                for name in ("direct", "ours"):
+                    rate = await _echo_rate(*three.ways[name], connections, ECHOES // ROUNDS)
+                    rates.setdefault((name, connections), []).append(rate)
+        kib = await _idle_websocket(three)
+
+    def figure(connections: int, target: float) -> Figure:
+        mine, direct = p50(rates["ours", connections]), p50(rates["direct", connections])
+        what = f"WebSocket echoes of 64 bytes, {connections} connection{'s' * (connections > 1)}"
+        return at_least(what, f"{mine:.0f}/s", f"direct {direct:.0f}/s", mine / direct, target)
+
+    return [
+        figure(1, 0.7),
+        figure(32, 0.4),
+        Figure("memory of an idle WebSocket", f"{kib:.1f} KiB", target="<= 8 KiB", met=kib <= 8),
+    ]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 from uuid import UUID
 
 import pytest
+import uvloop
 
 from tests.api.conftest import MakeContext, make_context
 from tests.proxy import rig as parts
 
 __all__ = ["make_context"]
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """What deals with transports themselves is tested on both event loops that servers run on."""
+    both = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return both if item.path.stem == "test_websocket" else {"asyncio": both["asyncio"]}
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.tenants import ANY_TENANT
 from app.proxy.http import Options, Relay
-from app.proxy.resolve import Resolver
+from app.proxy.resolve import Resolver, Way
 from app.server.front import Front, admission
 from app.server.listener import uvicorn_server
 from app.service.sandboxes import Service
@@ -237,6 +237,7 @@ async def serving(
     options: Options | None = None,
     pending_seconds: float = 20,
     is_open: bool = False,
+    has_agents: bool = False,
     settings: Settings | None = None,
     view: CurrentView | None = None,
 ) -> AsyncGenerator[Rig]:
@@ -245,15 +246,14 @@ async def serving(
     resolver = Resolver(
         view or context.service.view,
         context.signal,
-        TOKEN_KEY,
-        "127.0.0.1",
+        Way(TOKEN_KEY, has_agents=has_agents),
         context.stopping,
         pending_seconds=pending_seconds,
     )
     relay = Relay(
         admission(authenticate, loopback_only=context.loopback_only, is_open=is_open),
         resolver,
-        options or Options(VIA, adds_token=not is_open),
+        options or Options(VIA, adds_token=not is_open, cors=authenticate is not None and not is_open),
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

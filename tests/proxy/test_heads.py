@@ -307,6 +307,7 @@ async def test_an_answer_arrives_with_its_own_headers_only(rig: Rig, agent: Agen
         ("set-cookie", "a=1"),
         ("set-cookie", "b=2"),
         ("x-a", "\xe9"),
+        (POLICY, SANDBOX),
     ]
 
 
@@ -347,3 +348,49 @@ async def test_a_body_is_not_decompressed(rig: Rig, agent: Agent, sandbox: UUID)
     agent.handlers["/proxy/3000/a"] = compressed
     reply = await say(rig.port, request(f"/sandboxes/{sandbox}/proxy/3000/a"))
     assert (reply.body, reply.one("content-encoding")) == (packed, "gzip")
+
+
+SANDBOX = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
+POLICY = "content-security-policy"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text/html", "TEXT/HTML; charset=utf-8", " text/html", "application/xhtml+xml", "image/svg+xml", "text/xml"],
+)
+def test_a_page_has_no_part_in_our_origin(kind: str):
+    assert values(got(("content-type", kind)), POLICY) == [SANDBOX]
+    assert values(got(("content-type", kind), (POLICY, "default-src 'self'")), POLICY) == [
+        "default-src 'self'",
+        SANDBOX,
+    ]
+
+
+def test_what_has_no_type_may_be_taken_for_a_page():
+    assert values(got(), POLICY) == [SANDBOX]
+    for status in (101, 204, 304):
+        assert values(got(status=status), POLICY) == []
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "text/event-stream", "image/png", "text/css"])
+def test_what_is_no_page_stays_as_it_is(kind: str):
+    assert values(got(("content-type", kind)), POLICY) == []
+
+
+def test_a_page_with_an_origin_of_its_own_stays_as_it_is():
+    for passage in (replace(PASSAGE, prefix=""), replace(PASSAGE, same_origin_pages=True)):
+        assert values(got(("content-type", "text/html"), passage=passage), POLICY) == []
+
+
+def test_in_the_form_with_the_host_the_origin_is_the_programs():
+    own = replace(PASSAGE, prefix="")
+    pairs = sent(("cookie", "a=1"), ("authorization", "Basic x"), ("x-forwarded-prefix", "/forged"), passage=own)
+    assert (values(pairs, "cookie"), values(pairs, "authorization")) == (["a=1"], ["Basic x"])
+    assert values(pairs, "x-forwarded-prefix") == []
+    cookies = [("set-cookie", "a=1; Domain=d; Path=/x; Secure"), ("set-cookie", "b=2; path=relative")]
+    assert values(got(*cookies, passage=own), "set-cookie") == ["a=1; Path=/x; Secure", "b=2"]
+    for location in ("/login", "//other/x", "https://other/x", "relative"):
+        assert values(got(("location", location), passage=own), "location") == [location]
+    assert values(got(("location", "http://localhost:3000/x"), passage=own), "location") == [
+        "http://api.example:8080/x"
+    ]

@@ -15,7 +15,7 @@ FULL = Settings(
     server=ServerSettings(host="10.0.0.5", eip="edge.test"),
     runtime=RuntimeSettings(execd_image="agent:1"),
     docker=DockerSettings(host_ip="10.0.0.2"),
-    proxy=ProxySettings(public_address="proxy.test", auth="open"),
+    proxy=ProxySettings(public_address="proxy.test", auth="open", wildcard="*.boxes.test:8443"),
 )
 
 
@@ -24,7 +24,7 @@ def test_defaults(tmp_path: Path):
 
 
 def test_every_setting_arrives(tmp_path: Path):
-    known = Network(True, "10.0.0.5", "edge.test", "", "127.0.0.1", "proxy.test", True)
+    known = Network(True, "10.0.0.5", "edge.test", "", "127.0.0.1", "proxy.test", True, "boxes.test:8443")
     assert network_of(FULL, {}, tmp_path) == known
     assert network_of(FULL, {"container": "podman"}, tmp_path).host_ip == "10.0.0.2"
 

@@ -42,7 +42,7 @@ async def test_it_carries_requests_to_sandboxes(dsn: str, service: Service) -> N
     with tempfile.TemporaryDirectory(prefix="sandledger-server-") as folder:
         home = Path(folder)
         home.chmod(0o711)
-        config = write_config(home, dsn, NONE, server="timeout_graceful_shutdown = 1")
+        config = write_config(home, dsn, NONE, more="[proxy]\ndrain_seconds = 1")
         server = ServerProcess(config, role="api").start()
         try:
             port = urlsplit(server.base).port

@@ -93,6 +93,12 @@ class TestForms:
         found = ask(port, network, address, through_server=True)
         assert found == Endpoint(f"{base}/sandboxes/{running().id}/proxy/{port}", PLAIN)
 
+    def test_with_a_wildcard_each_port_has_a_host(self):
+        network = replace(AGENT, wildcard="boxes.test:8443", eip="edge.test", public_address="proxy.test")
+        found = ask(3000, network, through_server=True)
+        assert found == Endpoint(f"3000-{running().id}.boxes.test:8443", PLAIN)
+        assert ask(3000, network).address == "edge.test:32768/proxy/3000", "direct endpoints are the same"
+
     def test_through_an_open_proxy_the_caller_brings_the_token(self):
         open_proxy = replace(AGENT, open_proxy=True)
         assert ask(3000, open_proxy, through_server=True).headers == WITH_TOKEN

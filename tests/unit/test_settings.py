@@ -309,6 +309,9 @@ class TestBadValues:
             ('server.eip = "a b"', "expected a host, with a port and a path if need be"),
             ('server.eip = "user@host"', "expected a host, with a port and a path if need be"),
             ('proxy.public_address = "h/x?y"', "expected a host, with a port and a path if need be"),
+            ('proxy.wildcard = "sandboxes.test"', "expected *. and a domain, with a port if need be"),
+            ('proxy.wildcard = "*.a.*"', "expected *. and a domain, with a port if need be"),
+            ("proxy.drain_seconds = 0", "expected a whole number from 1"),
             (
                 "docker.port_range_min = 80",
                 "docker.port_range_min = 80 is not allowed, expected a whole number from 1024",
@@ -406,6 +409,9 @@ sandbox_env = { A = "b" }
 resolve_internal = false
 auth = "open"
 public_address = "https://proxy.example.com"
+wildcard = "*.sandboxes.example.com:8443"
+same_origin_pages = true
+drain_seconds = 5
 [store]
 type = "sqlite"
 [store.postgresql]

@@ -9,6 +9,7 @@ host network                    `<host>:<port>`                         the agen
 published port 8080             `<host>:<published 8080>`               none
 any other port, with an agent   `<host>:<published 44772>/proxy/<port>` the agent's token
 through this server             `<base>/sandboxes/<id>/proxy/<port>`    none; the token where the proxy is open
+the same, with a wildcard       `<port>-<id>.<domain>`                  the same
 =============================== ======================================= =================================
 
 The agent asks for its token on every path, so it goes with each endpoint that leads to the agent. The proxy of this
@@ -31,19 +32,17 @@ from typing import Final
 
 from msgspec import Struct
 
+from app.domain.sandbox import address as addresses
+from app.domain.sandbox.address import AGENT_PORT, HOST_NETWORK
 from app.domain.sandbox.decide import visible
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.sandbox.status import Attempt, status_of
 from app.errors import Conflict, NotFound, Rejected, Unsupported
 
-AGENT_PORT: Final = 44772
-"""Where the agent listens inside the sandbox."""
 HTTP_PORT: Final = 8080
 """The port of the user's own program that is published beside the agent's."""
 TOKEN_HEADER: Final = "X-EXECD-ACCESS-TOKEN"  # noqa: S105 - the name of a header
 GENERATION_HEADER: Final = "Sandledger-Generation"
-HOST_NETWORK: Final = "host"
-"""How the engine names the network of a container that shares the machine's."""
 MAX_PORT: Final = 65535
 _ONLY_FROM_HERE = ("NETWORK_NOT_REACHABLE", "ADVERTISED_NOT_REACHABLE")
 """Reasons that hold for the place of the probe only. A client may stand elsewhere, so it gets the endpoint."""
@@ -67,6 +66,8 @@ class Network(Struct, frozen=True):
     public_address: str = ""
     open_proxy: bool = False
     """Whether the proxy lets in callers without a key."""
+    wildcard: str = ""
+    """The domain, with a port if need be, under which every port of every sandbox has a host; empty = there is none."""
 
 
 class Asked(Struct, frozen=True):
@@ -99,11 +100,8 @@ def is_awaited(sandbox: Sandbox, asked: Asked, network: Network) -> bool:
 
 
 def has_agent(sandbox: Sandbox, network: Network) -> bool:
-    """Whether an agent is in it: its published port says so; where nothing is published, the settings do."""
-    address = sandbox.address
-    if address is None or address.network == HOST_NETWORK:
-        return network.agent
-    return str(AGENT_PORT) in address.ports
+    """Whether an agent is in it."""
+    return addresses.has_agent(sandbox.address, configured=network.agent)
 
 
 def resolve(sandbox: Sandbox, asked: Asked, network: Network, token: str) -> Endpoint:
@@ -182,6 +180,8 @@ def _direct(sandbox: Sandbox, port: int, network: Network) -> str:
 
 
 def _through_server(sandbox: Sandbox, asked: Asked, network: Network) -> str:
+    if network.wildcard:
+        return f"{asked.port}-{sandbox.id}.{network.wildcard}"
     chosen = network.public_address or network.eip
     base = _without_scheme(chosen).rstrip("/") if chosen else f"{asked.host}{asked.mount}"
     return f"{base}/sandboxes/{sandbox.id}/proxy/{asked.port}"

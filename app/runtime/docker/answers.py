@@ -8,7 +8,7 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from app.domain.sandbox.endpoints import HOST_NETWORK
+from app.domain.sandbox.address import HOST_NETWORK
 from app.domain.sandbox.observed import Address
 from app.domain.text import storable
 from app.runtime.docker import names as names_

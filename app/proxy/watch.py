@@ -1,0 +1,43 @@
+"""Streams of a sandbox that is no more, or that was started again, are cut.
+
+A request finds its target when it begins, but a stream may be open for hours. The engine closes the connections of a
+container that ends, though not on every network at once, and it gives the container's address to the next one. So the
+streams that are open are compared with the log: twice a second with what is known of the sandbox, and the row is read
+when the signal has news of it. A paused sandbox keeps its streams, since it goes on where it stopped.
+
+**How it fails.** While the database is away nothing is cut. A signal that was lost costs `rows.LOST_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from app.domain.sandbox.state import Sandbox
+from app.errors import StoreUnavailable
+from app.proxy.limits import Stream, Streams
+from app.proxy.rows import Rows
+
+LOOK_SECONDS: Final = 0.5
+
+
+def is_over(sandbox: Sandbox | None, stream: Stream) -> bool:
+    """Whether what the stream leads to is no more."""
+    return (
+        sandbox is None or not sandbox.may_run or sandbox.generation != stream.generation or sandbox.run != stream.run
+    )
+
+
+async def watch(streams: Streams, rows: Rows) -> None:
+    """Cut what is over, until cancelled."""
+    while True:
+        await streams.some()
+        await asyncio.sleep(LOOK_SECONDS)
+        try:
+            for key in streams.keys:
+                sandbox = rows.known(key) or await rows.read(*key)
+                for stream in streams.of(key):
+                    if stream.cut is not None and is_over(sandbox, stream):
+                        stream.cut()
+        except StoreUnavailable:
+            continue

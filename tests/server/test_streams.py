@@ -1,0 +1,165 @@
+"""Streams to sandboxes in server processes: what they cost, what another process does to them, and the stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import httpx
+import pytest
+
+from app.service.sandboxes import Service
+from tests.chaos.harness import KEY, ServerProcess, body, until, write_config
+from tests.proxy.rig import Agent, Caller, Holding, Rig, agent, calling, request
+from tests.proxy.test_websocket import echoes, ended, handshake, opened
+from tests.support.hold import held
+
+NONE = "unix:///nonexistent/engine.sock"
+EVENTS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n.\r\n"
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Where servers of one database have their key."""
+    with tempfile.TemporaryDirectory(prefix="sandledger-server-") as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
+
+
+@contextmanager
+def server(home: Path, dsn: str, name: str = "server", proxy: str = "", **tables: str) -> Iterator[ServerProcess]:
+    made = ServerProcess(write_config(home, dsn, NONE, name, more=f"[proxy]\n{proxy}", **tables), role="api")
+    try:
+        yield made.start()
+    finally:
+        made.kill()
+
+
+def port_of(server: ServerProcess) -> int:
+    port = urlsplit(server.base).port
+    assert port is not None
+    return port
+
+
+@pytest.fixture
+async def theirs() -> AsyncIterator[Agent]:
+    async with agent() as made:
+        made.handlers["/proxy/3000/ws"] = echoes
+        yield made
+
+
+async def runs_at(service: Service, at: Agent) -> UUID:
+    """A sandbox whose agent does not look at the token: the key of the installation is the server's."""
+    sandbox = await Rig(0, None, service).running(at)
+    at.token = ""
+    return sandbox
+
+
+async def echo(caller: Caller, piece: bytes) -> None:
+    caller.writer.write(piece)
+    async with asyncio.timeout(30):
+        assert await caller.reader.readexactly(len(piece)) == piece
+
+
+def memory(server: ServerProcess) -> int:
+    """Resident bytes."""
+    lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
+
+
+async def test_a_thousand_idle_websockets(home: Path, dsn: str, service: Service, theirs: Agent):
+    """They cost at most 8 KiB each, and none of them is left when their clients are gone."""
+    with server(home, dsn) as one:
+        async with AsyncExitStack() as stack:
+
+            async def open_some(count: int) -> list[Caller]:
+                sandbox = await runs_at(service, theirs)
+                callers = [await stack.enter_async_context(calling(port_of(one))) for _ in range(count)]
+                for caller in callers:
+                    await opened(caller, handshake(sandbox, key=KEY))
+                return callers
+
+            await open_some(300)
+            before = memory(one)
+            callers = [*await open_some(500), *await open_some(500)]
+            each = (memory(one) - before) / len(callers)
+            for caller in callers:
+                await echo(caller, b"x")
+        await theirs.until(lambda: not theirs.open)
+        assert "Traceback" not in one.log.read_text()
+    assert each <= 8 * 1024, f"{each:.0f} bytes"
+
+
+async def test_a_delete_in_one_process_cuts_what_another_carries(home: Path, dsn: str, service: Service, theirs: Agent):
+    sandbox, other = await runs_at(service, theirs), await runs_at(service, theirs)
+    with server(home, dsn, "one") as one, server(home, dsn, "two") as two:
+        async with calling(port_of(one)) as caller, calling(port_of(one)) as others, two.client() as client:
+            await opened(caller, handshake(sandbox, key=KEY))
+            await opened(others, handshake(other, key=KEY))
+            assert (await client.delete(f"/sandboxes/{sandbox}")).status_code == 204
+            assert await ended(caller) == b""
+            await echo(others, b"still there")
+
+
+async def test_a_stop_lets_streams_go_on_and_not_requests_of_the_api(
+    home: Path, dsn: str, service: Service, theirs: Agent
+):
+    """A request of the API that hangs gets its own time, a second. The streams live on after that, until they end."""
+    sandbox = await runs_at(service, theirs)
+    events = theirs.handlers["/proxy/3000/events"] = Holding(EVENTS)
+    with server(home, dsn, proxy="drain_seconds = 600", server="timeout_graceful_shutdown = 1") as one:
+        port = port_of(one)
+        async with calling(port) as caller, calling(port) as reading, one.client() as client:
+            await opened(caller, handshake(sandbox, key=KEY))
+            reading.writer.write(request(f"/sandboxes/{sandbox}/proxy/3000/events", key=KEY))
+            await reading.head()
+            made = (await client.post("/sandboxes", json=body("image:1"))).json()["id"]
+            async with held(dsn, UUID(made)) as hold:
+                deleting = asyncio.create_task(client.delete(f"/sandboxes/{made}"))
+                await until(hold.keeps_waiting(1), "the delete waits for its row")
+                one.send(signal.SIGTERM)
+                with pytest.raises(httpx.HTTPError):
+                    (await deleting).raise_for_status()
+                await hold.let_go()
+            with pytest.raises(OSError):
+                async with calling(port):
+                    pass
+            await echo(caller, b"still there")
+            events.rest = b"1\r\n!\r\n0\r\n\r\n"
+            events.go.set()
+            assert [await reading.chunk() for _ in range(3)] == [b".", b"!", b""]
+            await echo(caller, b"still there")
+        assert await asyncio.to_thread(one.wait, 30) == 0
+
+
+async def test_a_stop_cuts_what_is_left(home: Path, dsn: str, service: Service, theirs: Agent):
+    sandbox = await runs_at(service, theirs)
+    theirs.handlers["/proxy/3000/events"] = Holding(EVENTS)
+    with server(home, dsn, proxy="drain_seconds = 1") as one:
+        port = port_of(one)
+        async with calling(port) as caller, calling(port) as reading:
+            await opened(caller, handshake(sandbox, key=KEY))
+            reading.writer.write(request(f"/sandboxes/{sandbox}/proxy/3000/events", key=KEY))
+            await reading.head()
+            one.send(signal.SIGTERM)
+            assert await ended(caller) == b""
+            assert await ended(reading) == b"1\r\n.\r\n", "no last chunk: what was sent was not all"
+            await theirs.until(lambda: not theirs.open)
+        assert await asyncio.to_thread(one.wait, 30) == 0
+        assert "Traceback" not in one.log.read_text()
+
+
+async def test_a_killed_server_leaves_nothing_open(home: Path, dsn: str, service: Service, theirs: Agent):
+    sandbox = await runs_at(service, theirs)
+    with server(home, dsn) as one:
+        async with calling(port_of(one)) as caller:
+            await opened(caller, handshake(sandbox, key=KEY))
+            one.kill()
+            assert await ended(caller) == b""
+        await theirs.until(lambda: not theirs.open)
