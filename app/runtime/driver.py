@@ -31,6 +31,7 @@ from uuid import UUID
 from msgspec import Struct
 
 from app.domain.engine.events import Capacity
+from app.domain.sandbox.diagnostics import Inspection, Logs
 from app.domain.sandbox.observed import Capabilities, Exit, Observed, Part, Pausing, Power, Ref
 from app.runtime.workload import Image, Limits, RegistryAuth, Workload
 
@@ -43,9 +44,11 @@ __all__ = [
     "FetchedImage",
     "Hint",
     "Image",
+    "Inspection",
     "InstalledAgent",
     "Leftover",
     "Limits",
+    "Logs",
     "Misnamed",
     "Observed",
     "Part",
@@ -226,6 +229,20 @@ class Driver(Protocol):
             AttemptFailed: `AGENT_IMAGE_INCOMPLETE`, the image lacks a file that is needed; `AGENT_INSTALLING`, another
                 process copies at this moment.
             RuntimeRejected: `NAME_TAKEN`, a stranger's volume or container has the name.
+        """
+        ...
+
+    async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
+        """The last lines that the part `main` wrote, to both streams: `tail` of them and `most` bytes at most.
+
+        Never reads a log whole. A line that is longer than `most` has lost its beginning. `tail` may count pieces of
+        long lines. None = the engine has no such object of ours, or its log is gone.
+        """
+        ...
+
+    async def inspect(self, ref: Ref) -> Inspection | None:
+        """What the engine says of the part `main`, with the values of its environment in the clear. None = there is no
+        such object of ours.
         """
         ...
 

@@ -314,6 +314,14 @@ class AgentSettings(Table, frozen=True):
     """Seconds that a sandbox which runs waits for its agent; it is Running after that even if none answers."""
 
 
+class DiagnosticsSettings(Table, frozen=True):
+    """`[sandledger.diagnostics]`: what is kept of sandboxes that are gone, beside their events."""
+
+    keep_days: Annotated[int, Meta(ge=0, le=3650)] = 7
+    """Days that the end of a sandbox's log, its exit code and an inspection are kept after its removal; 0 = nothing
+    is kept."""
+
+
 class ApiSettings(Table, frozen=True):
     """`[sandledger.api]`: bounds of requests."""
 
@@ -341,6 +349,7 @@ class SandledgerSettings(Table, frozen=True):
     worker: WorkerSettings = WorkerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
     agent: AgentSettings = AgentSettings()
+    diagnostics: DiagnosticsSettings = DiagnosticsSettings()
     api: ApiSettings = ApiSettings()
 
 

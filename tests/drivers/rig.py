@@ -38,6 +38,10 @@ class Rig(Protocol):
         """A workload that ends by itself."""
         ...
 
+    def talking(self, *lines: str) -> Workload:
+        """A workload that writes these lines and runs on."""
+        ...
+
     def greedy(self) -> Workload:
         """A workload that `starve` lets run into its memory limit."""
         ...

@@ -50,6 +50,11 @@ class FakeRig:
         self.engine.scripts[work.ref.object_id] = Exit(code)
         return work
 
+    def talking(self, *lines: str) -> Workload:
+        work = self.work(env={"SAID": "s3cr3t-value"})
+        self.engine.write(work.ref.object_id, *lines)
+        return work
+
     def greedy(self) -> Workload:
         return self.work()
 
@@ -235,6 +240,10 @@ class DockerRig:
 
     def ending(self, code: int) -> Workload:
         return self.work(entrypoint=("sh", "-c", f"exit {code}"))
+
+    def talking(self, *lines: str) -> Workload:
+        script = ("sh", "-c", 'for line in "$@"; do echo "$line"; done; exec sleep 3600', "sh", *lines)
+        return self.work(entrypoint=script, env={"SAID": "s3cr3t-value"})
 
     def greedy(self) -> Workload:
         script = ("sh", "-c", "mkfifo /tmp/go; read line < /tmp/go; exec tail /dev/zero")

@@ -18,6 +18,7 @@ that run into it within their first milliseconds, about one in ten is reported w
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import datetime
 
 import aiodocker
 import aiohttp
@@ -25,7 +26,7 @@ import msgspec
 
 from app.errors import SettingsError
 from app.runtime.completion import to_completion
-from app.runtime.docker import events, identity, names
+from app.runtime.docker import events, identity, inspection, names, output
 from app.runtime.docker.agent import Agents
 from app.runtime.docker.answers import REMOVING, Inspected, observed
 from app.runtime.docker.containers import Containers
@@ -42,8 +43,10 @@ from app.runtime.driver import (
     FetchedImage,
     Hint,
     Image,
+    Inspection,
     InstalledAgent,
     Leftover,
+    Logs,
     Misnamed,
     Observed,
     Pausing,
@@ -150,6 +153,16 @@ class DockerDriver:
     async def install_agent(self, image: str) -> InstalledAgent:
         """Copy the agent's files unless they are there."""
         return await self._agents.install(image)
+
+    async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
+        """The last lines of both streams."""
+        found = await self._containers.ours(ref)
+        return None if found is None else await output.last(self._engine, found[0].id, tail, most, since)
+
+    async def inspect(self, ref: Ref) -> Inspection | None:
+        """What the engine says of it."""
+        found = await self._containers.ours(ref)
+        return None if found is None else await inspection.inspect(self._engine, found[0].id, self._options)
 
     async def check(self) -> EngineInfo:
         """Ask the engine who it is."""

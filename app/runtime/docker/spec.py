@@ -23,7 +23,9 @@ AGENT_FOLDER = f"{RUNTIME_FOLDER}/bin"
 TMPFS_OPTIONS = "mode=1777,size=1m"
 UNPUBLISHED = ("host", "none")
 """Network modes in which the engine publishes no port; neither does it for one who shares another's network."""
-OURS = ("EXECD", "EXECD_ACCESS_TOKEN", "EXECD_INIT", "OPENSANDBOX_ID")
+ACCESS = "EXECD_ACCESS_TOKEN"
+"""The variable with the agent's token."""
+OURS = ("EXECD", ACCESS, "EXECD_INIT", "OPENSANDBOX_ID")
 """Environment variables of a sandbox with an agent that a request does not decide."""
 
 
@@ -218,5 +220,5 @@ def _environment(work: Workload, options: DockerOptions) -> tuple[str, ...]:
 
 
 def _of_agent(work: Workload, agent: Agent) -> dict[str, str]:
-    ours = {"EXECD": f"{AGENT_FOLDER}/execd", "EXECD_ACCESS_TOKEN": agent.token}
+    ours = {"EXECD": f"{AGENT_FOLDER}/execd", ACCESS: agent.token}
     return ours | {"OPENSANDBOX_ID": str(work.ref.object_id)} | ({"EXECD_INIT": "1"} if agent.init else {})

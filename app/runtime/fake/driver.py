@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime
 from typing import TypeAlias
 from uuid import UUID, uuid4
 
@@ -23,8 +24,10 @@ from app.runtime.driver import (
     FetchedImage,
     Hint,
     Image,
+    Inspection,
     InstalledAgent,
     Leftover,
+    Logs,
     Misnamed,
     Observed,
     Part,
@@ -33,6 +36,7 @@ from app.runtime.driver import (
     Ref,
     Workload,
 )
+from app.runtime.fake import looks
 from app.runtime.fake.agent import FakeAgents
 from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, name_of
 from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
@@ -189,6 +193,26 @@ class FakeDriver:
     async def install_agent(self, image: str) -> InstalledAgent:
         """Copy the agent's files unless they are there."""
         return await self._agents.install(image)
+
+    async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
+        """The last lines that it wrote."""
+        await self._enter("inspect")
+        await self._leave("inspect")
+        if self._ours(ref) is None:
+            return None
+        await self._enter("logs")
+        found = self._ours(ref)
+        await self._leave("logs")
+        if found is None or found.removing:
+            return None
+        return looks.last(self.engine.written.get(found.name, ()), tail, most, since)
+
+    async def inspect(self, ref: Ref) -> Inspection | None:
+        """What the engine says of it."""
+        await self._enter("inspect")
+        found = self._ours(ref)
+        await self._leave("inspect")
+        return None if found is None else looks.inspection(found)
 
     async def check(self) -> EngineInfo:
         """Ask the engine who it is."""

@@ -17,6 +17,7 @@ from uuid import UUID, uuid4
 import msgspec
 from msgspec import Struct
 
+from app.domain.sandbox.diagnostics import LogLine
 from app.domain.sandbox.observed import Address, Waiting
 from app.errors import RuntimeFault
 from app.runtime.driver import Change, Exit, FetchedImage, Leftover, Power, Workload
@@ -105,6 +106,8 @@ class FakeEngine:
         """Copies of an agent's files, by the name of volume and helper."""
         self.fill_gates: dict[str, asyncio.Event] = {}
         """Waited for by the copy of this name, half way."""
+        self.written: dict[str, list[LogLine]] = {}
+        """What containers wrote, by name. It goes with the container."""
         self.starts_without_port = 0
         """How many starts of sandboxes with an agent find their port taken."""
         self.gpus: int | None = None
@@ -126,9 +129,15 @@ class FakeEngine:
         """The container that the engine knows by this id, whatever its name is."""
         return next((one for one in self.containers.values() if one.runtime_id == runtime_id), None)
 
+    def write(self, object_id: UUID, *texts: str) -> None:
+        """Its program writes these lines."""
+        lines = self.written.setdefault(name_of(object_id), [])
+        lines += [LogLine(self._clock().isoformat(), text) for text in texts]
+
     def rename(self, object_id: UUID, name: str) -> None:
         """From outside, as `docker rename`."""
         renamed = self.containers.pop(name_of(object_id))
+        self.written[name] = self.written.pop(name_of(object_id), [])
         self.containers[name] = msgspec.structs.replace(renamed, name=name)
 
     def make(self, name: str, work: Workload | None = None, installation: UUID | None = None) -> FakeContainer:
@@ -228,6 +237,7 @@ class FakeEngine:
 
     def destroy(self, name: str) -> None:
         """Remove a container behind the drivers' backs, as an outsider would."""
+        self.written.pop(name, None)
         self._publish(self.containers.pop(name), Change.REMOVED)
 
     def leave(self, installation: UUID, leftover: Leftover) -> None:

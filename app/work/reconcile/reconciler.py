@@ -67,6 +67,7 @@ from app.runtime.faults import AgentMissing, ImageMissing
 from app.service.sandboxes import Service, StaleVersion
 from app.views.current import is_newer
 from app.work.agents import Agents
+from app.work.diagnostics import Diagnostics
 from app.work.fetches import Fetches
 from app.work.policy import WorkPolicy
 from app.work.probes import Probes
@@ -104,6 +105,7 @@ class Reconciler:
         agents: Agents | None,
         probes: Probes | None,
         outcomes: Outcomes,
+        diagnostics: Diagnostics,
         policy: WorkPolicy,
         actors: Actors,
     ) -> None:
@@ -115,6 +117,7 @@ class Reconciler:
         self._agents = agents
         self._probes = probes
         self._outcomes = outcomes
+        self._diagnostics = diagnostics
         self._policy = policy
         self._actors = actors
 
@@ -300,6 +303,7 @@ class Reconciler:
             self._fetches.want(sandbox, image, held.cause, step)
 
     async def _remove(self, held: Held, sandbox: Sandbox) -> Sandbox:
+        await self._diagnostics.keep(sandbox)
         gone = await self._driver.remove(ref_of(sandbox))
         self._station.succeeded(sandbox.id)
         if not gone:
