@@ -101,6 +101,8 @@ class InstalledAgent(Struct, frozen=True):
     """What `Workload.agent` names."""
     files: tuple[str, ...]
     size_bytes: int
+    helper: str
+    """The engine's own id of what copied them. Another copy has another one."""
     made: bool
     """This call had them copied. False = they were there. Two calls at the same time may both say True."""
 
@@ -229,6 +231,12 @@ class Driver(Protocol):
             AttemptFailed: `AGENT_IMAGE_INCOMPLETE`, the image lacks a file that is needed; `AGENT_INSTALLING`, another
                 process copies at this moment.
             RuntimeRejected: `NAME_TAKEN`, a stranger's volume or container has the name.
+        """
+        ...
+
+    async def clean_agents(self, keep: str, before: datetime) -> tuple[str, ...]:
+        """Remove the files of other agent images than `keep`, an image id, that no sandbox mounts and that were copied
+        before that time, by the engine's clock. The names of what this call removed.
         """
         ...
 

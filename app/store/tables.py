@@ -138,6 +138,7 @@ engines = Table(
     Column("labels", JSONB, nullable=False),
     Column("capabilities", JSONB, nullable=False),
     Column("capacity", JSONB, nullable=False),
+    Column("agents", JSONB, nullable=False, comment="Image id -> id of the container that copied the agent's files."),
     Column("server_version", Text, nullable=False),
     Column("api_version", Text, nullable=False),
     Column("last_seen_at", DateTime(timezone=True), comment="Not folded: when a worker last reached it."),

@@ -69,6 +69,7 @@ _BACKGROUND_SHARE = 8
 _CONTENDED_S = 0.01
 _PARTITIONS_S = 3600.0
 _FORGET_S = 60.0
+_AGENTS_S = 300.0
 _PURGE_S = 3600.0
 _LOG = logging.getLogger(__name__)
 
@@ -237,6 +238,8 @@ class Worker:
         store = DeadlineStore(self._deadlines, timers.bridge, timers.executor, policy.expiry_lease)
         timers.add_store("deadlines", store)
         timers.every(_PARTITIONS_S, self._ensure_partitions)
+        if self.agents is not None:
+            timers.every(_AGENTS_S, self.agents.look_around)
         timers.every(_FORGET_S, self.answers.requests.purge)
         timers.every(_PURGE_S, self.diagnostics.kept.purge)
         timers.every(min(policy.sweep_tick, policy.sweep_every), self.sweeper.tick)

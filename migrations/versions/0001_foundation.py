@@ -393,6 +393,7 @@ CREATE TABLE engines (
     labels jsonb NOT NULL,
     capabilities jsonb NOT NULL,
     capacity jsonb NOT NULL,
+    agents jsonb NOT NULL,
     server_version text NOT NULL,
     api_version text NOT NULL,
     last_seen_at timestamptz,
@@ -559,6 +560,7 @@ COMMENT ON COLUMN engines.state IS 'up, dark, mismatch.';
 COMMENT ON COLUMN engines.trouble IS 'Why it is dark or mismatched.';
 COMMENT ON COLUMN engines.trusted_position IS
     'Objects up to this position are no sign that the log went back.';
+COMMENT ON COLUMN engines.agents IS 'Image id -> id of the container that copied the agent''s files.';
 COMMENT ON COLUMN engines.last_seen_at IS 'Not folded: when a worker last reached it.';
 COMMENT ON COLUMN engines.swept_at IS 'Not folded: when a worker last compared all of it.';
 COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';

@@ -81,6 +81,8 @@ class EngineProxy:
         """Before the engine sees the call."""
         self.late_gates: dict[str, Gate] = {}
         """When the engine has acted, before anybody hears of it."""
+        self.sent: Counter[str] = Counter()
+        """Bytes that the engine answered."""
         self.lost: Counter[str] = Counter()
         self.scarce: Counter[str] = Counter()
         """How many of these calls the engine is not asked any more, since a port is taken."""
@@ -173,6 +175,7 @@ class EngineProxy:
                 self.streams[id(request)] = request
             try:
                 async for chunk in answer.content.iter_any():
+                    self.sent[call] += len(chunk)
                     await response.write(chunk)
                 await response.write_eof()
             finally:

@@ -70,6 +70,10 @@ class Rig(Protocol):
         """The same, and the copy of its files stops half way."""
         ...
 
+    async def shellless_image(self) -> str:
+        """An image without a shell, on the engine."""
+        ...
+
     async def bare_image(self) -> str:
         """An image on the engine that holds none."""
         ...

@@ -53,6 +53,18 @@ TARGET = "/t"
 OUTPUT_LINES = 50
 KIB = 1024
 PIDS_LIMIT = 64
+PREPARE = """\
+# Sourced by bootstrap.sh. Programs that expect the agent's files where other servers put them find them there. An image
+# without ln goes without. In a shell of its own, so that the user's program inherits nothing of it.
+(
+    command -v ln >/dev/null 2>&1 || exit 0
+    for file in /opt/opensandbox/bin/*; do
+        name=${file##*/}
+        [ "$name" = prepare.sh ] || [ -e "/opt/opensandbox/$name" ] || ln -s "$file" "/opt/opensandbox/$name"
+    done
+) 2>/dev/null || :
+"""
+"""`prepare.sh`, a file of ours beside the agent's."""
 FILL = f"""set -eu
 umask 022
 for file in /execd /bootstrap.sh; do
@@ -69,7 +81,10 @@ for file in /execd /bootstrap.sh /usr/local/bin/bwrap /usr/local/libexec/opensan
     chmod 0755 "{TARGET}/.$name.new"
     names="$names $name"
 done
+printf '%s' "$PREPARE" > "{TARGET}/.prepare.sh.new"
+chmod 0755 "{TARGET}/.prepare.sh.new"
 on_disk
+mv -f "{TARGET}/.prepare.sh.new" "{TARGET}/prepare.sh"
 for name in $names; do
     # A folder cannot be renamed over another one. One that is there is whole, as it was renamed too.
     if [ -d "{TARGET}/$name" ]; then rm -rf "{TARGET}/.$name.new"; else mv -f "{TARGET}/.$name.new" "{TARGET}/$name"; fi
@@ -193,7 +208,7 @@ class Install:
     async def _installed(self, helper: Inspected) -> InstalledAgent:
         words = (line.split() for line in (await self._output(helper.id)).splitlines())
         sizes = {line[0]: int(line[1]) * KIB for line in words if len(line) == 2 and line[1].isdecimal()}  # noqa: PLR2004
-        return InstalledAgent(self._image_id, self._name, tuple(sizes), sum(sizes.values()), self._filled)
+        return InstalledAgent(self._image_id, self._name, tuple(sizes), sum(sizes.values()), helper.id, self._filled)
 
     async def _output(self, runtime_id: str) -> str:
         try:
@@ -226,7 +241,7 @@ def helper_config(image_id: str, name: str, labels: dict[str, str]) -> Container
         image=image_id,
         entrypoint=(SHELL,),
         cmd=("-c", FILL),
-        env=(),
+        env=(f"PREPARE={PREPARE}",),
         labels=labels,
         user="0:0",  # the image's own user could not write to the volume
         host_config=HostConfig(

@@ -28,6 +28,7 @@ from app.errors import SettingsError
 from app.runtime.completion import to_completion
 from app.runtime.docker import events, identity, inspection, names, output
 from app.runtime.docker.agent import Agents
+from app.runtime.docker.agent_clean import clean
 from app.runtime.docker.answers import REMOVING, Inspected, observed
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused
@@ -36,6 +37,7 @@ from app.runtime.docker.options import DockerOptions, with_seccomp_document
 from app.runtime.docker.placing import Placing
 from app.runtime.docker.pull import Pulls
 from app.runtime.docker.spec import container_config
+from app.runtime.docker.stillborn import judged
 from app.runtime.docker.verdicts import power_verdict
 from app.runtime.driver import (
     Capabilities,
@@ -85,7 +87,7 @@ class DockerDriver:
         placing = Placing(self._engine, self._containers, self._options.installation, workload, config)
         placed = await to_completion(placing.place())
         digest = await self._images.digest_of(placed.image_id, workload.image.reference)
-        return msgspec.structs.replace(placed, image_digest=digest)
+        return await judged(self._engine, msgspec.structs.replace(placed, image_digest=digest))
 
     async def observe(self, ref: Ref) -> Observed | None:
         """Inspect one object."""
@@ -93,7 +95,8 @@ class DockerDriver:
         if found is None:
             return None
         shown, whose = found
-        return observed(shown, whose, digest=self._images.known_digest(shown.image, shown.config.image))
+        seen = observed(shown, whose, digest=self._images.known_digest(shown.image, shown.config.image))
+        return await judged(self._engine, seen)
 
     async def set_power(self, ref: Ref, power: Power) -> Observed | None:
         """Pause or unpause what runs; everything else is returned as it is."""
@@ -153,6 +156,10 @@ class DockerDriver:
     async def install_agent(self, image: str) -> InstalledAgent:
         """Copy the agent's files unless they are there."""
         return await self._agents.install(image)
+
+    async def clean_agents(self, keep: str, before: datetime) -> tuple[str, ...]:
+        """Remove agents that no sandbox uses any more."""
+        return await clean(self._engine, self._containers, self._options.installation, keep, before)
 
     async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
         """The last lines of both streams."""

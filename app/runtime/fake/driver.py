@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 from msgspec.structs import replace
 
 from app.domain.engine.events import Capacity
+from app.domain.sandbox.observed import Verdict
 from app.errors import RuntimeFault, RuntimeRejected, RuntimeUnavailable
 from app.runtime.completion import to_completion
 from app.runtime.driver import (
@@ -38,13 +39,14 @@ from app.runtime.driver import (
 )
 from app.runtime.fake import looks
 from app.runtime.fake.agent import FakeAgents
-from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, name_of
+from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, is_stillborn, name_of
 from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
 from app.runtime.flights import Flights
 
 Hook: TypeAlias = Callable[[str], Awaitable[None]]
 RETRY_PAUSE_SECONDS = 0.01
 MAX_REPEATED_STARTS = 8
+NO_SHELL = Verdict("IMAGE_HAS_NO_SHELL", "The image has no /bin/sh.")
 CAPACITY = Capacity(4_000_000_000, 8 << 30)
 
 
@@ -193,6 +195,10 @@ class FakeDriver:
     async def install_agent(self, image: str) -> InstalledAgent:
         """Copy the agent's files unless they are there."""
         return await self._agents.install(image)
+
+    async def clean_agents(self, keep: str, before: datetime) -> tuple[str, ...]:
+        """Remove agents that no sandbox uses any more."""
+        return await self._agents.clean(keep, before)
 
     async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
         """The last lines that it wrote."""
@@ -358,6 +364,7 @@ class FakeDriver:
             waiting=self.engine.waiting.get(object_id) if found.power is Power.CREATED else None,
             gpus=self.engine.gpus if work and work.limits.gpus_all else work and work.limits.gpus,
             agent=work is not None and work.agent is not None,
+            verdict=NO_SHELL if is_stillborn(found) and found.power is Power.EXITED else None,
         )
 
     async def _enter(self, call: str) -> None:

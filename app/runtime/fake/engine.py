@@ -1,7 +1,8 @@
 """The engine of the fake: what several drivers share. Tests read and set the public fields, and play every accident.
 
 By convention images named `missing/...` are in no registry, and entrypoints below `/missing/` in no image. An image in
-`to_pull` exists and is not on the engine yet; all others are on it. Images named `bare/...` hold no agent.
+`to_pull` exists and is not on the engine yet; all others are on it. Images named `bare/...` hold no agent, and those
+named `noshell/...` no shell: a sandbox with an agent ends in them at once.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ class FakeContainer(Struct, frozen=True):
     address: Address | None = None
     removing: bool = False
     """Somebody asked for its removal, and it is not gone yet."""
+
+
+def is_stillborn(container: FakeContainer) -> bool:
+    """Nothing can run in it: its agent needs a shell, and its image has none."""
+    work = container.work
+    return work is not None and work.agent is not None and work.image.reference.startswith("noshell/")
 
 
 class News(Struct, frozen=True):
@@ -154,6 +161,8 @@ class FakeEngine:
         self._run(name)
         container = self.containers[name]
         ends = self.scripts.get(container.object_id) if container.object_id else None
+        if is_stillborn(container):
+            ends = Exit(1)
         if ends is not None:
             self.end(container, msgspec.structs.replace(ends, at=ends.at or self._clock()))
 

@@ -352,7 +352,7 @@ class Reconciler:
         if acted and seen.power is Power.EXITED:
             if sandbox.observed in (RuntimeState.NONE, RuntimeState.CREATED):
                 # That it was made and started is our doing; that it ended is not.
-                made = msgspec.structs.replace(seen, power=Power.CREATED, exit=None)
+                made = msgspec.structs.replace(seen, power=Power.CREATED, exit=None, verdict=None)
                 sandbox = await self._record(held, sandbox, cmd.RecordSeen(made, found_by), actor)
             actor = self._actors.runtime
         return await self._record(held, sandbox, cmd.RecordSeen(seen, found_by), actor)
