@@ -22,6 +22,8 @@ CALLS = (
     ("POST", r"containers/[^/]+/start", "start"),
     ("POST", r"containers/[^/]+/wait", "wait"),
     ("GET", r"containers/[^/]+/logs", "logs"),
+    ("GET", r"containers/[^/]+/archive", "get_archive"),
+    ("PUT", r"containers/[^/]+/archive", "put_archive"),
     ("POST", r"containers/[^/]+/pause", "pause"),
     ("POST", r"containers/[^/]+/unpause", "unpause"),
     ("GET", r"containers/[^/]+/json", "inspect"),

@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from app.runtime.docker import names
+from app.runtime.docker.agent_archive import SUFFIX
 from app.runtime.docker.answers import Listed
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused, trouble
@@ -65,7 +66,7 @@ async def _ours(engine: Engine, installation: UUID) -> list[Volume]:
 
 async def _remove(engine: Engine, containers: Containers, name: str) -> bool:
     users = await _users(engine, name)
-    helpers = [each for each in users if f"/{name}" in (each.names or ())]
+    helpers = [each for each in users if {f"/{name}", f"/{name}{SUFFIX}"} & set(each.names or ())]
     if len(users) > len(helpers) or any(each.state == _RUNNING for each in helpers):
         return False
     for helper in helpers:
