@@ -146,8 +146,9 @@ class RuntimeSettings(Table, frozen=True):
 
     type: Literal["docker"] = "docker"
     """The driver. Mandatory in the public server, `docker` by default here."""
-    execd_image: str = ""
-    """Image that holds the in-sandbox agent; empty = sandboxes without one."""
+    execd_image: str = "opensandbox/execd:v1.1.0"
+    """Image that holds the in-sandbox agent; empty = sandboxes without one. The public server has no default: its
+    example names this image."""
     execd_run_as_init: bool = False
     """Run the agent as process 1 of the sandbox (`EXECD_INIT`)."""
 

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -55,6 +57,11 @@ class Stack:
         """Ids of the sandboxes that were created."""
         self._installations: set[str] = set()
         """Whose containers they got: one, unless the database was made anew."""
+        # The agent's public image cannot be had here.
+        self._config = tempfile.NamedTemporaryFile("w", suffix=".toml")  # noqa: SIM115 - until the stack is gone
+        self._config.write((ROOT / "app/container/server.toml").read_text() + '[runtime]\nexecd_image = ""\n')
+        self._config.flush()
+        Path(self._config.name).chmod(0o644)
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("COMPOSE_", "SANDLEDGER_"))}
         self._environ = clean | {
             "DOCKER_HOST": docker_host,
@@ -66,6 +73,7 @@ class Stack:
             "SANDLEDGER_PYTHON_IMAGE": self.tags["python"],
             "SANDLEDGER_POSTGRES_IMAGE": self.tags["postgres"],
             "SANDLEDGER_IMAGE": self.tags["server"],
+            "SANDLEDGER_CONFIG": self._config.name,
             # The engine takes free ones.
             "SANDLEDGER_API1_PORT": "0",
             "SANDLEDGER_API2_PORT": "0",

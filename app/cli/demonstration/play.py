@@ -37,6 +37,8 @@ _CONFIG = """\
 port = 0
 [docker]
 {host}
+[runtime]
+execd_image = ""
 [sandledger]
 state_dir = {state}
 [sandledger.worker]
