@@ -99,7 +99,7 @@ class Answers:
     async def _answer(self, question: Question) -> None:
         try:
             answer, error = await self._read(question)
-            await self.requests.answer(question.id, answer, error)
+            await self.requests.answer(question, answer, error)
         except StoreUnavailable as failure:
             _LOG.info("question %s is left to the end of its lease: %s", question.id, failure)
         except Exception:  # noqa: BLE001 - one question's error is its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -97,3 +98,28 @@ async def test_what_an_operator_gave_is_marked(docker_rig: DockerRig):
     assert shown.env["OPENSANDBOX_ID"] == str(work.ref.object_id)
     assert shown.pids_limit
     assert shown.networks
+
+
+async def test_a_log_that_hangs_can_be_given_up(docker_rig: DockerRig):
+    """Nothing of it holds up the removal that comes after."""
+    work = docker_rig.work()
+    await docker_rig.driver.ensure(work)
+    gate = docker_rig.hold("logs")
+    reading = asyncio.create_task(read(docker_rig, work))
+    await gate.reached.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert await docker_rig.driver.remove(work.ref)
+    assert await docker_rig.driver.inspect(work.ref) is None
+
+
+async def test_a_log_that_never_ends(docker_rig: DockerRig, eventually: Eventually):
+    """What the driver asks for ends by itself, also while the program goes on."""
+    work = docker_rig.work(entrypoint=("sh", "-c", "while echo tick; do sleep 0.01; done"))
+    await docker_rig.driver.ensure(work)
+
+    async def ticks() -> bool:
+        return len((await read(docker_rig, work)).lines) > 10
+
+    await eventually(ticks)

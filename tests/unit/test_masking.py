@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.sandbox.masking import MASK, Masker
+from app.domain.sandbox.masking import MANY, MASK, Masker
 
 SECRET = "s3cr3t/with+more=?"
 KEY = "-----BEGIN KEY-----\nMIIabcdefgh0123\nxyzXYZ98765432\n-----END KEY-----\n"
@@ -103,3 +103,23 @@ def test_no_rest_of_a_cut_value_is_left(value: str, at: int, after: str):
     rest = value[at:]
     if len(rest) >= 4:
         assert rest not in Masker([value]).mask(rest + after, begins=False)
+
+
+def test_a_megabyte_of_values():
+    """Made to be slow: all begin alike, none is there, and their beginning is everywhere. The naive way, to look for
+    each at each place, compares 64,000 places with 1,400 values. Here the first place ends the line.
+    """
+    values = [f"aaaa{'b' * n}{n}" for n in range(1400)]
+    assert len(values) > MANY
+    assert Masker(values).mask("before" + "aaaa" * 16_000) == f"before{MASK}"
+
+
+def test_of_very_many_values_the_plain_form_is_found():
+    values = [f"value-{n:05}" for n in range(50_000)]
+    masker = Masker(values)
+    assert masker.mask("x value-04711 y") == f"x {MASK} y"
+
+
+def test_of_a_very_long_value_the_plain_form_is_found():
+    value = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
+    assert Masker([value]).mask(f"<{value}>") == f"<{MASK}>"

@@ -94,7 +94,7 @@ async def test_an_answer_is_taken_by_its_tenant_only(stage: Stage):
     requests = EngineRequests(stage.database)
     question = logs_question("acme", UUID(int=7), Arguments())
     await requests.ask(question, "default")
-    await requests.answer(question.id, "{}")
+    await requests.answer(question, "{}")
     assert await requests.take(question.id, "default") is None
     await requests.forget(question.id, "default")
     assert await requests.take(question.id, "acme") == Reply("{}", None)
@@ -114,7 +114,7 @@ async def test_a_worker_that_dies_with_a_question(stage: Stage):
         async with asyncio.timeout(30):
             while not (await left(stage))[0]["answered_at"]:
                 await asyncio.sleep(0.01)
-    await requests.answer(question.id, None, "late")
+    await requests.answer(question, None, "late")
     reply = await requests.take(question.id, "default")
     assert reply is not None
     assert reply.answer is not None

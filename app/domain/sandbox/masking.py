@@ -9,6 +9,10 @@ hidden only where it stands by itself: `port` must not be cut out of `transport`
 A value of fewer than four characters is not hidden. `1` would blot out every log, and could be guessed anyway. Neither
 is a value that a program changed on its way: reversed, compressed, or printed letter by letter.
 
+A request may bring a megabyte of values, made so that looking for them takes long. So of more than 256 values, and of
+values longer than 16 KiB, only the plain form is looked for; and where very many values begin alike, all that follows
+such a beginning in its line is hidden.
+
 Text that begins in the middle of a line may begin in the middle of a value, so its first characters are compared with
 the ends of values; the same holds for a line that has not ended yet.
 """
@@ -26,6 +30,11 @@ SHORTEST: Final = 4
 """Characters of a value that is hidden."""
 ANYWHERE: Final = 8
 """Characters of a value that is hidden also within a word."""
+MANY: Final = 256
+"""Values of which no other form than the plain one is looked for, if there are more of them."""
+LONG: Final = 16 * 1024
+"""The same, in characters of one value."""
+MANY_LENGTHS: Final = 64
 _BASE64_BYTES = 3
 _BASE64_CHARS = 4
 
@@ -35,8 +44,9 @@ class Masker:
 
     def __init__(self, values: Iterable[str]) -> None:
         """`values` in the clear."""
-        given = [part for value in values for part in (value, *_lines(value))]
-        self._forms = {form for value in given if len(value) >= SHORTEST for form in _forms(value)}
+        given = {part for value in values for part in (value, *_lines(value)) if len(part) >= SHORTEST}
+        few = len(given) <= MANY
+        self._forms = {form for value in given for form in (_forms(value) if few else (value,))}
         lengths: dict[str, set[int]] = {}
         for form in self._forms:
             lengths.setdefault(form[:SHORTEST], set()).add(len(form))
@@ -59,7 +69,11 @@ class Masker:
         """Every place of every value, also where two of them overlap."""
         lengths, forms = self._lengths, self._forms
         for begin in range(len(text) - SHORTEST + 1):
-            for length in lengths.get(text[begin : begin + SHORTEST], ()):
+            found = lengths.get(text[begin : begin + SHORTEST], ())
+            if len(found) > MANY_LENGTHS:
+                yield begin, len(text)
+                return
+            for length in found:
                 end = begin + length
                 if text[begin:end] in forms and (length >= ANYWHERE or _stands_alone(text, begin, end)):
                     yield begin, end
@@ -120,7 +134,7 @@ def _lines(value: str) -> list[str]:
 def _forms(value: str) -> Iterator[str]:
     """The ways in which a program may have written it."""
     yield value
-    if len(value) < ANYWHERE:
+    if not ANYWHERE <= len(value) <= LONG:
         return
     raw = value.encode(errors="replace")
     yield json.dumps(value)[1:-1]

@@ -76,7 +76,7 @@ _CLAIM = Statement(
 )
 _ANSWER = Statement(
     update(engine_requests)
-    .where(_ID, _R.answered_at.is_(None))
+    .where(_ID, _R.tenant == bindparam("tenant", type_=Text), _R.answered_at.is_(None))
     .values(
         answered_at=_NOW,
         answer=bindparam("answer", type_=Text),
@@ -161,9 +161,9 @@ class EngineRequests:
             for row in rows
         ]
 
-    async def answer(self, question_id: UUID, answer: str | None, error: str | None = None) -> None:
+    async def answer(self, question: Question, answer: str | None, error: str | None = None) -> None:
         """Unless another worker was first."""
-        await self._database.fetch(_ANSWER, id=question_id, answer=answer, error=error)
+        await self._database.fetch(_ANSWER, id=question.id, tenant=question.tenant, answer=answer, error=error)
 
     async def take(self, question_id: UUID, tenant: str) -> Reply | None:
         """The answer, which is then gone. None = there is none yet."""
