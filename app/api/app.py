@@ -20,6 +20,7 @@ from app.api.auth import built_in
 from app.api.bodies import StrictBody
 from app.api.context import ApiContext
 from app.api.controller import ApiController, bound
+from app.api.diagnostics import Diagnostics
 from app.api.edge import Edge, Gate
 from app.api.endpoints import Endpoints
 from app.api.errors import allowed, problem_of
@@ -27,17 +28,26 @@ from app.api.health import Server
 from app.api.history import History
 from app.api.lifecycle import Lifecycle
 from app.api.metrics import Metrics
+from app.api.policies import NetworkPolicies
 from app.api.request import ApiRequest, check, principal
 from app.api.sandboxes import Sandboxes
 from app.api.unserved import refusing
 
-BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (Sandboxes, Lifecycle, Endpoints, History)
+BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (
+    Sandboxes,
+    Lifecycle,
+    Endpoints,
+    Diagnostics,
+    NetworkPolicies,
+    History,
+)
 """Served below `/v1` and at the root, as in the contract."""
 V1_ONLY: Final[tuple[type[ApiController], ...]] = (Metrics,)
 ROOT_ONLY: Final[tuple[type[ApiController], ...]] = (Server, docs.Docs)
 _CORS: Final = CORSConfig(
     allow_methods=["DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"],
     expose_headers=[
+        "Deprecation",
         "ETag",
         "Idempotency-Replayed",
         "Location",

@@ -16,6 +16,7 @@ from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.log.refusals import Refusals
 from app.store.log.signal import Signal
+from app.store.metrics import ClientMetrics
 from app.store.vault.seal import Sealer
 from app.views.listing import Listing
 
@@ -53,6 +54,8 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     loopback_only: bool = True
     """Without keys: whether the header `Host` must name the loopback."""
     max_sandbox_timeout_seconds: int | None = None
+    diagnostics_wait_seconds: float = 16
+    """How long a reader of diagnostics waits for a worker: for one that dies with the question, and for the next."""
     wait_seconds_max: int = 300
     """Longest `Prefer: wait`."""
     power_wait_seconds: float = 10
@@ -71,6 +74,8 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     """Why this process's worker does not use the engine that answers; empty = it does. None = there is no worker."""
     ready_cache_seconds: float = 2
     """How long an answer of `/ready` holds."""
+    metrics: ClientMetrics = field(default_factory=ClientMetrics)
+    """What the SDKs report."""
     waiters: Waiters = field(default_factory=Waiters)
     """The requests that wait."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

@@ -22,6 +22,7 @@ from litestar.openapi.spec import (
     Example,
     License,
     OpenAPIHeader,
+    OpenAPIMediaType,
     OpenAPIResponse,
     OpenAPIType,
     Operation,
@@ -38,7 +39,7 @@ from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, STOPPING, VALIDATI
 _DESCRIPTION: Final = """\
 Lifecycle of sandboxes. Every request that changes something becomes an event in an append-only log. Every refused
 command of a known caller becomes a record beside it. All paths below `/v1` are also served without that prefix. Other
-routes of the public contract (network policies, diagnostics, snapshots, pools, templates) answer 501.
+routes of the public contract (snapshots, pools, templates) answer 501.
 
 `/v1/sandboxes/{sandboxId}/proxy/{port}/...` passes a request of any method on to the program that listens on this port
 in the sandbox, byte by byte, and carries WebSockets. It has no entry below, because what it takes and answers is the
@@ -60,6 +61,7 @@ _STATUSES: Final = {
     422: "The request does not have the right shape. `detail` says where.",
     500: "A fault of the server.",
     501: "A part of the contract that is not served yet, or not by this runtime.",
+    502: "There is nothing in the sandbox that could answer.",
     503: "The database is not reachable at the moment, the server has too many connections, or it stops.",
 }
 _ID: Final = "0197a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"
@@ -195,6 +197,23 @@ def _is_empty(response: OpenAPIResponse) -> bool:
     """Whether the handler answers `None`, which Litestar documents as JSON null."""
     schemas = [each.schema for each in (response.content or {}).values()]
     return any(isinstance(each, Schema) and each.type is OpenAPIType.NULL for each in schemas)
+
+
+@dataclass
+class TextToo(Documented):
+    """One that answers a plain text, beside JSON or alone."""
+
+    def __post_init__(self) -> None:
+        """Litestar knows the type of the handler's return value only."""
+        super().__post_init__()
+        answer = (self.responses or {}).get("200")
+        if isinstance(answer, OpenAPIResponse):
+            text = {"text/plain": OpenAPIMediaType(schema=_TEXT)}
+            answer.content = {kind: each for kind, each in (answer.content or {}).items() if _is_object(each)} | text
+
+
+def _is_object(media: OpenAPIMediaType) -> bool:
+    return not (isinstance(media.schema, Schema) and media.schema.type is OpenAPIType.STRING)
 
 
 @dataclass

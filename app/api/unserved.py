@@ -29,8 +29,6 @@ class Part(Struct, frozen=True):
 
 
 UNSERVED: Final = (
-    Part("Network policies", {f"{_ONE}/networkpolicy": ("GET", "PUT", "PATCH", "DELETE")}),
-    Part("Diagnostics", {f"{_ONE}/diagnostics/{kind}": ("GET",) for kind in ("logs", "events", "inspect", "summary")}),
     Part(
         "Snapshots",
         {f"{_ONE}/snapshots": ("POST",), "/snapshots": ("GET",), "/snapshots/{snapshotId:str}": ("GET", "DELETE")},

@@ -31,6 +31,7 @@ from uuid import UUID
 from msgspec import Struct
 
 from app.domain.engine.events import Capacity
+from app.domain.sandbox.diagnostics import Inspection, Logs
 from app.domain.sandbox.observed import Capabilities, Exit, Observed, Part, Pausing, Power, Ref
 from app.runtime.workload import Image, Limits, RegistryAuth, Workload
 
@@ -43,9 +44,11 @@ __all__ = [
     "FetchedImage",
     "Hint",
     "Image",
+    "Inspection",
     "InstalledAgent",
     "Leftover",
     "Limits",
+    "Logs",
     "Misnamed",
     "Observed",
     "Part",
@@ -98,6 +101,8 @@ class InstalledAgent(Struct, frozen=True):
     """What `Workload.agent` names."""
     files: tuple[str, ...]
     size_bytes: int
+    helper: str
+    """The engine's own id of what copied them. Another copy has another one."""
     made: bool
     """This call had them copied. False = they were there. Two calls at the same time may both say True."""
 
@@ -226,6 +231,26 @@ class Driver(Protocol):
             AttemptFailed: `AGENT_IMAGE_INCOMPLETE`, the image lacks a file that is needed; `AGENT_INSTALLING`, another
                 process copies at this moment.
             RuntimeRejected: `NAME_TAKEN`, a stranger's volume or container has the name.
+        """
+        ...
+
+    async def clean_agents(self, keep: str, before: datetime) -> tuple[str, ...]:
+        """Remove the files of other agent images than `keep`, an image id, that no sandbox mounts and that were copied
+        before that time, by the engine's clock. The names of what this call removed.
+        """
+        ...
+
+    async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
+        """The last lines that the part `main` wrote, to both streams: `tail` of them and `most` bytes at most.
+
+        Never reads a log whole. A line that is longer than `most` has lost its beginning. `tail` may count pieces of
+        long lines. None = the engine has no such object of ours, or its log is gone.
+        """
+        ...
+
+    async def inspect(self, ref: Ref) -> Inspection | None:
+        """What the engine says of the part `main`, with the values of its environment in the clear. None = there is no
+        such object of ours.
         """
         ...
 

@@ -154,6 +154,7 @@ def work_policy(settings: Settings) -> WorkPolicy:
         orphan_grace=worker.orphan_grace_seconds,
         orphan_dry_run=worker.orphan_dry_run,
         expiry_lease=worker.expiry_lease_seconds,
+        keep_days=settings.sandledger.diagnostics.keep_days,
     )
 
 

@@ -47,6 +47,10 @@ class Engines:
         self._installation = installation
         self.view = view
 
+    def stream_id(self, name: str) -> UUID:
+        """The id of this engine's stream, whether or not it is registered."""
+        return stream_of(self._installation, name)
+
     async def load(self, name: str) -> Engine | None:
         """The engine as the log knows it now."""
         loaded = await self.view.load(stream_of(self._installation, name))

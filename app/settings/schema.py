@@ -147,8 +147,9 @@ class RuntimeSettings(Table, frozen=True):
 
     type: Literal["docker"] = "docker"
     """The driver. Mandatory in the public server, `docker` by default here."""
-    execd_image: str = ""
-    """Image that holds the in-sandbox agent; empty = sandboxes without one."""
+    execd_image: str = "opensandbox/execd:v1.1.0"
+    """Image that holds the in-sandbox agent; empty = sandboxes without one. The public server has no default: its
+    example names this image."""
     execd_run_as_init: bool = False
     """Run the agent as process 1 of the sandbox (`EXECD_INIT`)."""
 
@@ -325,6 +326,14 @@ class AgentSettings(Table, frozen=True):
     """Seconds that a sandbox which runs waits for its agent; it is Running after that even if none answers."""
 
 
+class DiagnosticsSettings(Table, frozen=True):
+    """`[sandledger.diagnostics]`: what is kept of sandboxes that are gone, beside their events."""
+
+    keep_days: Annotated[int, Meta(ge=0, le=3650)] = 7
+    """Days that the end of a sandbox's log, its exit code and an inspection are kept after its removal; 0 = nothing
+    is kept."""
+
+
 class ApiSettings(Table, frozen=True):
     """`[sandledger.api]`: bounds of requests."""
 
@@ -352,6 +361,7 @@ class SandledgerSettings(Table, frozen=True):
     worker: WorkerSettings = WorkerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
     agent: AgentSettings = AgentSettings()
+    diagnostics: DiagnosticsSettings = DiagnosticsSettings()
     api: ApiSettings = ApiSettings()
 
 

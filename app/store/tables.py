@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Date,
     DateTime,
     Identity,
     Integer,
@@ -137,6 +138,7 @@ engines = Table(
     Column("labels", JSONB, nullable=False),
     Column("capabilities", JSONB, nullable=False),
     Column("capacity", JSONB, nullable=False),
+    Column("agents", JSONB, nullable=False, comment="Image id -> id of the container that copied the agent's files."),
     Column("server_version", Text, nullable=False),
     Column("api_version", Text, nullable=False),
     Column("last_seen_at", DateTime(timezone=True), comment="Not folded: when a worker last reached it."),
@@ -244,4 +246,47 @@ installation_keys = Table(
     Column("name", Text, primary_key=True, comment="digest, token, link, audit."),
     Column("key_id", Text, nullable=False, comment="Which master key wraps it."),
     Column("wrapped", LargeBinary, nullable=False, comment="A random key, wrapped by the master key."),
+)
+
+kept_ends = Table(
+    "kept_ends",
+    metadata,
+    Column("stream_id", Uuid, primary_key=True),
+    Column("generation", Integer, primary_key=True, comment="Of the object that ended."),
+    Column("run", Integer, primary_key=True, comment="Which of its starts."),
+    Column("tenant", Text, nullable=False),
+    Column("taken_at", DateTime(timezone=True), nullable=False),
+    Column("logs", Text, comment="The end of the log, without sealed values; none = it could not be read."),
+    Column("more", Boolean, nullable=False, comment="There were older lines."),
+    Column("inspect", JSONB, comment="What the engine said of it, without sealed values."),
+    Column("error", Text, comment="Why something is missing."),
+    Column("keep_until", DateTime(timezone=True), nullable=False),
+)
+
+engine_requests = Table(
+    "engine_requests",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("engine", Text, nullable=False, comment="Whose workers answer."),
+    Column("stream_id", Uuid, nullable=False),
+    Column("what", Text, nullable=False, comment="logs, inspect."),
+    Column("arguments", JSONB, nullable=False),
+    Column("asked_at", DateTime(timezone=True), nullable=False),
+    Column("lease_until", DateTime(timezone=True), comment="Until then a worker is at it."),
+    Column("answered_at", DateTime(timezone=True)),
+    Column("answer", Text, comment="JSON, without sealed values."),
+    Column("error", Text, comment="Why there is no answer."),
+)
+
+client_metrics = Table(
+    "client_metrics",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("day", Date, primary_key=True, comment="UTC, by the database's clock."),
+    Column("event", Text, primary_key=True, comment="sandbox.create."),
+    Column("sdk", Text, primary_key=True, comment="Language and version, e.g. python/1.1.1."),
+    Column("success", Boolean, primary_key=True),
+    Column("count", BigInteger, nullable=False),
+    Column("duration_ms_sum", BigInteger, nullable=False, comment="A report counts with one day at most."),
 )

@@ -52,6 +52,7 @@ _ALWAYS = (
     _E.labels,
     _E.capabilities,
     _E.capacity,
+    _E.agents,
     _E.server_version,
     _E.api_version,
 )
@@ -118,6 +119,7 @@ def values(engine: Engine) -> dict[str, Any]:
         "labels": _encode(engine.labels).decode(),
         "capabilities": _encode(engine.capabilities).decode(),
         "capacity": _encode(engine.capacity).decode(),
+        "agents": _encode(engine.agents).decode(),
         "server_version": engine.server_version,
         "api_version": engine.api_version,
     }
@@ -206,6 +208,7 @@ def from_row(row: asyncpg.Record) -> Engine:
         labels=_decode_labels(row["labels"]),
         capabilities=_decode_capabilities(row["capabilities"]),
         capacity=_decode_capacity(row["capacity"]),
+        agents=_decode_labels(row["agents"]),
         server_version=row["server_version"],
         api_version=row["api_version"],
         trouble=row["trouble"],

@@ -77,6 +77,14 @@ class WorkPolicy(Struct, frozen=True):
     """Hints of this long go to the queue together."""
     create_grace: float = 10
     """How long a stop waits for creates under way, which are not cut; an engine that hangs must not hold it up."""
+    keep_days: float = 7
+    """How long the end of a sandbox's log is kept after its removal; 0 = nothing is kept."""
+    keep_end: float = 5
+    """How long a removal waits for an engine that does not show what is to be kept."""
+    answer_within: float = 6
+    """How long an engine may take for a question of an API process."""
+    answer_lease: float = 7
+    """After this long another worker answers it."""
     expiry_lease: float = 4
     expiry_concurrency: int = 8
 

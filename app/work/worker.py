@@ -1,8 +1,8 @@
 """A worker: the loops that bring sandboxes to their goals. Any number of them may run on one database.
 
 **Loops.** Claiming, with one task per claimed sandbox; the heartbeat of the claims; the pulls (`app.work.fetches`); the
-station of the engine; and the scheduler (deadlines, sweeps, partitions). `Signal.run` is the process's own business,
-not the worker's.
+station of the engine; answers to questions about its objects (`app.work.answers`); and the scheduler (deadlines,
+sweeps, partitions, what is not kept any more). `Signal.run` is the process's own business, not the worker's.
 
 **Claiming.** As many rows as there are free slots, when somebody has said that there is work, else every `poll`. From
 one claim to the next at least `claim_every` passes, so what becomes due together is claimed together. One tenant holds
@@ -29,6 +29,7 @@ import random
 import socket
 import time
 from collections import Counter
+from uuid import UUID
 
 from app import __version__
 from app.domain.sandbox.deadlines import Limits
@@ -39,11 +40,15 @@ from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.deadlines.rows import DeadlineRows
+from app.store.diagnostics.kept import KeptEnds
+from app.store.diagnostics.requests import EngineRequests
 from app.store.log.signal import Signal, Subscription
 from app.store.queue.reconcile import UNPLACED, Claim, Queue
 from app.store.queue.waiting import WaitingRows
 from app.store.vault.seal import Sealer
 from app.work.agents import AgentPolicy, Agents
+from app.work.answers import Answers
+from app.work.diagnostics import Diagnostics
 from app.work.fetches import Fetches
 from app.work.fire import Deadlines
 from app.work.policy import WorkPolicy
@@ -63,6 +68,9 @@ LOOP = "claims"
 _BACKGROUND_SHARE = 8
 _CONTENDED_S = 0.01
 _PARTITIONS_S = 3600.0
+_FORGET_S = 15.0
+_AGENTS_S = 300.0
+_PURGE_S = 3600.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -117,6 +125,8 @@ class Worker:
         if agent is not None:
             self.agents = Agents(station=self.station, engines=engines, policy=agent, meta=meta)
             self.probes = Probes(service=service, actors=self._actors, policy=agent)
+        self.diagnostics = Diagnostics(driver, KeptEnds(database), policy)
+        self.answers = self._make_answers(EngineRequests(database), engines.stream_id(driver.name))
         self.reconciler = self._make_reconciler(Workloads(database, sealer, self.agents))
         self._runs: dict[asyncio.Task[None], float] = {}
         """Since when they have been running, by the monotonic clock."""
@@ -126,8 +136,7 @@ class Worker:
         """There was more to claim than there were slots."""
         self._claimed_at = float("-inf")
         self._stopping = asyncio.Event()
-        self._grace = 0.0
-        self._running = False
+        self._grace, self._running = 0.0, False
 
     def _make_fetches(self, rows: WaitingRows) -> Fetches:
         return Fetches(
@@ -159,8 +168,21 @@ class Worker:
             agents=self.agents,
             probes=self.probes,
             outcomes=self.outcomes,
+            diagnostics=self.diagnostics,
             policy=self._policy,
             actors=self._actors,
+        )
+
+    def _make_answers(self, requests: EngineRequests, engine_id: UUID) -> Answers:
+        return Answers(
+            station=self.station,
+            engine_id=engine_id,
+            requests=requests,
+            diagnostics=self.diagnostics,
+            view=self._service.view,
+            signal=self._signal,
+            policy=self._policy,
+            watchdog=self.watchdog,
         )
 
     @property
@@ -188,6 +210,7 @@ class Worker:
                     loops.create_task(self.fetches.run(), name="worker-fetches"),
                     loops.create_task(self.station.run(), name="worker-station"),
                     loops.create_task(self.sweeper.follow_hints(), name="worker-hints"),
+                    loops.create_task(self.answers.run(), name="worker-answers"),
                 ]
                 try:
                     with self._signal.subscribe_work() as news:
@@ -215,6 +238,10 @@ class Worker:
         store = DeadlineStore(self._deadlines, timers.bridge, timers.executor, policy.expiry_lease)
         timers.add_store("deadlines", store)
         timers.every(_PARTITIONS_S, self._ensure_partitions)
+        if self.agents is not None:
+            timers.every(_AGENTS_S, self.agents.look_around)
+        timers.every(_FORGET_S, self.answers.requests.purge)
+        timers.every(_PURGE_S, self.diagnostics.kept.purge)
         timers.every(min(policy.sweep_tick, policy.sweep_every), self.sweeper.tick)
         return timers
 

@@ -393,6 +393,7 @@ CREATE TABLE engines (
     labels jsonb NOT NULL,
     capabilities jsonb NOT NULL,
     capacity jsonb NOT NULL,
+    agents jsonb NOT NULL,
     server_version text NOT NULL,
     api_version text NOT NULL,
     last_seen_at timestamptz,
@@ -470,6 +471,55 @@ ALTER TABLE refusals ENABLE ALWAYS TRIGGER append_only;
 GRANT SELECT, INSERT ON refusals TO :app_role;
 """
 
+DIAGNOSTICS = """
+CREATE TABLE kept_ends (
+    stream_id uuid NOT NULL,
+    generation integer NOT NULL,
+    run integer NOT NULL,
+    tenant text NOT NULL,
+    taken_at timestamptz NOT NULL,
+    logs text,
+    more boolean NOT NULL,
+    inspect jsonb,
+    error text,
+    keep_until timestamptz NOT NULL,
+    PRIMARY KEY (stream_id, generation, run)
+);
+COMMENT ON TABLE kept_ends IS
+    'Log and inspection of each object that was removed, read before; deleted when keep_until has passed.';
+CREATE INDEX kept_ends_old ON kept_ends (keep_until);
+
+CREATE TABLE engine_requests (
+    id uuid PRIMARY KEY,
+    tenant text NOT NULL,
+    engine text NOT NULL,
+    stream_id uuid NOT NULL,
+    what text NOT NULL,
+    arguments jsonb NOT NULL,
+    asked_at timestamptz NOT NULL,
+    lease_until timestamptz,
+    answered_at timestamptz,
+    answer text,
+    error text
+) WITH (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
+COMMENT ON TABLE engine_requests IS
+    'Questions of processes without an engine to the workers beside it. A row lives for a minute at most.';
+
+CREATE TABLE client_metrics (
+    tenant text NOT NULL,
+    day date NOT NULL,
+    event text NOT NULL,
+    sdk text NOT NULL,
+    success boolean NOT NULL,
+    count bigint NOT NULL,
+    duration_ms_sum bigint NOT NULL,
+    PRIMARY KEY (tenant, day, event, sdk, success)
+) WITH (fillfactor = 70);
+COMMENT ON TABLE client_metrics IS 'What the SDKs report about their own calls, counted by day.';
+GRANT SELECT, INSERT, UPDATE, DELETE ON kept_ends, engine_requests TO :app_role;
+GRANT SELECT, INSERT, UPDATE ON client_metrics TO :app_role;
+"""
+
 # For people who read the tables with other tools.
 COMMENTS = """
 COMMENT ON TABLE sandboxes IS
@@ -479,6 +529,21 @@ COMMENT ON TABLE operations IS 'Head of the one stream of administrators'' acts.
 COMMENT ON TABLE reconcile_queue IS 'Streams that want attention; a row goes when its stream is as wanted.';
 COMMENT ON TABLE deadlines IS 'One row for each deadline of a stream.';
 COMMENT ON TABLE idempotency_keys IS 'Which stream the first request with an Idempotency-Key made.';
+COMMENT ON COLUMN client_metrics.day IS 'UTC, by the database''s clock.';
+COMMENT ON COLUMN client_metrics.event IS 'sandbox.create.';
+COMMENT ON COLUMN client_metrics.sdk IS 'Language and version, e.g. python/1.1.1.';
+COMMENT ON COLUMN client_metrics.duration_ms_sum IS 'A report counts with one day at most.';
+COMMENT ON COLUMN engine_requests.engine IS 'Whose workers answer.';
+COMMENT ON COLUMN engine_requests.what IS 'logs, inspect.';
+COMMENT ON COLUMN engine_requests.lease_until IS 'Until then a worker is at it.';
+COMMENT ON COLUMN engine_requests.answer IS 'JSON, without sealed values.';
+COMMENT ON COLUMN engine_requests.error IS 'Why there is no answer.';
+COMMENT ON COLUMN kept_ends.generation IS 'Of the object that ended.';
+COMMENT ON COLUMN kept_ends.run IS 'Which of its starts.';
+COMMENT ON COLUMN kept_ends.logs IS 'The end of the log, without sealed values; none = it could not be read.';
+COMMENT ON COLUMN kept_ends.more IS 'There were older lines.';
+COMMENT ON COLUMN kept_ends.inspect IS 'What the engine said of it, without sealed values.';
+COMMENT ON COLUMN kept_ends.error IS 'Why something is missing.';
 COMMENT ON COLUMN deadlines.name IS 'expiry, transition.';
 COMMENT ON COLUMN deadlines.next_run_time IS 'fires_at, or the end of a claim''s lease.';
 COMMENT ON COLUMN deadlines.cause IS 'Position of the event that set it.';
@@ -495,6 +560,7 @@ COMMENT ON COLUMN engines.state IS 'up, dark, mismatch.';
 COMMENT ON COLUMN engines.trouble IS 'Why it is dark or mismatched.';
 COMMENT ON COLUMN engines.trusted_position IS
     'Objects up to this position are no sign that the log went back.';
+COMMENT ON COLUMN engines.agents IS 'Image id -> id of the container that copied the agent''s files.';
 COMMENT ON COLUMN engines.last_seen_at IS 'Not folded: when a worker last reached it.';
 COMMENT ON COLUMN engines.swept_at IS 'Not folded: when a worker last compared all of it.';
 COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';
@@ -595,6 +661,7 @@ def upgrade() -> None:
         ENGINES,
         VAULT,
         REFUSALS,
+        DIAGNOSTICS,
         COMMENTS,
         "GRANT SELECT ON alembic_version TO :app_role;",
     ):

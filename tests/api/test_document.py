@@ -46,6 +46,14 @@ BOTH = [
     ("/sandboxes/{sandboxId}/resume", "POST"),
     ("/sandboxes/{sandboxId}/renew-expiration", "POST"),
     ("/sandboxes/{sandboxId}/endpoints/{port}", "GET"),
+    ("/sandboxes/{sandboxId}/diagnostics/logs", "GET"),
+    ("/sandboxes/{sandboxId}/diagnostics/events", "GET"),
+    ("/sandboxes/{sandboxId}/diagnostics/inspect", "GET"),
+    ("/sandboxes/{sandboxId}/diagnostics/summary", "GET"),
+    ("/sandboxes/{sandboxId}/networkpolicy", "GET"),
+    ("/sandboxes/{sandboxId}/networkpolicy", "PUT"),
+    ("/sandboxes/{sandboxId}/networkpolicy", "PATCH"),
+    ("/sandboxes/{sandboxId}/networkpolicy", "DELETE"),
     ("/sandboxes/{sandboxId}/events", "GET"),
 ]
 V1 = [("/metrics/events", "POST")]

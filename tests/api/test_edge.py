@@ -216,8 +216,6 @@ async def test_the_page_works_without_internet(app: Litestar, http: httpx.AsyncC
 async def test_the_contracts_other_routes(http: httpx.AsyncClient):
     one = f"/sandboxes/{uuid4()}"
     for method, path, code in (
-        ("GET", f"{one}/diagnostics/logs", "SANDBOX::API_NOT_SUPPORTED"),
-        ("PUT", f"{one}/networkpolicy", "SANDBOX::API_NOT_SUPPORTED"),
         ("POST", f"{one}/snapshots", "SNAPSHOT::NOT_IMPLEMENTED"),
         ("GET", "/snapshots", "SNAPSHOT::NOT_IMPLEMENTED"),
         ("DELETE", "/snapshots/x", "SNAPSHOT::NOT_IMPLEMENTED"),

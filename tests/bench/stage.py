@@ -65,7 +65,7 @@ class Bench:
         path = self.home / f"{uuid4().hex}.toml"
         host = f"[docker]\nhost = {json.dumps(docker_host)}\n" if docker_host else ""
         path.write_text(
-            f'[server]\nport = 0\n[log]\nlevel = "WARNING"\n[store.postgresql]\ndsn = {json.dumps(dsn)}\n{host}'
+            f'[server]\nport = 0\n[log]\nlevel = "WARNING"\n[runtime]\nexecd_image = ""\n[store.postgresql]\ndsn = {json.dumps(dsn)}\n{host}'
             f"[sandledger]\nstate_dir = {json.dumps(str(self.home / 'state'))}\n"
         )
         return str(path)

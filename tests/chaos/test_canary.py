@@ -39,6 +39,8 @@ async def test_no_secret_in_log_labels_answers_or_process_logs(
     answers: list[str] = []
     async with server.client() as client:
         wanted = body(image, env={"TOKEN": secret, "EMPTY": ""})
+        # The program prints what it was given, to both streams and in two forms.
+        wanted["entrypoint"] = ["sh", "-c", 'env; env >&2; printf %s "$TOKEN" | base64; echo said; exec sleep 3600']
         wanted["image"]["auth"] = {"username": "robot", "password": password}
         key = {"Idempotency-Key": uuid4().hex}
 
@@ -73,6 +75,13 @@ async def test_no_secret_in_log_labels_answers_or_process_logs(
         await ask("PATCH", f"/sandboxes/{sandbox}/metadata", json={"a": [secret]})
         for path in ("", f"/{sandbox}", f"/{sandbox}/events", f"/{failed['id']}/events", "?state=Pending"):
             await ask("GET", f"/sandboxes{path}")
+        diagnostics = [f"/sandboxes/{sandbox}/diagnostics/{kind}" for kind in ("logs", "events", "inspect", "summary")]
+        async with asyncio.timeout(30):
+            while "said" not in (await client.get(diagnostics[0])).text:
+                await asyncio.sleep(0.05)
+        shown = (*diagnostics, f"{diagnostics[0]}?scope=all")
+        answers += [(await client.get(path)).text for path in shown]
+        assert "TOKEN=***" in answers[-1]
         (container,) = await engine.containers(sandbox=sandbox)
         shown = await docker.containers.container(container["Id"]).show()
         assert f"TOKEN={secret}" in shown["Config"]["Env"], "inside the container the value is needed"
@@ -80,6 +89,8 @@ async def test_no_secret_in_log_labels_answers_or_process_logs(
         for item in (sandbox, failed["id"]):
             await ask("DELETE", f"/sandboxes/{item}")
         await reaches(client, sandbox, "Terminated")
+        answers += [(await client.get(path)).text for path in diagnostics]
+        assert "TOKEN=***" in answers[-1], "its end was kept"
         after = await _dump(dsn)
 
     places = {
@@ -98,6 +109,8 @@ async def test_no_secret_in_log_labels_answers_or_process_logs(
                 assert form not in content, f"{place} holds a secret"
     sealed = after.split(b"COPY sandledger.sealed_values", 1)[1].split(b"\\.", 1)[0]
     assert sandbox.encode() not in sealed, "erased with the sandbox"
+    kept = after.split(b"COPY sandledger.kept_ends", 1)[1].split(b"\\.", 1)[0]
+    assert b"TOKEN=***" in kept
 
 
 async def _dump(dsn: str) -> bytes:

@@ -22,6 +22,8 @@ CALLS = (
     ("POST", r"containers/[^/]+/start", "start"),
     ("POST", r"containers/[^/]+/wait", "wait"),
     ("GET", r"containers/[^/]+/logs", "logs"),
+    ("GET", r"containers/[^/]+/archive", "get_archive"),
+    ("PUT", r"containers/[^/]+/archive", "put_archive"),
     ("POST", r"containers/[^/]+/pause", "pause"),
     ("POST", r"containers/[^/]+/unpause", "unpause"),
     ("GET", r"containers/[^/]+/json", "inspect"),
@@ -81,6 +83,8 @@ class EngineProxy:
         """Before the engine sees the call."""
         self.late_gates: dict[str, Gate] = {}
         """When the engine has acted, before anybody hears of it."""
+        self.sent: Counter[str] = Counter()
+        """Bytes that the engine answered."""
         self.lost: Counter[str] = Counter()
         self.scarce: Counter[str] = Counter()
         """How many of these calls the engine is not asked any more, since a port is taken."""
@@ -173,6 +177,7 @@ class EngineProxy:
                 self.streams[id(request)] = request
             try:
                 async for chunk in answer.content.iter_any():
+                    self.sent[call] += len(chunk)
                     await response.write(chunk)
                 await response.write_eof()
             finally:

@@ -38,6 +38,10 @@ class Rig(Protocol):
         """A workload that ends by itself."""
         ...
 
+    def talking(self, *lines: str) -> Workload:
+        """A workload that writes these lines and runs on."""
+        ...
+
     def greedy(self) -> Workload:
         """A workload that `starve` lets run into its memory limit."""
         ...
@@ -64,6 +68,10 @@ class Rig(Protocol):
 
     async def slow_agent(self) -> SlowAgent:
         """The same, and the copy of its files stops half way."""
+        ...
+
+    async def shellless_image(self) -> str:
+        """An image without a shell, on the engine."""
         ...
 
     async def bare_image(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import tarfile
 from collections import Counter
 from contextlib import AsyncExitStack
 from typing import Any
@@ -12,6 +13,7 @@ from uuid import UUID, uuid4
 import aiodocker
 import msgspec
 
+from app.cli.local_image import _find_busybox, ensure_local_image, entry, regular_file, tar
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect, names
 from app.runtime.driver import Driver, Exit, Leftover, Limits, Ref, Workload
@@ -21,6 +23,11 @@ from tests.agent.image import BOOTSTRAP, SLEEPER, ensure_tiny_agent_image
 from tests.drivers.proxy import EngineProxy, Gate, Refusal
 from tests.drivers.registry import Registry, serve
 from tests.drivers.rig import BUSYBOX, SlowAgent, SlowImage, workload
+
+
+def shellless() -> bytes:
+    """A root file system with a static busybox, and no shell by that name."""
+    return tar([entry("bin", tarfile.DIRTYPE, 0o755), regular_file("bin/busybox", _find_busybox().read_bytes(), 0o755)])
 
 
 class FakeRig:
@@ -48,6 +55,11 @@ class FakeRig:
     def ending(self, code: int) -> Workload:
         work = self.work()
         self.engine.scripts[work.ref.object_id] = Exit(code)
+        return work
+
+    def talking(self, *lines: str) -> Workload:
+        work = self.work(env={"SAID": "s3cr3t-value"})
+        self.engine.write(work.ref.object_id, *lines)
         return work
 
     def greedy(self) -> Workload:
@@ -97,6 +109,9 @@ class FakeRig:
             gate.set()
 
         return SlowAgent(reference, reached, finish, kill)
+
+    async def shellless_image(self) -> str:
+        return "noshell/image:1"
 
     async def bare_image(self) -> str:
         return f"bare/{uuid4().hex}:1"
@@ -236,6 +251,10 @@ class DockerRig:
     def ending(self, code: int) -> Workload:
         return self.work(entrypoint=("sh", "-c", f"exit {code}"))
 
+    def talking(self, *lines: str) -> Workload:
+        script = ("sh", "-c", 'for line in "$@"; do echo "$line"; done; exec sleep 3600', "sh", *lines)
+        return self.work(entrypoint=script, env={"SAID": "s3cr3t-value"})
+
     def greedy(self) -> Workload:
         script = ("sh", "-c", "mkfifo /tmp/go; read line < /tmp/go; exec tail /dev/zero")
         return self.work(entrypoint=script, limits=Limits(memory_bytes=8 << 20))
@@ -285,6 +304,9 @@ class DockerRig:
 
         return SlowAgent(reference, reached, finish, kill)
 
+    async def shellless_image(self) -> str:
+        return await ensure_local_image(self.direct, "sandledger-noshell:1", lambda: [shellless()])
+
     async def bare_image(self) -> str:
         return BUSYBOX
 
@@ -296,9 +318,9 @@ class DockerRig:
         archive = await self.direct.containers.container(volume).get_archive("/t")
         found = {file.name.partition("/")[2]: file for file in archive.getmembers() if file.isfile()}
         read = {name: (archive.extractfile(file) or io.BytesIO()).read() for name, file in found.items()}
-        return read == {"execd": SLEEPER, "bootstrap.sh": BOOTSTRAP} and {
-            each.mode & 0o7777 for each in found.values()
-        } == {0o755}
+        read["prepare.sh"] = b"" if read.get("prepare.sh") else b"missing"
+        files = {"execd": SLEEPER, "bootstrap.sh": BOOTSTRAP, "prepare.sh": b""}
+        return read == files and {each.mode & 0o7777 for each in found.values()} == {0o755}
 
     async def forget_agent(self, volume: str) -> None:
         await self.direct.containers.container(volume).delete()

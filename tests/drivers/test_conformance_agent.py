@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from msgspec import structs
 
 from app.errors import RuntimeRejected, RuntimeUnavailable
-from app.runtime.driver import InstalledAgent, Power
+from app.runtime.driver import InstalledAgent, Observed, Power
 from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
 from app.runtime.workload import AGENT_PORT, HTTP_PORT, Agent
-from tests.drivers.looks import Eventually, insist, inventory, leftovers, power_of
+from tests.drivers.looks import Eventually, exited, insist, inventory, leftovers, power_of
 from tests.drivers.rig import Rig
 
 TOKEN = "t0ken-of-a-sandbox"
@@ -225,3 +226,28 @@ async def test_a_volume_without_the_agent(rig: Rig):
     again = await rig.driver.install_agent(image)
     assert (again.volume, again.made) == (volume, True)
     assert (await rig.driver.ensure(work)).power is Power.RUNNING
+
+
+async def test_an_image_without_a_shell_is_a_verdict(rig: Rig):
+    """The engine starts it, and it ends at once with a plain exit code."""
+    work = rig.work(agent=await agent(rig), image=await rig.shellless_image())
+
+    async def seen() -> Observed | None:
+        return await rig.driver.observe(work.ref)
+
+    placed: Observed | None = await rig.driver.ensure(work)
+    async with asyncio.timeout(30):
+        while placed is None or placed.power is not Power.EXITED:
+            placed = await seen()
+    assert placed.verdict is not None
+    assert placed.verdict.reason == "IMAGE_HAS_NO_SHELL"
+    assert "/bin/sh" in placed.verdict.message
+    assert await seen() == placed, "asked again, it says the same"
+
+
+async def test_an_end_of_its_own_is_no_verdict(rig: Rig, eventually: Eventually):
+    work = structs.replace(rig.ending(1), agent=await agent(rig))
+    await rig.driver.ensure(work)
+    seen = await exited(rig, work, eventually)
+    assert seen.exit is not None
+    assert (seen.exit.code, seen.verdict) == (1, None)

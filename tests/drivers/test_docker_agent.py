@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import random
 import socket
+import struct
 import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
@@ -262,3 +264,76 @@ def test_the_token_is_in_no_repr():
     assert TOKEN not in f"{work!r}{work.agent!r}{container_config(work, options)!r}"
     assert TOKEN not in str(container_config(work, options).labels)
     assert work.image == Image(work.image.reference)
+
+
+# images in which the agent cannot run
+
+
+def foreign() -> bytes:
+    """A root file system whose shell is for another processor."""
+    machine = 183 if platform.machine() == "x86_64" else 62
+    elf = (
+        b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 0, 0, 0, 64, 0, 0, 0, 0, 0)
+    )
+    return tar([entry("bin", tarfile.DIRTYPE, 0o755), regular_file("bin/sh", elf + bytes(64), 0o755)])
+
+
+async def test_a_shell_for_another_processor(docker_rig: DockerRig, agent: Agent, eventually: Eventually):
+    image = await ensure_local_image(docker_rig.direct, "sandledger-foreign:1", lambda: [foreign()])
+    work = docker_rig.work(image=image, agent=agent)
+    await docker_rig.driver.ensure(work)
+    seen = await exited(docker_rig, work, eventually)
+    assert seen.verdict is not None
+    assert seen.verdict.reason == "WRONG_PLATFORM"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo exec bootstrap.sh: no such file or directory; echo more; exit 1",
+        "sleep 2.2; echo exec bootstrap.sh: no such file or directory; exit 1",
+        "echo exec bootstrap.sh: no such file or directory; exit 3",
+    ],
+)
+async def test_what_a_program_says_is_no_verdict(
+    docker_rig: DockerRig, agent: Agent, eventually: Eventually, script: str
+):
+    work = docker_rig.work(agent=agent, entrypoint=("sh", "-c", script))
+    await docker_rig.driver.ensure(work)
+    assert (await exited(docker_rig, work, eventually)).verdict is None
+
+
+# where programs expect the agent's files
+
+
+async def test_the_classic_places(docker_rig: DockerRig, agent: Agent, eventually: Eventually):
+    links = "for each in execd bootstrap.sh; do readlink /opt/opensandbox/$each; done"
+    script = f"{links}; ls /opt/opensandbox; set | grep ^name="
+    work = docker_rig.work(agent=agent, entrypoint=("sh", "-c", script))
+    await docker_rig.driver.ensure(work)
+    await exited(docker_rig, work, eventually)
+    said = (await output(docker_rig, work)).split()
+    assert said[:2] == ["/opt/opensandbox/bin/execd", "/opt/opensandbox/bin/bootstrap.sh"]
+    assert "prepare.sh" not in said
+    assert "name=" not in " ".join(said), "the user's program inherits nothing of it"
+
+
+async def test_a_script_of_the_request_comes_first(docker_rig: DockerRig, agent: Agent, eventually: Eventually):
+    """Ours is then left out: there is one variable for it."""
+    script = "ls /opt/opensandbox/execd 2>/dev/null || echo none"
+    work = docker_rig.work(
+        agent=agent, entrypoint=("sh", "-c", script), env={"EXECD_BOOTSTRAP_PRE_SCRIPT": "/tmp/mine.sh"}
+    )
+    await docker_rig.driver.ensure(work)
+    await exited(docker_rig, work, eventually)
+    assert "none" in await output(docker_rig, work)
+
+
+@pytest.mark.parametrize("user", ["1000:1000", "65534:65534"])
+async def test_the_classic_places_of_another_user(
+    docker_rig: DockerRig, agent: Agent, with_user: Callable[[str], Awaitable[str]], eventually: Eventually, user: str
+):
+    work = docker_rig.work(image=await with_user(user), agent=agent, entrypoint=("ls", "/opt/opensandbox/execd/"))
+    await docker_rig.driver.ensure(work)
+    await exited(docker_rig, work, eventually)
+    assert "modules.zip" in (await output(docker_rig, work)).split(), "/execd is a folder in this image"

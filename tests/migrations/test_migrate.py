@@ -207,12 +207,13 @@ TYPES = {
     "JSONB": "jsonb",
     "BYTEA": "bytea",
     "TIMESTAMP WITH TIME ZONE": "timestamptz",
+    "DATE": "date",
 }
 
 
 async def test_column_by_column(dsn: str):
     tables = list(metadata.sorted_tables)
-    assert len(tables) == 11
+    assert len(tables) == 14
     async with connected(dsn, owner=True) as owner:
         for table in tables:
             dialect = PGDialect_asyncpg()
@@ -223,12 +224,15 @@ async def test_column_by_column(dsn: str):
 
 PRIVILEGES = {
     "alembic_version": "SELECT",
+    "client_metrics": "INSERT SELECT UPDATE",
     "deadlines": "DELETE INSERT SELECT UPDATE",
+    "engine_requests": "DELETE INSERT SELECT UPDATE",
     "engines": "INSERT SELECT UPDATE",
     "events": "SELECT",
     "idempotency_keys": "INSERT SELECT",
     "installation": "SELECT",
     "installation_keys": "INSERT SELECT UPDATE",
+    "kept_ends": "DELETE INSERT SELECT UPDATE",
     "operations": "INSERT SELECT UPDATE",
     "phase_transitions": "SELECT",
     "reconcile_queue": "DELETE INSERT SELECT UPDATE",

@@ -29,8 +29,7 @@ async def test_lookups_wait_in_every_process_and_agree(dsn: str, database: Datab
         servers: list[ServerProcess] = []
         try:
             for name in ("one", "two"):
-                config = write_config(home, dsn, NONE, name)
-                config.write_text(config.read_text() + '[runtime]\nexecd_image = "agent:1"\n')
+                config = write_config(home, dsn, NONE, name, runtime='execd_image = "agent:1"')
                 servers.append(ServerProcess(config, role="api").start())
             one, two = servers
             async with one.client() as first, two.client() as second:

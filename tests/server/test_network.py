@@ -20,7 +20,9 @@ FULL = Settings(
 
 
 def test_defaults(tmp_path: Path):
-    assert network_of(Settings(), {}, tmp_path) == Network()
+    assert network_of(Settings(), {}, tmp_path) == Network(agent=True)
+    without = Settings(runtime=RuntimeSettings(execd_image=""))
+    assert network_of(without, {}, tmp_path) == Network()
 
 
 def test_every_setting_arrives(tmp_path: Path):

@@ -29,6 +29,7 @@ from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.queue.reconcile import Claim
 from app.store.vault.seal import Sealer, Secrets
+from app.work.agents import AgentPolicy
 from app.work.policy import WorkPolicy
 from app.work.reconcile.leases import Held
 from app.work.worker import Worker
@@ -99,7 +100,12 @@ class Stage:
         return FakeDriver(self.engine, self.installation, before=before, after=after, name=self.engine_name)
 
     def worker(
-        self, driver: Driver | None = None, policy: WorkPolicy = QUICK, worker_id: str = "w1", **changes: Any
+        self,
+        driver: Driver | None = None,
+        policy: WorkPolicy = QUICK,
+        worker_id: str = "w1",
+        agent: AgentPolicy | None = None,
+        **changes: Any,
     ) -> Worker:
         return Worker(
             database=self.database,
@@ -111,6 +117,7 @@ class Stage:
             policy=msgspec.structs.replace(policy, **changes),
             worker_id=worker_id,
             name="test",
+            agent=agent,
         )
 
     @asynccontextmanager

@@ -81,6 +81,8 @@ class RecordAgentInstalled(Struct, frozen=True):
     image_id: str
     files: tuple[str, ...]
     size_bytes: int
+    helper: str
+    """The engine's id of what copied them. The same one again = no event: every worker that finds it reports it."""
 
 
 Command: TypeAlias = (
@@ -129,8 +131,13 @@ def decide(engine: Engine, command: Command, now: datetime) -> Events:
             return (ev.LeftoverRemoved(role, storable(name), object_id, position),)
         case RestoreMark(expected=expected, found=found):
             return (ev.MarkRestored(engine.mark, expected, found),)
-        case RecordAgentInstalled(image_id=image_id, files=files, size_bytes=size_bytes):
-            return (ev.AgentInstalled(image_id, tuple(map(storable, files)), size_bytes),)
+        case RecordAgentInstalled(image_id=image_id, helper=helper):
+            return () if engine.agents.get(image_id) == helper else (_installed(command),)
+
+
+def _installed(command: RecordAgentInstalled) -> ev.AgentInstalled:
+    files = tuple(map(storable, command.files))
+    return ev.AgentInstalled(command.image_id, files, command.size_bytes, command.helper)
 
 
 def _sighted(engine: Engine, sighting: Sighting, now: datetime) -> Events:

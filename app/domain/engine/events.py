@@ -71,6 +71,10 @@ class Mismatch(Struct, frozen=True, omit_defaults=True):
     found: str
 
 
+ROLE_OF_AGENT = "agent"
+"""The role of an agent's helper and volume in `LeftoverRemoved`."""
+
+
 class LeftoverRemoved(Struct, frozen=True, omit_defaults=True):
     """An object of ours that no sandbox owned any more was removed."""
 
@@ -97,6 +101,8 @@ class AgentInstalled(Struct, frozen=True, omit_defaults=True):
     image_id: str
     files: tuple[str, ...]
     size_bytes: int = 0
+    helper: str = ""
+    """The engine's id of what copied them, by which two reports of one copy are known."""
 
 
 Event: TypeAlias = Registered | Seen | Dark | Back | Mismatch | LeftoverRemoved | MarkRestored | AgentInstalled

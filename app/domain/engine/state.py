@@ -63,6 +63,8 @@ class Engine(Struct, frozen=True):
     """Why it is dark or mismatched; of a mismatch it begins with `why` and a colon."""
     trusted_position: int = 0
     """Objects up to this position are no sign that the log went back."""
+    agents: dict[str, str] = {}
+    """Agents that were installed there: image id -> the engine's id of what copied the files."""
 
 
 def stream_of(installation: UUID, name: str) -> UUID:
@@ -131,8 +133,19 @@ def _apply(engine: Engine, event: ev.Event) -> Engine:
         case ev.Mismatch(why=why, expected=expected, found=found):
             trouble = f"{why}: expected {expected}, found {found}"
             return replace(engine, state=EngineState.MISMATCH, trouble=trouble)
-        case ev.Registered() | ev.LeftoverRemoved() | ev.MarkRestored() | ev.AgentInstalled():
+        case ev.AgentInstalled(image_id=image_id, helper=helper):
+            return replace(engine, agents=engine.agents | {image_id: helper})
+        case ev.LeftoverRemoved(role=ev.ROLE_OF_AGENT, name=name):
+            return replace(
+                engine, agents={image: helper for image, helper in engine.agents.items() if not _names(name, image)}
+            )
+        case ev.Registered() | ev.LeftoverRemoved() | ev.MarkRestored():
             return engine
+
+
+def _names(name: str, image_id: str) -> bool:
+    """Whether a helper or volume of this name has the files of this image: names end with the first digits of it."""
+    return name.rpartition("-")[2] == image_id.removeprefix("sha256:")[:12]
 
 
 def _trusted(engine: Engine) -> int:

@@ -32,7 +32,7 @@ def seen(sandbox: Sandbox, shown: Observed, found_by: str) -> Events:
     found: list[ev.Event] = []
     if another:
         found += _made(sandbox, shown, found_by)
-    if shown.verdict is not None and sandbox.ending is None:
+    if shown.verdict is not None and sandbox.ending is None and sandbox.ready_at is None:
         return (*found, ev.Failed("ensure", shown.verdict.reason, storable(shown.verdict.message)))
     known = RuntimeState.CREATED if another else sandbox.observed
     begun = _begun(sandbox, shown, known, another=another)

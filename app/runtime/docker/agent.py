@@ -21,7 +21,8 @@ Invariants.
   it) leaves running agents their files, and a new sandbox sees the old file or the new one, never half of one.
 * All is on the disk before the helper ends, so that `exited(0)` outlives a loss of power together with the files.
 
-How it fails. The helper's output is the message. An image without `/bin/sh` cannot be copied from.
+How it fails. The helper's output is the message. An image without `/bin/sh` cannot run the helper, which then stays
+`created`: its files are copied by archive calls (`app.runtime.docker.agent_archive`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from uuid import UUID
 from app.domain.text import storable
 from app.errors import RuntimeFault, RuntimeRejected, RuntimeUnavailable
 from app.runtime.docker import names
+from app.runtime.docker.agent_archive import ArchiveCopy
+from app.runtime.docker.agent_files import FILL, INCOMPLETE_CODE, PREPARE, SHELL, TARGET
 from app.runtime.docker.answers import REMOVING, Created, Inspected, Volume
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused, Silence, trouble
@@ -46,39 +49,9 @@ from app.runtime.docker.verdicts import ABSENT, has_any, is_image_missing
 from app.runtime.driver import InstalledAgent
 from app.runtime.faults import AttemptFailed, ImageMissing
 
-SHELL = "/bin/sh"
-INCOMPLETE_CODE = 3
-"""The helper's exit code when the image lacks a file."""
-TARGET = "/t"
 OUTPUT_LINES = 50
 KIB = 1024
 PIDS_LIMIT = 64
-FILL = f"""set -eu
-umask 022
-for file in /execd /bootstrap.sh; do
-    [ -e "$file" ] || {{ echo "the image lacks $file"; exit {INCOMPLETE_CODE}; }}
-done
-on_disk() {{ sync -f {TARGET} 2>/dev/null || sync; }}
-names=
-for file in /execd /bootstrap.sh /usr/local/bin/bwrap /usr/local/libexec/opensandbox-session-gate \\
-    /usr/local/libexec/opensandbox-launcher; do
-    [ -e "$file" ] || continue
-    name=${{file##*/}}
-    rm -rf "{TARGET}/.$name.new"
-    if [ -d "$file" ]; then cp -R "$file" "{TARGET}/.$name.new"; else cp "$file" "{TARGET}/.$name.new"; fi
-    chmod 0755 "{TARGET}/.$name.new"
-    names="$names $name"
-done
-on_disk
-for name in $names; do
-    # A folder cannot be renamed over another one. One that is there is whole, as it was renamed too.
-    if [ -d "{TARGET}/$name" ]; then rm -rf "{TARGET}/.$name.new"; else mv -f "{TARGET}/.$name.new" "{TARGET}/$name"; fi
-    set -- $(du -sk "{TARGET}/$name")
-    echo "$name ${{1:-0}}"
-done
-on_disk
-"""
-"""Needs no more than a POSIX shell and the usual tools. Its output is the list of files with their sizes in KiB."""
 
 
 class Agents:
@@ -129,8 +102,10 @@ class Install:
             if not names.is_agent(helper.labels, self._installation):
                 raise self._taken("container")
             match helper.state.status:
+                case "created" if not await self._fill(helper.id):
+                    return await self._copied(helper)
                 case "created":
-                    await self._fill(helper.id)
+                    pass  # the next inspect call shows how it went
                 case "exited" if helper.state.exit_code == 0:
                     return await self._installed(helper)
                 case "exited" | "dead":
@@ -162,21 +137,39 @@ class Install:
             raise self._refused("create", refused) from None
         return True
 
-    async def _fill(self, runtime_id: str) -> None:
-        self._filled = True
+    async def _fill(self, runtime_id: str) -> bool:
+        """False: the image has no shell that could copy."""
         try:
             await self._engine.command("POST", f"containers/{runtime_id}/start")
+            self._filled = True
             await self._engine.command("POST", f"containers/{runtime_id}/wait")
         except Silence:
             raise self._under_way() from None
         except Refused as refused:
             if refused.status == HTTPStatus.NOT_FOUND and "no such container" in refused.message.lower():
-                return  # somebody removed it; the next inspect call shows that
+                return True  # somebody removed it; the next inspect call shows that
+            if not refused.is_engine_trouble and SHELL in refused.message and has_any(refused.message, ABSENT):
+                return False
             verdict = self._refused("start", refused)
             if not isinstance(verdict, RuntimeUnavailable):
                 with suppress(RuntimeFault):
                     await self._containers.delete(runtime_id, self._name)
             raise verdict from None
+        return True
+
+    async def _copied(self, helper: Inspected) -> InstalledAgent:
+        """Without a shell."""
+        copy = ArchiveCopy(self._engine, self._containers, self._name, helper.id, self._reference)
+        listing = await copy.listing()
+        if listing is None:
+            try:
+                await copy.run(helper_config(self._image_id, self._name, self._labels))
+            except AttemptFailed as failed:
+                if failed.reason == "AGENT_IMAGE_INCOMPLETE":
+                    await self._containers.delete(helper.id, self._name)
+                raise
+            self._filled, listing = True, await copy.listing()
+        return self._answer(helper, listing or "")
 
     async def _clear(self, helper: Inspected) -> None:
         """Remove a helper that failed. Raise what it said if this call had started it; else try again at once."""
@@ -191,9 +184,12 @@ class Install:
             )
 
     async def _installed(self, helper: Inspected) -> InstalledAgent:
-        words = (line.split() for line in (await self._output(helper.id)).splitlines())
+        return self._answer(helper, await self._output(helper.id))
+
+    def _answer(self, helper: Inspected, listing: str) -> InstalledAgent:
+        words = (line.split() for line in listing.splitlines())
         sizes = {line[0]: int(line[1]) * KIB for line in words if len(line) == 2 and line[1].isdecimal()}  # noqa: PLR2004
-        return InstalledAgent(self._image_id, self._name, tuple(sizes), sum(sizes.values()), self._filled)
+        return InstalledAgent(self._image_id, self._name, tuple(sizes), sum(sizes.values()), helper.id, self._filled)
 
     async def _output(self, runtime_id: str) -> str:
         try:
@@ -215,8 +211,6 @@ class Install:
         message = storable(refused.message)
         if refused.is_engine_trouble:
             return trouble(f"{verb} the container {self._name}", refused, message)
-        if SHELL in refused.message and has_any(refused.message, ABSENT):
-            return AttemptFailed("AGENT_IMAGE_INCOMPLETE", f"{self._reference}: the image lacks {SHELL} ({message})")
         return AttemptFailed("AGENT_INSTALLING", f"the engine did not {verb} the container {self._name}: {message}")
 
 
@@ -226,7 +220,7 @@ def helper_config(image_id: str, name: str, labels: dict[str, str]) -> Container
         image=image_id,
         entrypoint=(SHELL,),
         cmd=("-c", FILL),
-        env=(),
+        env=(f"PREPARE={PREPARE}",),
         labels=labels,
         user="0:0",  # the image's own user could not write to the volume
         host_config=HostConfig(

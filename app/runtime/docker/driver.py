@@ -18,6 +18,7 @@ that run into it within their first milliseconds, about one in ten is reported w
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import datetime
 
 import aiodocker
 import aiohttp
@@ -25,8 +26,9 @@ import msgspec
 
 from app.errors import SettingsError
 from app.runtime.completion import to_completion
-from app.runtime.docker import events, identity, names
+from app.runtime.docker import events, identity, inspection, names, output
 from app.runtime.docker.agent import Agents
+from app.runtime.docker.agent_clean import clean
 from app.runtime.docker.answers import REMOVING, Inspected, observed
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused
@@ -35,6 +37,7 @@ from app.runtime.docker.options import DockerOptions, with_seccomp_document
 from app.runtime.docker.placing import Placing
 from app.runtime.docker.pull import Pulls
 from app.runtime.docker.spec import container_config
+from app.runtime.docker.stillborn import judged
 from app.runtime.docker.verdicts import power_verdict
 from app.runtime.driver import (
     Capabilities,
@@ -42,8 +45,10 @@ from app.runtime.driver import (
     FetchedImage,
     Hint,
     Image,
+    Inspection,
     InstalledAgent,
     Leftover,
+    Logs,
     Misnamed,
     Observed,
     Pausing,
@@ -82,7 +87,7 @@ class DockerDriver:
         placing = Placing(self._engine, self._containers, self._options.installation, workload, config)
         placed = await to_completion(placing.place())
         digest = await self._images.digest_of(placed.image_id, workload.image.reference)
-        return msgspec.structs.replace(placed, image_digest=digest)
+        return await judged(self._engine, msgspec.structs.replace(placed, image_digest=digest))
 
     async def observe(self, ref: Ref) -> Observed | None:
         """Inspect one object."""
@@ -90,7 +95,8 @@ class DockerDriver:
         if found is None:
             return None
         shown, whose = found
-        return observed(shown, whose, digest=self._images.known_digest(shown.image, shown.config.image))
+        seen = observed(shown, whose, digest=self._images.known_digest(shown.image, shown.config.image))
+        return await judged(self._engine, seen)
 
     async def set_power(self, ref: Ref, power: Power) -> Observed | None:
         """Pause or unpause what runs; everything else is returned as it is."""
@@ -150,6 +156,20 @@ class DockerDriver:
     async def install_agent(self, image: str) -> InstalledAgent:
         """Copy the agent's files unless they are there."""
         return await self._agents.install(image)
+
+    async def clean_agents(self, keep: str, before: datetime) -> tuple[str, ...]:
+        """Remove agents that no sandbox uses any more."""
+        return await clean(self._engine, self._containers, self._options.installation, keep, before)
+
+    async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
+        """The last lines of both streams."""
+        found = await self._containers.ours(ref)
+        return None if found is None else await output.last(self._engine, found[0].id, tail, most, since)
+
+    async def inspect(self, ref: Ref) -> Inspection | None:
+        """What the engine says of it."""
+        found = await self._containers.ours(ref)
+        return None if found is None else await inspection.inspect(self._engine, found[0].id, self._options)
 
     async def check(self) -> EngineInfo:
         """Ask the engine who it is."""

@@ -8,6 +8,7 @@ engine of API 1.41 mounts whole volumes only. The agent's `bootstrap.sh` runs as
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 
 from msgspec import Struct
 
@@ -23,7 +24,11 @@ AGENT_FOLDER = f"{RUNTIME_FOLDER}/bin"
 TMPFS_OPTIONS = "mode=1777,size=1m"
 UNPUBLISHED = ("host", "none")
 """Network modes in which the engine publishes no port; neither does it for one who shares another's network."""
-OURS = ("EXECD", "EXECD_ACCESS_TOKEN", "EXECD_INIT", "OPENSANDBOX_ID")
+ACCESS = "EXECD_ACCESS_TOKEN"
+"""The variable with the agent's token."""
+PRE_SCRIPT = "EXECD_BOOTSTRAP_PRE_SCRIPT"
+"""A file that bootstrap.sh sources; ours unless the request names another."""
+OURS = ("EXECD", ACCESS, "EXECD_INIT", "OPENSANDBOX_ID")
 """Environment variables of a sandbox with an agent that a request does not decide."""
 
 
@@ -209,7 +214,9 @@ def _security(options: DockerOptions) -> tuple[str, ...]:
 def _environment(work: Workload, options: DockerOptions) -> tuple[str, ...]:
     merged = {**options.sandbox_env, **work.env, "OPENSANDBOX_ID": str(work.ref.object_id)}
     if work.agent is not None:
-        merged = {name: value for name, value in merged.items() if name not in OURS} | _of_agent(work, work.agent)
+        merged = {name: value for name, value in merged.items() if name not in OURS} | _of_agent(
+            work, work.agent, merged
+        )
     # The engine repeats a malformed entry, value and all, in its error; such an entry must never get there.
     for name, value in merged.items():
         if not name or "=" in name or "\0" in name or "\0" in value:
@@ -217,6 +224,8 @@ def _environment(work: Workload, options: DockerOptions) -> tuple[str, ...]:
     return tuple(f"{name}={value}" for name, value in merged.items())
 
 
-def _of_agent(work: Workload, agent: Agent) -> dict[str, str]:
-    ours = {"EXECD": f"{AGENT_FOLDER}/execd", "EXECD_ACCESS_TOKEN": agent.token}
+def _of_agent(work: Workload, agent: Agent, asked: Mapping[str, str]) -> dict[str, str]:
+    ours = {"EXECD": f"{AGENT_FOLDER}/execd", ACCESS: agent.token}
+    if PRE_SCRIPT not in asked:
+        ours[PRE_SCRIPT] = f"{AGENT_FOLDER}/prepare.sh"
     return ours | {"OPENSANDBOX_ID": str(work.ref.object_id)} | ({"EXECD_INIT": "1"} if agent.init else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import TypeAlias
 from uuid import UUID
 
@@ -41,6 +42,26 @@ class FakeAgents:
                 raise ImageMissing(reference, f"the engine does not have the agent image {reference}")
             return await self._run(reference, image.image_id, agent_name(self._installation, image.image_id))
 
+    async def clean(self, keep: str, before: datetime) -> tuple[str, ...]:
+        """Remove what no sandbox mounts, and was copied before that time."""
+        await self._enter("volumes")
+        await self._leave("volumes")
+        mine = [name for name, each in self._engine.volumes.items() if each.installation == self._installation]
+        removed = [name for name in mine if name != agent_name(self._installation, keep) and self._is_old(name, before)]
+        for name in removed:
+            await self._enter("remove")
+            if name in self._engine.containers:
+                self._engine.destroy(name)
+            self._engine.volumes.pop(name, None)
+            await self._leave("remove")
+        return tuple(removed)
+
+    def _is_old(self, name: str, before: datetime) -> bool:
+        helper = self._engine.containers.get(name)
+        works = [each.work for each in self._engine.containers.values() if each.work is not None]
+        used = any(work.agent is not None and work.agent.volume == name for work in works)
+        return not used and (helper is None or (helper.power is not Power.RUNNING and helper.created_at < before))
+
     async def _run(self, reference: str, image_id: str, name: str) -> InstalledAgent:
         filled = False
         while True:
@@ -61,7 +82,9 @@ class FakeAgents:
             await self._enter("logs")
             await self._leave("logs")
             if helper.exit.code == 0:
-                return InstalledAgent(image_id, name, AGENT_FILES, FILE_BYTES * len(AGENT_FILES), filled)
+                return InstalledAgent(
+                    image_id, name, AGENT_FILES, FILE_BYTES * len(AGENT_FILES), helper.runtime_id, filled
+                )
             await self._clear(helper)
             if filled and helper.exit.code == INCOMPLETE_CODE:
                 raise AttemptFailed("AGENT_IMAGE_INCOMPLETE", f"{reference}: the image lacks /{AGENT_FILES[0]}")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime
 from typing import TypeAlias
 from uuid import UUID, uuid4
 
 from msgspec.structs import replace
 
 from app.domain.engine.events import Capacity
+from app.domain.sandbox.observed import Verdict
 from app.errors import RuntimeFault, RuntimeRejected, RuntimeUnavailable
 from app.runtime.completion import to_completion
 from app.runtime.driver import (
@@ -23,8 +25,10 @@ from app.runtime.driver import (
     FetchedImage,
     Hint,
     Image,
+    Inspection,
     InstalledAgent,
     Leftover,
+    Logs,
     Misnamed,
     Observed,
     Part,
@@ -33,14 +37,16 @@ from app.runtime.driver import (
     Ref,
     Workload,
 )
+from app.runtime.fake import looks
 from app.runtime.fake.agent import FakeAgents
-from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, name_of
+from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, is_stillborn, name_of
 from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
 from app.runtime.flights import Flights
 
 Hook: TypeAlias = Callable[[str], Awaitable[None]]
 RETRY_PAUSE_SECONDS = 0.01
 MAX_REPEATED_STARTS = 8
+NO_SHELL = Verdict("IMAGE_HAS_NO_SHELL", "The image has no /bin/sh.")
 CAPACITY = Capacity(4_000_000_000, 8 << 30)
 
 
@@ -190,6 +196,30 @@ class FakeDriver:
         """Copy the agent's files unless they are there."""
         return await self._agents.install(image)
 
+    async def clean_agents(self, keep: str, before: datetime) -> tuple[str, ...]:
+        """Remove agents that no sandbox uses any more."""
+        return await self._agents.clean(keep, before)
+
+    async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
+        """The last lines that it wrote."""
+        await self._enter("inspect")
+        await self._leave("inspect")
+        if self._ours(ref) is None:
+            return None
+        await self._enter("logs")
+        found = self._ours(ref)
+        await self._leave("logs")
+        if found is None or found.removing:
+            return None
+        return looks.last(self.engine.written.get(found.name, ()), tail, most, since)
+
+    async def inspect(self, ref: Ref) -> Inspection | None:
+        """What the engine says of it."""
+        await self._enter("inspect")
+        found = self._ours(ref)
+        await self._leave("inspect")
+        return None if found is None else looks.inspection(found)
+
     async def check(self) -> EngineInfo:
         """Ask the engine who it is."""
         for call in ("version", "info", "mark"):
@@ -334,6 +364,7 @@ class FakeDriver:
             waiting=self.engine.waiting.get(object_id) if found.power is Power.CREATED else None,
             gpus=self.engine.gpus if work and work.limits.gpus_all else work and work.limits.gpus,
             agent=work is not None and work.agent is not None,
+            verdict=NO_SHELL if is_stillborn(found) and found.power is Power.EXITED else None,
         )
 
     async def _enter(self, call: str) -> None:

@@ -1,7 +1,8 @@
 """The engine of the fake: what several drivers share. Tests read and set the public fields, and play every accident.
 
 By convention images named `missing/...` are in no registry, and entrypoints below `/missing/` in no image. An image in
-`to_pull` exists and is not on the engine yet; all others are on it. Images named `bare/...` hold no agent.
+`to_pull` exists and is not on the engine yet; all others are on it. Images named `bare/...` hold no agent, and those
+named `noshell/...` no shell: a sandbox with an agent ends in them at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from uuid import UUID, uuid4
 import msgspec
 from msgspec import Struct
 
+from app.domain.sandbox.diagnostics import LogLine
 from app.domain.sandbox.observed import Address, Waiting
 from app.errors import RuntimeFault
 from app.runtime.driver import Change, Exit, FetchedImage, Leftover, Power, Workload
@@ -50,6 +52,12 @@ class FakeContainer(Struct, frozen=True):
     address: Address | None = None
     removing: bool = False
     """Somebody asked for its removal, and it is not gone yet."""
+
+
+def is_stillborn(container: FakeContainer) -> bool:
+    """Nothing can run in it: its agent needs a shell, and its image has none."""
+    work = container.work
+    return work is not None and work.agent is not None and work.image.reference.startswith("noshell/")
 
 
 class News(Struct, frozen=True):
@@ -105,6 +113,8 @@ class FakeEngine:
         """Copies of an agent's files, by the name of volume and helper."""
         self.fill_gates: dict[str, asyncio.Event] = {}
         """Waited for by the copy of this name, half way."""
+        self.written: dict[str, list[LogLine]] = {}
+        """What containers wrote, by name. It goes with the container."""
         self.starts_without_port = 0
         """How many starts of sandboxes with an agent find their port taken."""
         self.gpus: int | None = None
@@ -126,9 +136,15 @@ class FakeEngine:
         """The container that the engine knows by this id, whatever its name is."""
         return next((one for one in self.containers.values() if one.runtime_id == runtime_id), None)
 
+    def write(self, object_id: UUID, *texts: str) -> None:
+        """Its program writes these lines."""
+        lines = self.written.setdefault(name_of(object_id), [])
+        lines += [LogLine(self._clock().isoformat(), text) for text in texts]
+
     def rename(self, object_id: UUID, name: str) -> None:
         """From outside, as `docker rename`."""
         renamed = self.containers.pop(name_of(object_id))
+        self.written[name] = self.written.pop(name_of(object_id), [])
         self.containers[name] = msgspec.structs.replace(renamed, name=name)
 
     def make(self, name: str, work: Workload | None = None, installation: UUID | None = None) -> FakeContainer:
@@ -145,6 +161,8 @@ class FakeEngine:
         self._run(name)
         container = self.containers[name]
         ends = self.scripts.get(container.object_id) if container.object_id else None
+        if is_stillborn(container):
+            ends = Exit(1)
         if ends is not None:
             self.end(container, msgspec.structs.replace(ends, at=ends.at or self._clock()))
 
@@ -228,6 +246,7 @@ class FakeEngine:
 
     def destroy(self, name: str) -> None:
         """Remove a container behind the drivers' backs, as an outsider would."""
+        self.written.pop(name, None)
         self._publish(self.containers.pop(name), Change.REMOVED)
 
     def leave(self, installation: UUID, leftover: Leftover) -> None:

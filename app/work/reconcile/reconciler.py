@@ -67,6 +67,7 @@ from app.runtime.faults import AgentMissing, ImageMissing
 from app.service.sandboxes import Service, StaleVersion
 from app.views.current import is_newer
 from app.work.agents import Agents
+from app.work.diagnostics import Diagnostics
 from app.work.fetches import Fetches
 from app.work.policy import WorkPolicy
 from app.work.probes import Probes
@@ -101,6 +102,7 @@ class Reconciler:
         agents: Agents | None,
         probes: Probes | None,
         outcomes: Outcomes,
+        diagnostics: Diagnostics,
         policy: WorkPolicy,
         actors: Actors,
     ) -> None:
@@ -112,6 +114,7 @@ class Reconciler:
         self._agents = agents
         self._probes = probes
         self._outcomes = outcomes
+        self._diagnostics = diagnostics
         self._policy = policy
         self._actors = actors
         self._heads = Heads(service.view)
@@ -301,6 +304,7 @@ class Reconciler:
             self._fetches.want(sandbox, image, held.cause, step)
 
     async def _remove(self, held: Held, sandbox: Sandbox, now: datetime) -> Sandbox:
+        await self._diagnostics.keep(sandbox)
         gone = await self._driver.remove(ref_of(sandbox))
         self._station.succeeded(sandbox.id)
         if not gone:
@@ -351,7 +355,7 @@ class Reconciler:
         if acted and seen.power is Power.EXITED:
             if sandbox.observed in (RuntimeState.NONE, RuntimeState.CREATED):
                 # That it was made and started is our doing; that it ended is not.
-                made = msgspec.structs.replace(seen, power=Power.CREATED, exit=None)
+                made = msgspec.structs.replace(seen, power=Power.CREATED, exit=None, verdict=None)
                 sandbox = await self._outcomes.record(held, sandbox, cmd.RecordSeen(made, found_by), actor)
             actor = self._actors.runtime
         return await self._conclude(held, sandbox, cmd.RecordSeen(seen, found_by), actor, now=now, seen=seen)

@@ -1,0 +1,69 @@
+"""What only an engine knows, asked through the database: this process may have no engine.
+
+The request waits for the answer of a worker as `app.api.waiting` waits for a state: on the signal, and it reads again
+after a second anyway. When its client leaves, the server stops, or the time is over, it takes its question back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+from app.api.call import Call
+from app.api.context import ApiContext
+from app.domain.sandbox.state import RuntimeState, Sandbox
+from app.errors import StoreUnavailable
+from app.store.diagnostics.requests import EngineRequests, Question, Reply
+from app.store.log.signal import Subscription
+
+_READ_AGAIN_SECONDS = 1.0
+_ON_AN_ENGINE = (RuntimeState.CREATED, RuntimeState.RUNNING, RuntimeState.PAUSED, RuntimeState.EXITED)
+
+
+def has_object(sandbox: Sandbox) -> bool:
+    """Whether the log says that an engine has something of it."""
+    return sandbox.engine is not None and sandbox.closed_at is None and sandbox.observed in _ON_AN_ENGINE
+
+
+async def ask(context: ApiContext, call: Call, engine: str, question: Question) -> Reply | None:
+    """The answer of a worker. None = no worker has answered in time, or too many requests wait already."""
+    engines = await context.service.engines.known()
+    engine_id = next((each.id for each in engines if each.name == engine), None)
+    if engine_id is None:
+        return None
+    requests = EngineRequests(context.database)
+    with context.waiters.one_more() as may_wait, context.signal.subscribe(question.id) as news:
+        if not may_wait:
+            return None
+        await requests.ask(question, engine)
+        context.signal.poke(engine_id, work=False)
+        return await _wait(context, call, requests, question, news)
+
+
+async def _wait(
+    context: ApiContext, call: Call, requests: EngineRequests, question: Question, news: Subscription
+) -> Reply | None:
+    ends: list[asyncio.Task[Any]] = [
+        asyncio.create_task(call.disconnected()),
+        asyncio.create_task(context.stopping.wait()),
+    ]
+    reply: Reply | None = None
+    try:
+        deadline = asyncio.get_running_loop().time() + context.diagnostics_wait_seconds
+        while (left := deadline - asyncio.get_running_loop().time()) > 0 and not any(end.done() for end in ends):
+            turn = asyncio.create_task(news.wait(min(_READ_AGAIN_SECONDS, left)))
+            try:
+                await asyncio.wait([turn, *ends], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                turn.cancel()
+            if (reply := await requests.take(question.id, question.tenant)) is not None:
+                return reply
+        return None
+    finally:
+        for end in ends:
+            end.cancel()
+        if reply is None:
+            with suppress(StoreUnavailable):  # then the row goes by itself, within a minute
+                await requests.forget(question.id, question.tenant)
+        await asyncio.gather(*ends, return_exceptions=True)
