@@ -29,9 +29,10 @@ from app.api.lifecycle import Lifecycle
 from app.api.metrics import Metrics
 from app.api.request import ApiRequest, check, principal
 from app.api.sandboxes import Sandboxes
+from app.api.snapshots import Snapshots
 from app.api.unserved import refusing
 
-BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (Sandboxes, Lifecycle, Endpoints, History)
+BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (Sandboxes, Lifecycle, Endpoints, History, Snapshots)
 """Served below `/v1` and at the root, as in the contract."""
 V1_ONLY: Final[tuple[type[ApiController], ...]] = (Metrics,)
 ROOT_ONLY: Final[tuple[type[ApiController], ...]] = (Server, docs.Docs)

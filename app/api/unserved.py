@@ -32,11 +32,6 @@ UNSERVED: Final = (
     Part("Network policies", {f"{_ONE}/networkpolicy": ("GET", "PUT", "PATCH", "DELETE")}),
     Part("Diagnostics", {f"{_ONE}/diagnostics/{kind}": ("GET",) for kind in ("logs", "events", "inspect", "summary")}),
     Part(
-        "Snapshots",
-        {f"{_ONE}/snapshots": ("POST",), "/snapshots": ("GET",), "/snapshots/{snapshotId:str}": ("GET", "DELETE")},
-        "SNAPSHOT::NOT_IMPLEMENTED",
-    ),
-    Part(
         "Pools",
         {"/pools": ("POST", "GET"), "/pools/{name:str}": ("GET", "PUT", "DELETE")},
         "KUBERNETES::POOL_NOT_SUPPORTED",

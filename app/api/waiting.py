@@ -12,44 +12,66 @@ than it asked for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+from msgspec import Struct
 
 from app.api.call import Call
 from app.api.context import ApiContext
 from app.domain.sandbox.state import Sandbox
 from app.errors import StoreUnavailable
 
+S = TypeVar("S")
 _READ_AGAIN_SECONDS = 1.0
 _READ_WITHIN_SECONDS = 2.0
 _MAX_READS_A_SECOND = 200
 
 
+class Watched(Struct, Generic[S], frozen=True):
+    """The stream that is waited for, as it was read last, how it is read again, and what ends the wait."""
+
+    stream_id: UUID
+    state: S
+    load: Callable[[], Awaitable[S | None]]
+    done: Callable[[S], bool]
+
+
 async def until(
     context: ApiContext, call: Call, sandbox: Sandbox, done: Callable[[Sandbox], bool], seconds: float
 ) -> Sandbox:
-    """The state that `done` accepts, or the last one seen."""
-    if done(sandbox) or seconds <= 0:
-        return sandbox
+    """The state of a sandbox that `done` accepts, or the last one seen."""
+
+    async def load() -> Sandbox | None:
+        loaded = await context.service.view.load(sandbox.id, call.who.tenant)
+        return None if loaded is None else loaded[0]
+
+    return await watch(context, call, Watched(sandbox.id, sandbox, load, done), seconds)
+
+
+async def watch(context: ApiContext, call: Call, watched: Watched[S], seconds: float) -> S:
+    """As `until`, of a stream of any kind."""
+    if watched.done(watched.state) or seconds <= 0:
+        return watched.state
     with context.waiters.one_more() as may_wait:
-        return await _wait(context, call, sandbox, done, seconds) if may_wait else sandbox
+        return await _wait(context, call, watched, seconds) if may_wait else watched.state
 
 
-async def _wait(
-    context: ApiContext, call: Call, sandbox: Sandbox, done: Callable[[Sandbox], bool], seconds: float
-) -> Sandbox:
+async def _wait(context: ApiContext, call: Call, watched: Watched[S], seconds: float) -> S:
+    state = watched.state
     deadline = asyncio.get_running_loop().time() + seconds
     ends: list[asyncio.Task[Any]] = [
         asyncio.create_task(call.disconnected()),
         asyncio.create_task(context.stopping.wait()),
     ]
     try:
-        with context.signal.subscribe(sandbox.id) as news:
+        with context.signal.subscribe(watched.stream_id) as news:
             while True:
-                sandbox = await _read_again(context, call, sandbox)
+                state = await _read_again(watched, state)
                 left = deadline - asyncio.get_running_loop().time()
-                if done(sandbox) or left <= 0 or any(end.done() for end in ends):
-                    return sandbox
+                if watched.done(state) or left <= 0 or any(end.done() for end in ends):
+                    return state
                 again = max(_READ_AGAIN_SECONDS, context.waiters.count / _MAX_READS_A_SECOND)
                 turn = asyncio.create_task(news.wait(min(again, left)))
                 try:
@@ -62,10 +84,10 @@ async def _wait(
         await asyncio.gather(*ends, return_exceptions=True)
 
 
-async def _read_again(context: ApiContext, call: Call, known: Sandbox) -> Sandbox:
+async def _read_again(watched: Watched[S], known: S) -> S:
     try:
         async with asyncio.timeout(_READ_WITHIN_SECONDS):
-            loaded = await context.service.view.load(known.id, call.who.tenant)
+            loaded = await watched.load()
     except (StoreUnavailable, TimeoutError):
         return known
-    return known if loaded is None else loaded[0]
+    return known if loaded is None else loaded

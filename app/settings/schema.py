@@ -314,6 +314,15 @@ class AgentSettings(Table, frozen=True):
     """Seconds that a sandbox which runs waits for its agent; it is Running after that even if none answers."""
 
 
+class SnapshotSettings(Table, frozen=True):
+    """`[sandledger.snapshots]`: how long snapshots may take."""
+
+    freeze_seconds: Seconds = 180
+    """Seconds that a sandbox may stand still for a snapshot; after that it goes on, and the snapshot has failed."""
+    commit_seconds: Seconds = 600
+    """Seconds until a snapshot that is not ready has failed."""
+
+
 class ApiSettings(Table, frozen=True):
     """`[sandledger.api]`: bounds of requests."""
 
@@ -341,6 +350,7 @@ class SandledgerSettings(Table, frozen=True):
     worker: WorkerSettings = WorkerSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
     agent: AgentSettings = AgentSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
     api: ApiSettings = ApiSettings()
 
 

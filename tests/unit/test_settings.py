@@ -430,5 +430,6 @@ worker.expiry_lease_seconds = 1
 worker.orphan_dry_run = true
 deadlines = { pending_seconds = 1, pausing_seconds = 1, resuming_seconds = 1, stopping_seconds = 1 }
 agent = { ready_seconds = 1 }
+snapshots = { freeze_seconds = 1, commit_seconds = 1 }
 api = { wait_seconds_max = 0, body_limit_bytes = 1024, metadata_max_entries = 0 }
 """

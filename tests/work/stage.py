@@ -135,7 +135,7 @@ class Stage:
 
     async def run(self, worker: Worker, claim: Claim) -> None:
         held = self.hold(worker, claim)
-        held.run = asyncio.create_task(worker.reconciler.run(held))
+        held.run = asyncio.create_task(worker.reconcile(held))
         try:
             await asyncio.wait([held.run])
         finally:

@@ -24,7 +24,8 @@ from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeRejected, RuntimeUnavailable, StoreUnavailable
 from app.service.sandboxes import Service
 from app.store.log.signal import Signal
-from app.store.queue.reconcile import Failed, Queue
+from app.store.queue.reconcile import USER, Failed, Queue
+from app.store.queue.waiting import WaitingRows
 from app.work.policy import WorkPolicy
 from app.work.reconcile.actors import Actors
 from app.work.reconcile.leases import Held, LeaseLost
@@ -55,7 +56,9 @@ class Outcomes:
         signal: Signal,
         policy: WorkPolicy,
         actors: Actors,
+        rows: WaitingRows,
     ) -> None:
+        self._rows = rows
         self._service = service
         self._station = station
         self._queue = queue
@@ -74,7 +77,8 @@ class Outcomes:
             failure = cmd.RecordFailure(name_of(step), error.reason, error.message)
             return await self._record(held, sandbox, failure)
         if isinstance(error, RuntimeRejected) and isinstance(step, SetPower):
-            return await self._record(held, sandbox, cmd.RecordPowerRefused(error.reason, error.message))
+            refused = cmd.RecordPowerRefused(error.reason, error.message, step.power)
+            return await self._record(held, sandbox, refused)
         return await self.count(held, sandbox, step, error)
 
     async def count(self, held: Held, sandbox: Sandbox, step: Step, error: Exception) -> None:
@@ -161,6 +165,20 @@ class Outcomes:
     def _due(self, held: Held) -> None:
         """Whoever brought the news has woken claimers already, and they found the row held."""
         self._signal.poke(held.stream_id, work=True)
+
+    async def wake(self, stream_id: UUID) -> None:
+        """What another stream waits for has come."""
+        for each in await self._rows.wake([stream_id]):
+            self._signal.poke(each, work=True)
+
+    async def suspect_snapshot(self, snapshot_id: UUID) -> None:
+        """Its image was not there: have it looked at."""
+        if await self._queue.enqueue_snapshots([snapshot_id], USER):
+            self._signal.poke(snapshot_id, work=True)
+
+    async def put_off(self, held: Held, wait: float, failed: Failed) -> None:
+        """Due later, with a count or a reason."""
+        await self._defer(held, wait, awaiting=True, failed=failed)
 
     async def refresh(self, held: Held) -> None:
         """The stream has moved: take the present revision, then load.
