@@ -16,7 +16,14 @@ from app.api.auth import Principal
 from app.domain.engine.decide import RecordSighting, RecordSilence
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Power
-from app.domain.snapshot.decide import Command, RecordArtifact, RecordCommitted, RecordFailed, RecordReady, RecordRemoved
+from app.domain.snapshot.decide import (
+    Command,
+    RecordArtifact,
+    RecordCommitted,
+    RecordFailed,
+    RecordReady,
+    RecordRemoved,
+)
 from app.domain.stream import Actor, ActorKind
 from app.domain.tenants import ANY_TENANT
 from app.service.engines import Engines
@@ -269,9 +276,7 @@ async def test_images_of_snapshots_cannot_be_run_by_name_or_id(http: httpx.Async
     assert code(await http.post("/v1/sandboxes", json=body(image={"uri": uri}))) == (400, "SANDBOX::INVALID_PARAMETER")
 
 
-async def test_a_refusal_is_recorded_about_the_snapshot(
-    http: httpx.AsyncClient, service: Service, database: Database
-):
+async def test_a_refusal_is_recorded_about_the_snapshot(http: httpx.AsyncClient, service: Service, database: Database):
     made = (await taken(http, await running(http, service)))["id"]
     await http.delete(f"/v1/snapshots/{made}")
     row = (await recorded(database))[-1]
@@ -304,7 +309,10 @@ async def test_a_snapshot_of_another_tenant_does_not_exist(
     assert (await stranger.get("/v1/snapshots")).json()["items"] == []
     assert (await stranger.get("/v1/snapshots", params={"sandboxId": sandbox_id})).json()["items"] == []
     keyed = {"Idempotency-Key": "k9"}
-    assert code(await stranger.post("/v1/sandboxes", json=restored(made), headers=keyed)) == (404, "SNAPSHOT::NOT_FOUND")
+    assert code(await stranger.post("/v1/sandboxes", json=restored(made), headers=keyed)) == (
+        404,
+        "SNAPSHOT::NOT_FOUND",
+    )
 
 
 async def test_an_engine_that_cannot_make_snapshots_is_named(
