@@ -250,11 +250,12 @@ def config(router: Router, *plugins: OpenAPIRenderPlugin) -> OpenAPIConfig:
 
 
 def described(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with three things put right.
+    """The document with four things put right.
 
     Shapes get the docstrings of their structs, and what their `example` gives. A union is `anyOf`: Litestar writes
     `oneOf`, and then an integer, which is also a number, fits neither. An alternative that stands alone is no union:
-    Litestar keeps one for a parameter that may be absent, and says that it may be null.
+    Litestar keeps one for a parameter that may be absent, and says that it may be null. A body that may be null may be
+    left out, which is not said otherwise.
     """
     found = _plain(dict(document))
     shapes = {each.__name__: each for each in Struct.__subclasses__() if each.__module__.startswith("app.api")}
@@ -266,6 +267,12 @@ def described(document: Mapping[str, Any]) -> dict[str, Any]:
         for operation in methods.values():
             for parameter in operation["parameters"]:
                 parameter["schema"] = _without_null(parameter["schema"])
+            for sent in operation.get("requestBody", {}).get("content", {}).values():
+                plain = _without_null(sent["schema"])
+                operation["requestBody"]["required"] = (
+                    plain == sent["schema"]
+                )  # null stands for a body that is left out
+                sent["schema"] = plain
     return found
 
 

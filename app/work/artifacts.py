@@ -1,9 +1,9 @@
 """The images of snapshots, compared with the log as part of a sweep.
 
-A listing is never a verdict: a snapshot that differs goes to the queue and its reconciler looks by itself. What differs is
-a Ready snapshot without its image, or with it again; an image that should be gone, among them the images of commits
-that an engine ended after all had given them up; and a snapshot that wants work and may have no queue row. An image of
-a snapshot that the log does not know is a leftover, which the sweep treats as any other.
+A listing is never a verdict: a snapshot that differs goes to the queue and its reconciler looks by itself. What
+differs is a Ready snapshot without its image, or with it again; an image that should be gone, among them the images of
+commits that an engine ended after all had given them up; and a snapshot that wants work and may have no queue row. An
+image of a snapshot that the log does not know is a leftover, which the sweep treats as any other.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import aiodocker
 import pytest
@@ -16,8 +16,7 @@ from aiodocker.containers import DockerContainer
 from app.cli.local_image import ensure_busybox_image
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.state import Phase, Sandbox
-from app.domain.snapshot.state import Snapshot, SnapshotState
-from app.domain.tenants import ANY_TENANT
+from app.domain.snapshot.state import SnapshotState
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect
 from app.runtime.driver import Misnamed, Observed, Ref
@@ -75,25 +74,6 @@ async def container(docker: aiodocker.Docker, sandbox: Sandbox) -> DockerContain
     return docker.containers.container(sandbox.runtime.main.runtime_id)
 
 
-async def snapshot_of(stage: Stage, snapshot_id: UUID) -> Snapshot:
-    loaded = await stage.service.snapshots.view.load(snapshot_id, ANY_TENANT)
-    assert loaded is not None
-    return loaded[0]
-
-
-def is_state(stage: Stage, state: SnapshotState, snapshot_id: UUID) -> Callable[[], Awaitable[bool]]:
-    async def reached() -> bool:
-        return (await snapshot_of(stage, snapshot_id)).state is state
-
-    return reached
-
-
-async def take(stage: Stage, sandbox_id: UUID, name: str | None = None) -> UUID:
-    snapshot_id = uuid4()
-    await stage.service.snapshots.create(snapshot_id, "default", sandbox_id, name, CLIENT)
-    return snapshot_id
-
-
 async def said(found: DockerContainer, *command: str) -> str:
     """What a command in the container writes."""
     run = await found.exec(list(command))
@@ -128,10 +108,10 @@ async def test_a_snapshot_has_the_files_and_nothing_else(
         )
         await until(stage.is_phase(Phase.RUNNING, source))
         assert CANARY in await said(await container(docker, await stage.sandbox(source)), "env")
-        snapshot_id = await take(stage, source)
-        await until(is_state(stage, SnapshotState.READY, snapshot_id))
+        snapshot_id = await stage.take(source)
+        await until(stage.is_snapshot(SnapshotState.READY, snapshot_id))
         await until(stage.is_idle())
-        sandbox, snapshot = await stage.sandbox(source), await snapshot_of(stage, snapshot_id)
+        sandbox, snapshot = await stage.sandbox(source), await stage.snapshot(snapshot_id)
         assert (sandbox.phase, sandbox.frozen_by) == (Phase.RUNNING, None)
         assert (await (await container(docker, sandbox)).show())["State"]["Paused"] is False
 
@@ -152,7 +132,7 @@ async def test_a_snapshot_has_the_files_and_nothing_else(
         await stage.ask(copy, cmd.Terminate())
         await until(stage.is_phase(Phase.TERMINATED, copy))
         await stage.service.snapshots.delete(snapshot_id, "default", CLIENT)
-        await until(is_state(stage, SnapshotState.REMOVED, snapshot_id))
+        await until(stage.is_snapshot(SnapshotState.REMOVED, snapshot_id))
         assert await driver.snapshot_images() == []
         await stage.ask(source, cmd.Terminate())
         await until(stage.is_phase(Phase.TERMINATED, source))
