@@ -212,7 +212,7 @@ TYPES = {
 
 async def test_column_by_column(dsn: str):
     tables = list(metadata.sorted_tables)
-    assert len(tables) == 11
+    assert len(tables) == 12
     async with connected(dsn, owner=True) as owner:
         for table in tables:
             dialect = PGDialect_asyncpg()
@@ -235,6 +235,7 @@ PRIVILEGES = {
     "refusals": "INSERT SELECT",
     "sandboxes": "INSERT SELECT UPDATE",
     "sealed_values": "DELETE INSERT SELECT",
+    "snapshots": "INSERT SELECT UPDATE",
 }
 
 

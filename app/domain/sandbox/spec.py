@@ -42,8 +42,6 @@ class SandboxSpec(Struct, frozen=True, omit_defaults=True):
     image: str = ""
     """Empty = it is made from a snapshot."""
     entrypoint: tuple[str, ...] = ()
-    snapshot_id: UUID | None = None
-    """The snapshot that it is made from."""
     resource_limits: dict[str, str] = {}
     resource_requests: dict[str, str] = {}
     env: dict[str, str] = {}
@@ -51,6 +49,8 @@ class SandboxSpec(Struct, frozen=True, omit_defaults=True):
     registry_auth: bool = False
     platform: Platform | None = None
     extensions: dict[str, str] = {}
+    snapshot_id: UUID | None = None
+    """The snapshot that it is made from."""
 
 
 ALL_GPUS = -1
