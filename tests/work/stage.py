@@ -31,6 +31,7 @@ from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.queue.reconcile import Claim
 from app.store.vault.seal import Sealer, Secrets
+from app.work.agents import AgentPolicy
 from app.work.policy import WorkPolicy
 from app.work.reconcile.leases import Held
 from app.work.worker import Worker
@@ -98,6 +99,7 @@ class Stage:
         self.engine_name = SIGHTING.name
         self.limits: Limits | None = None
         """Those of the service, where a test gave it some."""
+        self.agent: AgentPolicy | None = None
 
     def driver(self, before: Hook | None = None, after: Hook | None = None) -> FakeDriver:
         return FakeDriver(self.engine, self.installation, before=before, after=after, name=self.engine_name)
@@ -116,6 +118,7 @@ class Stage:
             worker_id=worker_id,
             name="test",
             limits=self.limits,
+            agent=self.agent,
         )
 
     @asynccontextmanager
