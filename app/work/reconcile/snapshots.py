@@ -23,6 +23,7 @@ from app.domain.snapshot.plan import Found, plan
 from app.domain.snapshot.state import MISSING, Snapshot, SnapshotState
 from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeRejected, RuntimeUnavailable, StoreUnavailable, UnknownEvent
+from app.runtime.driver import SnapshotImage
 from app.service.sandboxes import Service
 from app.store.queue.reconcile import Failed
 from app.views.snapshots import is_newer
@@ -143,13 +144,20 @@ class SnapshotReconciler:
         raise GivenBack
 
     async def _clean(self, held: Held, snapshot: Snapshot, source: Sandbox | None) -> Found:
-        image_id = None if source is None or source.runtime is None else source.runtime.image_id
-        if image_id is None or snapshot.raw_id is None:
-            raise RuntimeRejected("SNAPSHOT_IMAGE_MISSING", "it is not known which image the source was made from")
-        image = await self._driver.clean(artifact_of(snapshot), snapshot.raw_id, image_id)
+        images = await self._driver.snapshot_images(snapshot.id)
+        image = next((image for image in images if not image.raw), None)
+        if image is None or any(each.image_id == snapshot.raw_id for each in images):
+            image = await self._make_clean(snapshot, source)
+        # Else an earlier run has made it, and was cut after it had removed the raw one.
         await self._drop_raw(snapshot)  # before it is ready: no secret of the source stays on the disk
         await self._record(held, snapshot, RecordReady(image.image_id, image.size_bytes or 0))
         return Found(image.image_id)
+
+    async def _make_clean(self, snapshot: Snapshot, source: Sandbox | None) -> SnapshotImage:
+        image_id = None if source is None or source.runtime is None else source.runtime.image_id
+        if image_id is None or snapshot.raw_id is None:
+            raise RuntimeRejected("SNAPSHOT_IMAGE_MISSING", "it is not known which image the source was made from")
+        return await self._driver.clean(artifact_of(snapshot), snapshot.raw_id, image_id)
 
     async def _look(self, held: Held, snapshot: Snapshot) -> Found:
         images = await self._driver.snapshot_images(snapshot.id)
