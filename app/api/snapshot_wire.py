@@ -69,8 +69,9 @@ class SnapshotList(Struct, frozen=True, rename="camel"):
     pagination: Pagination
 
 
-def snapshot_body(snapshot: Snapshot) -> SnapshotBody:
-    """As clients see it. The message may repeat what an engine said."""
-    status = SnapshotStatusBody(snapshot.state.value, snapshot.reason, printable(snapshot.message), snapshot.changed_at)
+def snapshot_body(snapshot: Snapshot, trouble: str | None = None) -> SnapshotBody:
+    """As clients see it. The message may repeat what an engine said. `trouble`: why the last attempt failed."""
+    message = snapshot.message if trouble is None else f"{snapshot.message} The last attempt failed: {trouble}"
+    status = SnapshotStatusBody(snapshot.state.value, snapshot.reason, printable(message), snapshot.changed_at)
     name = UNSET if snapshot.name is None else snapshot.name
     return SnapshotBody(str(snapshot.id), str(snapshot.sandbox_id), status, snapshot.created_at, name)

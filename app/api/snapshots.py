@@ -118,10 +118,12 @@ class Snapshots(ApiController):
         responses=may_refuse("SNAPSHOT::NOT_FOUND"),
     )
     async def get(self, request: ApiRequest, snapshot_id: SnapshotId) -> Answer[SnapshotBody]:
-        """The snapshot as it is now."""
+        """The snapshot as it is now. While it is made or removed, the message says why the last attempt failed."""
         identity = snapshot_of(snapshot_id)
-        loaded = await self.context.service.snapshots.view.load(identity, request.tenant)
-        return Answer(snapshot_body(visible(None if loaded is None else loaded[0], identity)))
+        view = self.context.service.snapshots.view
+        loaded = await view.load(identity, request.tenant)
+        snapshot = visible(None if loaded is None else loaded[0], identity)
+        return Answer(snapshot_body(snapshot, await view.trouble(snapshot)))
 
     @delete(
         "/snapshots/{snapshotId:str}",

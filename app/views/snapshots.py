@@ -31,7 +31,7 @@ from app.domain.tenants import ANY_TENANT, AnyTenant
 from app.errors import UnknownEvent
 from app.store.database.statement import Connections, Statement
 from app.store.log.append import Effect, Parts, head_columns, insert_head, update_head
-from app.store.tables import sandboxes, snapshots
+from app.store.tables import reconcile_queue, sandboxes, snapshots
 
 MAX_COUNTED = 10_000
 """Lists are counted exactly up to here (decision 34)."""
@@ -107,6 +107,9 @@ _OF_ENGINE = Statement(
     .order_by(_S.id)
     .limit(bindparam("limit", type_=Integer))
 )
+_TROUBLE = Statement(
+    select(reconcile_queue.c.last_error).where(reconcile_queue.c.stream_id == bindparam("id", type_=Uuid))
+)
 _SOME = Statement(select(*_COLUMNS).where(_S.id == any_(bindparam("ids", type_=ARRAY(Uuid)))))
 
 
@@ -137,6 +140,16 @@ class SnapshotsView:
     async def load(self, snapshot_id: UUID, tenant: str | AnyTenant) -> tuple[Snapshot, datetime] | None:
         """The snapshot, removed ones too, and the database's clock. None when it is absent or another tenant's."""
         return loaded(await self._database.fetch_one(_LOAD, id=snapshot_id), tenant)
+
+    async def trouble(self, snapshot: Snapshot) -> str | None:
+        """Why the last attempt to make or to remove it failed. None = none has, or it needs no attempt any more.
+
+        The queue is read by id alone, so this takes a snapshot that the caller has read as one of a tenant.
+        """
+        if snapshot.state not in (SnapshotState.CREATING, SnapshotState.DELETING):
+            return None
+        row = await self._database.fetch_one(_TROUBLE, id=snapshot.id)
+        return None if row is None else row["last_error"] or None
 
     async def page(self, wanted: Wanted, *, size: int, offset: int) -> Page:
         """Newest first."""

@@ -6,6 +6,7 @@
   `create:0` before that call is sent. `delete:N`: the same since the first call that ends or removes a container.
 * `DIE_AT=snapshot:N`: the same since the first call that pauses a container, and about images and commits too.
   `snapshot+:N`: before the call after that one is sent, so what the N calls led to is recorded.
+* `DIE_AT=drop:N`: the same about images, since the first call that removes one.
 * `DIE_AT=fetched:0`: SIGKILL before the first `POST .../containers/create` after one that did not find the image.
 
 Calls are counted at the HTTP client, so the product needs no hook for this.
@@ -48,6 +49,9 @@ class Death:
             self._armed = self._armed or path.endswith("/pause")
             parts = path.split("/")
             return self._armed and bool({"containers", "commit", "images"} & set(parts))
+        if self._phase == "drop":
+            self._armed = self._armed or (method == "DELETE" and "/images/" in path)
+            return self._armed and "/images/" in path
         if "/containers/" not in path or path.endswith("/containers/json"):
             return False
         if self._phase in ("create", "fetched"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from uuid import UUID
 
 import httpx
@@ -51,9 +52,13 @@ async def assert_whole(client: httpx.AsyncClient, engine: Engine, source: str, s
     await reaches(client, copy, "Terminated")
 
 
-@pytest.mark.parametrize("phase", ["snapshot:1", "snapshot:3", "snapshot:4", "snapshot:5", "snapshot:7",
-                                   "snapshot:9", "snapshot:11", "snapshot:13", "snapshot:15", "snapshot:17",
-                                   "snapshot+:2", "snapshot+:6", "snapshot+:7", "snapshot+:10", "snapshot+:14"])  # fmt: skip
+AFTER = (1, 3, 4, 5, 7, 9, 11, 13, 15, 17, 19, 20, 21)
+"""Calls since the pause after which the answer is lost with the server."""
+BEFORE = (2, 6, 7, 10, 14, 19)
+"""Calls whose consequence is recorded; the next one is never sent."""
+
+
+@pytest.mark.parametrize("phase", [*(f"snapshot:{n}" for n in AFTER), *(f"snapshot+:{n}" for n in BEFORE)])
 async def test_a_snapshot_survives_a_kill_at_each_call(
     serve: Serve, engine: Engine, image: str, installation: UUID, phase: str
 ) -> None:
@@ -74,3 +79,29 @@ async def test_a_snapshot_survives_a_kill_at_each_call(
 
         await until(gone, "the snapshot is gone")
         assert await engine.images(installation) == []
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+async def test_a_delete_survives_a_kill_at_each_call(
+    serve: Serve, engine: Engine, image: str, installation: UUID, call: int
+) -> None:
+    maker = await serve("all", "maker")
+    async with maker.client() as client:
+        source = await running(client, image)
+        snapshot = (await client.post(f"/sandboxes/{source}/snapshots")).json()["id"]
+        await is_snapshot(client, snapshot, "Ready")
+    maker.kill()
+    doomed = await serve("all", "doomed", environ={"DIE_AT": f"drop:{call}"})
+    async with doomed.client() as client:
+        with suppress(httpx.TransportError):  # it dies while the client waits
+            await client.delete(f"/snapshots/{snapshot}")
+    assert await asyncio.to_thread(doomed.wait) == -9, "it was to be killed in the middle"
+    heir = await serve("all", "heir")
+    async with heir.client() as client:
+
+        async def gone() -> bool:
+            return (await client.get(f"/snapshots/{snapshot}")).status_code == 404
+
+        await until(gone, "the snapshot is gone")
+        assert await engine.images(installation) == []
+        assert (await client.get("/snapshots")).json()["items"] == []

@@ -25,6 +25,7 @@ from app.domain.snapshot.state import SnapshotState
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect
 from app.runtime.driver import Misnamed, Observed, Ref
+from app.runtime.faults import ImageMissing
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
@@ -32,6 +33,7 @@ from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer, Secrets
 from app.work.agents import AgentPolicy
 from tests.agent.image import ensure_tiny_agent_image
+from tests.drivers.rig import workload
 from tests.support.marks import remove_mark
 from tests.support.needs import refuse_or_skip
 from tests.work.stage import CLIENT, Stage
@@ -239,3 +241,22 @@ async def test_a_copy_that_a_person_disturbs_is_not_used(
         for each in (copy, source):
             await stage.ask(each, cmd.Terminate())
         await until(stage.is_phase(Phase.TERMINATED, copy, source))
+
+
+async def test_the_beginning_of_an_id_is_no_name_of_an_image(
+    stage: Stage, docker: aiodocker.Docker, driver: DockerDriver, until: Any
+):
+    """The engine would run it, whoever's it is: a few digits are soon guessed."""
+    async with stage.working(stage.worker(driver)):
+        source = await stage.create(image=IMAGE)
+        await until(stage.is_phase(Phase.RUNNING, source))
+        snapshot_id = await stage.take(source)
+        await until(stage.is_snapshot(SnapshotState.READY, snapshot_id))
+        image_id = (await stage.snapshot(snapshot_id)).image_id
+        assert image_id is not None
+        digits = image_id.removeprefix("sha256:")[:12]
+        assert (await docker.images.inspect(digits))["Id"] == image_id, "the engine takes it for the image"
+        with pytest.raises(ImageMissing):
+            await driver.ensure(workload(image=digits))
+        await stage.ask(source, cmd.Terminate())
+        await until(stage.is_phase(Phase.TERMINATED, source))

@@ -139,7 +139,7 @@ class SnapshotReconciler:
     async def _freeze(self, held: Held, snapshot: Snapshot) -> None:
         """Ask the source, which wakes this stream when it stands still. Each question counts."""
         await self._ask_source(held, snapshot, cmd.Freeze(snapshot.id))
-        failed = Failed(held.claim.attempts + 1, FREEZING, "The source is about to stand still.")
+        failed = Failed(held.claim.attempts + 1, FREEZING, "")
         await self._outcomes.put_off(held, WAIT_INTERVAL.total_seconds(), failed)
         raise GivenBack
 
