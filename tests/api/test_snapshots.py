@@ -33,6 +33,7 @@ from app.store.log.signal import Signal
 from tests.api.conftest import KEY, WORKER, MakeContext, body, client, create, observe, remove
 from tests.api.test_refusals import recorded
 from tests.conftest import INSTALLATION, SIGHTING
+from tests.support.sql import connected
 
 IMAGE_ID = f"sha256:{'c' * 64}"
 Json = dict[str, Any]
@@ -324,3 +325,14 @@ async def test_an_engine_that_cannot_make_snapshots_is_named(
     await engines.execute(SIGHTING.name, RecordSighting(sighting), WORKER)
     service.engines.forget()
     assert code(await http.post(f"/v1/sandboxes/{sandbox_id}/snapshots")) == (501, "SNAPSHOT::NOT_IMPLEMENTED")
+
+
+async def test_the_message_says_why_the_last_attempt_failed(http: httpx.AsyncClient, service: Service, dsn: str):
+    made = (await taken(http, await running(http, service)))["id"]
+    async with connected(dsn) as connection:
+        error = "no space left\x1b on device"
+        await connection.execute("UPDATE reconcile_queue SET last_error = $1 WHERE stream_id = $2", error, UUID(made))
+    message = (await http.get(f"/v1/snapshots/{made}")).json()["status"]["message"]
+    assert message == "Snapshot creation accepted. The last attempt failed: no space left\\x1b on device"
+    await told(service, made, RecordCommitted("sha256:raw", "sha256:l"), RecordReady(IMAGE_ID, 1))
+    assert (await http.get(f"/v1/snapshots/{made}")).json()["status"]["message"] == "Snapshot is ready."

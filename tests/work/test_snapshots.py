@@ -26,7 +26,7 @@ from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.vault.seal import Secrets
 from app.work.worker import Worker
-from tests.work.stage import CLIENT, Stage
+from tests.work.stage import CLIENT, Raiser, Stage
 
 CREATING, READY, FAILED = SnapshotState.CREATING, SnapshotState.READY, SnapshotState.FAILED
 WHOLE = ["freeze_requested", "frozen", "thaw_requested", "thawed"]
@@ -367,3 +367,54 @@ async def test_an_image_of_an_unknown_snapshot_is_a_leftover(stage: Stage, until
         await worker.sweeper.sweep()
         (left,) = images(stage)
         assert left.installation != stage.installation
+
+
+async def test_a_snapshot_that_takes_too_long_has_failed(stage: Stage, database: Database, signal: Signal, until: Any):
+    """Its deadline fires although its source stands still within its own."""
+    stage.limits = Limits(commit_s=0.3)
+    stage.service = Service(database, signal, stage.limits)
+    stage.engine.commit_gate = asyncio.Event()
+    async with stage.working(stage.worker()):
+        source = await source_of(stage, until)
+        snapshot_id = await stage.take(source)
+        await until(stage.is_snapshot(FAILED, snapshot_id))
+        await until(stage.is_told(source, "thawed"))
+        assert power(stage, source) is Power.RUNNING
+        late = list(stage.engine.commits)
+        stage.engine.commit_gate.set()
+        await asyncio.gather(*late)
+        await until(stage.is_idle())
+
+        async def gone() -> bool:
+            return images(stage) == []
+
+        await until(gone)
+    assert (await stage.snapshot(snapshot_id)).reason == "snapshot_runtime_timeout"
+    assert await reasons(stage, source) == ["FAILED"]
+
+
+async def test_a_run_that_was_cut_after_it_had_cleaned_goes_on(stage: Stage, until: Any):
+    """The raw image is gone by then, so it must not be cleaned again."""
+    worker = stage.worker(stage.driver(after=(cut := Raiser(Killed, "drop_image"))))
+    source = await stage.create()
+    await stage.settle(worker)
+    snapshot_id = await stage.take(source)
+
+    async def turned() -> bool:
+        await stage.turn(worker)
+        return cut.raised > 0
+
+    await until(turned)
+    assert [image.raw for image in images(stage)] == [False]
+    assert (await stage.snapshot(snapshot_id)).state is CREATING
+    cut.armed = False
+
+    async def made() -> bool:
+        await stage.turn(worker)
+        return (await stage.snapshot(snapshot_id)).state is READY
+
+    await until(made)
+
+
+class Killed(Exception):
+    """Stands for the death of the process."""
