@@ -68,6 +68,11 @@ _WANTS_WORK = or_(
     *(_S.phase == phase for phase in (Phase.PENDING, Phase.PAUSING, Phase.RESUMING, Phase.STOPPING)),
     # What failed before any engine took it has nothing to be removed.
     and_(_S.failure.is_not(None), _S.observed != RuntimeState.REMOVED, _S.object_id.is_not(None)),
+    # It is about to stand still for a snapshot, or to go on.
+    and_(
+        _S.frozen_by.is_not(None),
+        or_(_S.frozen_by["run"].astext.is_(None), _S.frozen_by["thaw"].astext.is_not(None)),
+    ),
 )
 _STRANDED = Statement(
     select(_S.id)

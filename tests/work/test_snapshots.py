@@ -416,5 +416,26 @@ async def test_a_run_that_was_cut_after_it_had_cleaned_goes_on(stage: Stage, unt
     await until(made)
 
 
+async def test_a_thaw_whose_queue_row_was_lost_is_found_by_a_sweep(stage: Stage, until: Any):
+    """That would be a bug; the source must not stand still for it."""
+    worker = stage.worker(stranded_after=0)
+    source = await stage.create()
+    await stage.settle(worker)
+    await stage.ask(source, cmd.Freeze(uuid4()))
+    await stage.settle(worker)
+    assert power(stage, source) is Power.PAUSED
+    assert (await worker.sweeper.sweep()).stranded == 0, "it stands still as it should"
+    freeze = (await stage.sandbox(source)).frozen_by
+    assert freeze is not None
+    await stage.ask(source, cmd.Thaw(freeze.snapshot_id, "DONE"))
+    await stage.sql("DELETE FROM reconcile_queue")
+    await stage.settle(worker)
+    assert power(stage, source) is Power.PAUSED
+    assert (await worker.sweeper.sweep()).stranded == 1
+    await stage.settle(worker)
+    assert power(stage, source) is Power.RUNNING
+    assert (await stage.sandbox(source)).frozen_by is None
+
+
 class Killed(Exception):
     """Stands for the death of the process."""
