@@ -15,7 +15,7 @@ from app.errors import Invalid
 _SNAPSHOTS = "sandledger-snapshot"
 """Images of snapshots on the engine, of every tenant, begin with this."""
 _IMAGE_ID = re.compile(r"(sha256:)?[0-9a-f]{64}|sha256:[0-9a-f]+")
-"""An engine runs any image of its own by such a name, whoever made it."""
+"""An engine runs every image that it has by such a name, whichever tenant it is of."""
 _MAX_CHARACTERS = 255
 """Of host and path each; the engines' own bound."""
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*+(?<!-))?"

@@ -209,7 +209,7 @@ class Service:
 
     @asynccontextmanager
     async def _holding(self, snapshot_id: UUID | None, tenant: str) -> AsyncGenerator[Executor]:
-        """Where to append. Until that has ended, nobody can delete the snapshot."""
+        """Where to append. Until that has ended, the snapshot cannot be deleted."""
         if snapshot_id is None:
             yield self._database
             return

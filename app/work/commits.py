@@ -5,7 +5,7 @@ source, has the engine commit it, looks again, and records `snapshot.committed` 
 times and the log says that the same freeze lasted. Then it lets the source go on and wakes the snapshot, which is
 cleaned while the source runs. Meanwhile the row of the snapshot is kept waiting, so that no other worker begins too.
 
-**Invariants.** An image whose commit was not watched from its beginning to its end is never used, whoever made it: it
+**Invariants.** An image whose commit was not watched from its beginning to its end is never used: it
 is removed, and the commit is repeated. The source still stands still, so the content is the same.
 
 **How it fails.** A worker that dies leaves the engine at work. Another one claims the row within a lease and commits
@@ -179,7 +179,7 @@ class Commits:
             raise SourceMoved(f"the container of the source is {shown.power}, or was started again")
 
     async def _drop_others(self, snapshot_id: UUID, made: CommittedImage) -> None:
-        """Of commits that nobody watched to their end."""
+        """Of commits that were not watched to their end."""
         for image in await self._driver.snapshot_images(snapshot_id):
             if image.raw and image.image_id != made.image_id:
                 await self._driver.drop_image(image.image_id)

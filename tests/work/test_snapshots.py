@@ -321,7 +321,7 @@ async def test_an_image_that_vanished_is_told_and_one_that_comes_back_too(stage:
         await until(stage.is_idle())
         gone = dict(stage.engine.snapshots)
         stage.engine.snapshots.clear()
-        late = await stage.create(image="", snapshot_id=snapshot_id)  # before anybody noticed
+        late = await stage.create(image="", snapshot_id=snapshot_id)  # before it was noticed
         await until(stage.is_phase(Phase.FAILED, late))
         await until(stage.is_idle())
         snapshot = await stage.snapshot(snapshot_id)

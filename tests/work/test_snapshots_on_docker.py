@@ -246,7 +246,7 @@ async def test_a_copy_that_a_person_disturbs_is_not_used(
 async def test_the_beginning_of_an_id_is_no_name_of_an_image(
     stage: Stage, docker: aiodocker.Docker, driver: DockerDriver, until: Any
 ):
-    """The engine would run it, whoever's it is: a few digits are soon guessed."""
+    """The engine would run it, of whichever tenant it is: a few digits are soon guessed."""
     async with stage.working(stage.worker(driver)):
         source = await stage.create(image=IMAGE)
         await until(stage.is_phase(Phase.RUNNING, source))

@@ -1,7 +1,7 @@
 """A freeze: a sandbox stands still while a snapshot copies its files, and counts as Running all the same.
 
-`freeze_requested` → `frozen` → `thaw_requested` → `thawed`, each once. A thaw may be requested at any time. What begins
-to run anew, or runs no more, ends a freeze without a thaw.
+`freeze_requested` → `frozen` → `thaw_requested` → `thawed`, each once. A thaw may be requested at any time. What is
+started again, or runs no more, ends a freeze without a thaw.
 """
 
 from __future__ import annotations

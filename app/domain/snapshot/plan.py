@@ -116,7 +116,7 @@ def plan(snapshot: Snapshot, source: Sandbox | None, found: Found | None, attemp
 
 
 def _held(snapshot_id: UUID, source: Sandbox | None) -> bool:
-    """The source is frozen for this snapshot, or about to be, and nobody has asked it to go on."""
+    """The source is frozen for this snapshot, or about to be, and nothing has asked it to go on."""
     freeze = None if source is None else source.frozen_by
     return freeze is not None and freeze.snapshot_id == snapshot_id and freeze.thaw is None
 

@@ -11,7 +11,7 @@ state      means                                  what clients read
 ========== ====================================== ==============================
 
 A Ready snapshot whose image was removed behind our back stays Ready, with the reason `snapshot_runtime_missing_image`,
-because somebody may put the image back. No sandbox can be made from it meanwhile.
+because the image may be put back. No sandbox can be made from it meanwhile.
 """
 
 from __future__ import annotations

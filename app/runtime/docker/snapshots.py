@@ -77,7 +77,7 @@ class SnapshotImages:
         layers = None if shown is None else shown.root_fs.layers
         if not layers:
             raise AttemptFailed(
-                "COMMIT_FAILED", "the image of the commit was removed by somebody else, or has no layer"
+                "COMMIT_FAILED", "the image of the commit was removed by another program, or has no layer"
             )
         return CommittedImage(made.id, layers[-1])
 

@@ -87,7 +87,7 @@ class Workloads:
         )
 
     async def _image_of(self, snapshot_id: UUID) -> str:
-        """By id, which nobody can give to another image."""
+        """By id, which no other image can have."""
         loaded = await self._snapshots.load(snapshot_id, ANY_TENANT)
         image_id = None if loaded is None else loaded[0].image_id
         if image_id is None:
