@@ -31,6 +31,7 @@ from app.api.metrics import Metrics
 from app.api.policies import NetworkPolicies
 from app.api.request import ApiRequest, check, principal
 from app.api.sandboxes import Sandboxes
+from app.api.snapshots import Snapshots
 from app.api.unserved import refusing
 
 BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (
@@ -40,6 +41,7 @@ BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (
     Diagnostics,
     NetworkPolicies,
     History,
+    Snapshots,
 )
 """Served below `/v1` and at the root, as in the contract."""
 V1_ONLY: Final[tuple[type[ApiController], ...]] = (Metrics,)

@@ -13,7 +13,7 @@ from uuid import UUID
 import msgspec
 import uuid_utils.compat
 
-from app.api.call import Call
+from app.api.call import Call, uuid_in
 from app.api.context import ApiContext
 from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, Issue, Problem, malformed
 from app.api.image import check_image
@@ -29,7 +29,8 @@ from app.domain.sandbox.spec import (
     check_timeout,
     parse_limits,
 )
-from app.errors import Invalid, KeyRetired, KeyReused, SettingsError, Unsupported
+from app.domain.snapshot.decide import unknown
+from app.errors import Invalid, KeyRetired, KeyReused, NotFound, SettingsError, Unsupported
 from app.service.sandboxes import Outcome
 from app.store.vault.rotation import notice_master_key
 from app.store.vault.seal import Secrets
@@ -43,6 +44,8 @@ _POOL = "poolRef"
 _RENEW = "access.renew.extend.seconds"
 _ISOLATION = "bootstrap.execd.isolation"
 _RENEW_BOUNDS = (300, 86400)
+_RESTORED_ENTRYPOINT = ("tail", "-f", "/dev/null")
+"""Of a sandbox that is made from a snapshot, when the request has none."""
 _MAX_STRING_BYTES = 128 * 1024 - 1
 """Of one argument or of one `NAME=value` (Linux's MAX_ARG_STRLEN, less the NUL). A container that is given more starts,
 and its first program dies of "argument list too long", which no engine reports."""
@@ -129,7 +132,6 @@ def check_served(request: CreateSandbox) -> None:
     if renew is not None and not _within(renew, *_RENEW_BOUNDS):
         raise Invalid(INVALID_PARAMETER, f"extensions.{_RENEW} must be a whole number from 300 to 86400.")
     asked = {
-        "snapshotId": _given(request.snapshot_id),
         "templateId": _given(request.template_id),
         f"extensions.{_POOL}": _given(extensions.get(_POOL)),
         f"extensions.{_RENEW}": renew is not None,
@@ -149,8 +151,10 @@ def _within(text: str, low: int, high: int) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= len(str(high)) and low <= int(text) <= high
 
 
-def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], context: ApiContext) -> Platform | None:
-    """In the contract's order. Gives the platform in its normal spelling."""
+def _check_values(
+    request: CreateSandbox, image: str | None, entrypoint: list[str], context: ApiContext
+) -> Platform | None:
+    """In the contract's order. Gives the platform in its normal spelling. `image` None = it is made from a snapshot."""
     if not entrypoint[0].strip():
         raise Invalid("DOCKER::INVALID_ENTRYPOINT", "entrypoint must begin with a program.")
     metadata, most = request.metadata or {}, context.metadata_max_entries
@@ -160,7 +164,8 @@ def _check_values(request: CreateSandbox, image: str, entrypoint: list[str], con
     asked = request.platform
     platform = None if asked is None else check_platform(Platform(asked.os, asked.arch))
     check_timeout(request.timeout, context.max_sandbox_timeout_seconds)
-    check_image(image)
+    if image is not None:
+        check_image(image)
     _check_strings(entrypoint, request.env or {})
     if context.endpoints.network.agent:
         _check_agent_env(request.env or {})
@@ -180,6 +185,25 @@ def _check_strings(entrypoint: list[str], env: dict[str, str | None]) -> None:
         raise Invalid(INVALID_PARAMETER, f"An entry of env, NAME=value, may have at most {_MAX_STRING_BYTES} bytes.")
 
 
+def _snapshot_of(text: str) -> UUID:
+    found = uuid_in(text.strip())
+    if found is None:
+        raise NotFound(unknown("").code, "Snapshot ids are UUIDs; there is no snapshot with the id in snapshotId.")
+    return found
+
+
+async def _check_snapshot(request: CreateSandbox, tenant: str, context: ApiContext) -> None:
+    """Before the values, as in the contract. The append holds the snapshot and looks again.
+
+    Raises:
+        NotFound, Conflict: it is not there or cannot be used.
+    """
+    check_shape(request)
+    check_served(request)
+    if _given(request.snapshot_id):
+        await context.service.snapshots.restorable(_snapshot_of(request.snapshot_id or ""), tenant)
+
+
 def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tuple[Requested, Secrets | None]:
     """The first event, and what is to be sealed.
 
@@ -188,19 +212,20 @@ def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tup
     """
     check_shape(request)
     check_served(request)
-    image, entrypoint = request.image, request.entrypoint
-    assert image is not None, "check_shape and check_served left only images"
-    assert entrypoint is not None, "check_shape demands it with an image"
-    platform = _check_values(request, image.uri, entrypoint, context)
+    image = None if _given(request.snapshot_id) else request.image
+    snapshot_id = None if image is not None else _snapshot_of(request.snapshot_id or "")
+    entrypoint = request.entrypoint or list(_RESTORED_ENTRYPOINT)
+    platform = _check_values(request, None if image is None else image.uri, entrypoint, context)
     env = {name: value for name, value in (request.env or {}).items() if value is not None}
     digest = context.sealer.digest
     spec = SandboxSpec(
-        image=image.uri,
+        image="" if image is None else image.uri,
+        snapshot_id=snapshot_id,
         entrypoint=tuple(entrypoint),
         resource_limits=request.resource_limits or {},
         resource_requests=request.resource_requests or {},
         env={name: digest(value.encode(), f"env/{sandbox_id}/{name}") for name, value in env.items()},
-        registry_auth=image.auth is not None,
+        registry_auth=image is not None and image.auth is not None,
         platform=platform,
         extensions={k: v for k, v in (request.extensions or {}).items() if k.startswith(RESTORED_EXTENSION_PREFIX)},
     )
@@ -216,9 +241,9 @@ def accept(request: CreateSandbox, sandbox_id: UUID, context: ApiContext) -> tup
         gpus=None if gpus == ALL_GPUS else gpus,
         gpus_all=gpus == ALL_GPUS,
     )
-    if not env and image.auth is None:
+    login = None if image is None else image.auth
+    if not env and login is None:
         return event, None
-    login = image.auth
     return event, Secrets(env, login and login.username, login and login.password)
 
 
@@ -232,6 +257,8 @@ async def begin(context: ApiContext, call: Call, request: CreateSandbox, idempot
     if idempotency_key is not None and not _VISIBLE.fullmatch(idempotency_key):
         raise Problem(400, INVALID_HEADER, "Idempotency-Key must be 1 to 255 visible ASCII characters.")
     sandbox_id = uuid_utils.compat.uuid7()
+    if idempotency_key is None:  # with a key, what the first request made is answered whatever became of the snapshot
+        await _check_snapshot(request, call.who.tenant, context)
     event, secrets = accept(request, sandbox_id, context)
     meta = call.meta(idempotency_key)
 

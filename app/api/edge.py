@@ -174,14 +174,18 @@ class _Answering:
             return
         if problem.status >= _UNRECORDED_FROM and problem.status != _UNSERVED:
             return
+        named = self._routed.get("path_params", {})
+        snapshot_id = uuid_in(named.get("snapshotId", ""))
+        stream_id = snapshot_id or call.sandbox_id or uuid_in(named.get("sandboxId", ""))
         try:
             async with asyncio.timeout(_RECORD_WITHIN_SECONDS):
                 await self._context.refusals.record(
                     call.principal.tenant,
-                    call.sandbox_id or uuid_in(self._routed.get("path_params", {}).get("sandboxId", "")),
+                    stream_id,
                     command,
                     (problem.status, problem.code, problem.message),
                     msgspec.to_builtins(call.meta()),
+                    kind="sandbox" if snapshot_id is None else "snapshot",
                 )
         except (StoreUnavailable, TimeoutError) as error:
             _LOG.warning("request %s: refusal %s is not recorded: %s", call.request_id, problem.code, error)
@@ -200,8 +204,8 @@ async def _refuse(problem: Problem, send: Send, *, websocket: bool = False) -> N
 
 
 def _command(routed: dict[str, Any]) -> str | None:
-    """Method and route of what changes sandboxes; None for all else, and for what no route takes."""
+    """Method and route of what changes sandboxes and snapshots; None for all else, and for what no route takes."""
     path = routed.get("path_template", "").removeprefix("/v1")
-    if routed["method"] == "GET" or not path.startswith("/sandboxes"):
+    if routed["method"] == "GET" or not path.startswith(("/sandboxes", "/snapshots")):
         return None
-    return f"{routed['method']} {path.replace('{sandboxId}', '{id}')}"
+    return f"{routed['method']} {path.replace('{sandboxId}', '{id}').replace('{snapshotId}', '{id}')}"

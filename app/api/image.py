@@ -12,6 +12,10 @@ import re
 from app.api.errors import INVALID_PARAMETER
 from app.errors import Invalid
 
+_SNAPSHOTS = "sandledger-snapshot"
+"""Images of snapshots on the engine, of every tenant, begin with this."""
+_IMAGE_ID = re.compile(r"(sha256:)?[0-9a-f]{64}|sha256:[0-9a-f]+")
+"""An engine runs every image that it has by such a name, whichever tenant it is of."""
 _MAX_CHARACTERS = 255
 """Of host and path each; the engines' own bound."""
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*+(?<!-))?"
@@ -31,6 +35,8 @@ def check_image(uri: str) -> None:
         Invalid: it is none; the text is not repeated, it may hold a password.
     """
     # Far longer than any reference: not worth matching.
+    if _IMAGE_ID.fullmatch(uri):
+        raise Invalid(INVALID_PARAMETER, "image.uri must be an image reference and not the id of an image.")
     found = None if len(uri) > 4 * _MAX_CHARACTERS else _REFERENCE.fullmatch(uri)
     if found is None or max(len(found["host"] or ""), len(found["path"])) > _MAX_CHARACTERS:
         raise Invalid(
@@ -38,3 +44,5 @@ def check_image(uri: str) -> None:
             "image.uri must be an image reference such as registry.example/team/name:tag, in lower case, without "
             "scheme or credentials; those belong into image.auth.",
         )
+    if any(part.startswith(_SNAPSHOTS) for part in found["path"].split("/")):
+        raise Invalid(INVALID_PARAMETER, "Images of snapshots are used by snapshotId and not by image.uri.")

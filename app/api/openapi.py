@@ -39,7 +39,7 @@ from app.api.errors import INVALID_HEADER, INVALID_PARAMETER, STOPPING, VALIDATI
 _DESCRIPTION: Final = """\
 Lifecycle of sandboxes. Every request that changes something becomes an event in an append-only log. Every refused
 command of a known caller becomes a record beside it. All paths below `/v1` are also served without that prefix. Other
-routes of the public contract (snapshots, pools, templates) answer 501.
+routes of the public contract (pools, templates) answer 501.
 
 `/v1/sandboxes/{sandboxId}/proxy/{port}/...` passes a request of any method on to the program that listens on this port
 in the sandbox, byte by byte, and carries WebSockets. It has no entry below, because what it takes and answers is the
@@ -51,9 +51,9 @@ _STATUSES: Final = {
     400: "A value or a header breaks a rule.",
     401: "The API key is missing or wrong.",
     403: "The server has no key, and the request comes from another host name or another page's origin.",
-    404: "There is no such sandbox, or it has ended. The message says when and why.",
+    404: "There is no such sandbox or snapshot, or it has ended. The message says when and why.",
     408: "The body did not arrive in time.",
-    409: "The sandbox is not in a state that allows it.",
+    409: "The sandbox or the snapshot is not in a state that allows it.",
     410: "The cursor belongs to another epoch of the log. Begin with the first page.",
     412: "`If-Match` names another version.",
     413: "The body is too large.",
@@ -88,6 +88,19 @@ _CODES: Final[Mapping[str, tuple[int, str]]] = {
     "DOCKER::SANDBOX_NOT_PAUSED": (409, "The sandbox is Running; only a paused sandbox can be resumed."),
     "SANDBOX::AGENT_UNREACHABLE": (409, "The agent cannot be reached (AGENT_NOT_LISTENING): nothing listens there."),
     "SANDLEDGER::CONCURRENT_CHANGE": (409, "The sandbox is being changed by too many callers at once. Try again."),
+    "SNAPSHOT::NOT_FOUND": (404, f"Snapshot {_ID} does not exist."),
+    "SNAPSHOT::NOT_READY": (409, f"Snapshot {_ID} is Creating; sandboxes are made from Ready ones."),
+    "SNAPSHOT::INVALID_RESTORE_CONFIG": (
+        409,
+        f"Snapshot {_ID} cannot be used: engine default does not have its image any more.",
+    ),
+    "SNAPSHOT::ENGINE_UNAVAILABLE": (
+        409,
+        f"The image of snapshot {_ID} is on engine default, which cannot be used now.",
+    ),
+    "SNAPSHOT::INVALID_SOURCE_STATE": (409, "Sandbox is Paused; a snapshot can be made of a Running sandbox only."),
+    "SNAPSHOT::INVALID_STATE": (409, f"Snapshot {_ID} is being created; delete it when it is not."),
+    "SNAPSHOT::DELETE_CONFLICT": (409, f"Sandboxes that were made from this snapshot still use it: {_ID}."),
     "SANDLEDGER::CURSOR_EXPIRED": (410, "The cursor belongs to another epoch of the log."),
     "SANDLEDGER::VERSION_MISMATCH": (
         412,
@@ -100,6 +113,7 @@ _CODES: Final[Mapping[str, tuple[int, str]]] = {
     "GENERAL::INTERNAL_ERROR": (500, "Something went wrong here; the log has it under request 5f2c9a."),
     "SANDBOX::API_NOT_SUPPORTED": (501, "volumes is not served yet."),
     "SANDBOX::AGENT_NOT_AVAILABLE": (501, "This sandbox was made without an agent. Create it again."),
+    "SNAPSHOT::NOT_IMPLEMENTED": (501, "Engine default cannot make snapshots."),
     "GENERAL::STORE_UNAVAILABLE": (503, "The database is not reachable at the moment; try again."),
     "GENERAL::TOO_MANY_CONNECTIONS": (503, "The server has too many connections; try again."),
     STOPPING: (503, "The server stops, and the body of the request has not arrived; send it again."),
@@ -112,6 +126,15 @@ BODY: Final = (
     STOPPING,
 )
 """Codes of every handler that takes a body."""
+SNAPSHOT: Final = ("SNAPSHOT::NOT_FOUND", "SNAPSHOT::INVALID_STATE", "SNAPSHOT::DELETE_CONFLICT")
+"""Codes of a delete of one snapshot."""
+RESTORE: Final = (
+    "SNAPSHOT::NOT_FOUND",
+    "SNAPSHOT::NOT_READY",
+    "SNAPSHOT::INVALID_RESTORE_CONFIG",
+    "SNAPSHOT::ENGINE_UNAVAILABLE",
+)
+"""Codes of a create that names a snapshot."""
 COMMAND: Final = (
     INVALID_HEADER,
     "DOCKER::SANDBOX_NOT_FOUND",
@@ -246,11 +269,12 @@ def config(router: Router, *plugins: OpenAPIRenderPlugin) -> OpenAPIConfig:
 
 
 def described(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The document with three things put right.
+    """The document with four things put right.
 
     Shapes get the docstrings of their structs, and what their `example` gives. A union is `anyOf`: Litestar writes
     `oneOf`, and then an integer, which is also a number, fits neither. An alternative that stands alone is no union:
-    Litestar keeps one for a parameter that may be absent, and says that it may be null.
+    Litestar keeps one for a parameter that may be absent, and says that it may be null. A body that may be null may be
+    left out, which is not said otherwise.
     """
     found = _plain(dict(document))
     shapes = {each.__name__: each for each in Struct.__subclasses__() if each.__module__.startswith("app.api")}
@@ -262,6 +286,12 @@ def described(document: Mapping[str, Any]) -> dict[str, Any]:
         for operation in methods.values():
             for parameter in operation["parameters"]:
                 parameter["schema"] = _without_null(parameter["schema"])
+            for sent in operation.get("requestBody", {}).get("content", {}).values():
+                plain = _without_null(sent["schema"])
+                operation["requestBody"]["required"] = (
+                    plain == sent["schema"]
+                )  # null stands for a body that is left out
+                sent["schema"] = plain
     return found
 
 

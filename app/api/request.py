@@ -27,6 +27,10 @@ _CODINGS: Final = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compres
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 
 
+OPTIONAL_BODY: Final[dict[str, Any]] = {"optional_body": True}
+"""`opt` of handlers to which a request without a body is one whose body is null."""
+
+
 class ApiRequest(Request[Principal, Any, State]):
     """The request that every handler gets."""
 
@@ -90,6 +94,8 @@ class ApiRequest(Request[Principal, Any, State]):
             Problem: 415, 413, 408, 503 when the process stops, or 422 when it is empty.
         """
         call = self.call
+        if call.ended and self.route_handler.opt.get("optional_body"):
+            return b"null"
         if not _says_json(call.headers.get("content-type", "")):
             raise Problem(
                 415, "GENERAL::UNSUPPORTED_MEDIA_TYPE", "The body must come as Content-Type: application/json."

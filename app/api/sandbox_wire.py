@@ -144,10 +144,13 @@ class SandboxBody(Struct, frozen=True, rename="camel"):
     """A sandbox."""
 
     id: str
-    image: ImageBody
     status: StatusBody
     entrypoint: tuple[str, ...]
     created_at: Instant
+    image: ImageBody | UnsetType = UNSET
+    """Absent when it was made from a snapshot."""
+    snapshot_id: str | UnsetType = UNSET
+    """The snapshot that it was made from."""
     expires_at: Instant | UnsetType = UNSET
     metadata: dict[str, str] | UnsetType = UNSET
     extensions: dict[str, str] | UnsetType = UNSET
@@ -215,4 +218,8 @@ def created_body(sandbox: Sandbox, attempt: Attempt | None = None) -> CreatedSan
 
 def sandbox_body(sandbox: Sandbox, attempt: Attempt | None = None) -> SandboxBody:
     """Everywhere else. `attempt` is how the queue stands about a Pending sandbox."""
-    return SandboxBody(str(sandbox.id), ImageBody(sandbox.spec.image), *_shared(sandbox, attempt))
+    status, entrypoint, created_at, *rest = _shared(sandbox, attempt)
+    spec = sandbox.spec
+    image = UNSET if spec.snapshot_id is not None else ImageBody(spec.image)
+    snapshot_id = UNSET if spec.snapshot_id is None else str(spec.snapshot_id)
+    return SandboxBody(str(sandbox.id), status, entrypoint, created_at, image, snapshot_id, *rest)

@@ -30,7 +30,7 @@ from app.api.filters import (
     list_page,
 )
 from app.api.instants import parse_instant
-from app.api.openapi import APPLIED, BODY, COMMAND, ETAG, Documented, header, may_refuse
+from app.api.openapi import APPLIED, BODY, COMMAND, ETAG, RESTORE, Documented, header, may_refuse
 from app.api.parameters import (
     AsOf,
     IdempotencyKey,
@@ -75,6 +75,7 @@ class Sandboxes(ApiController):
             "DOCKER::INVALID_ENTRYPOINT",
             "SANDLEDGER::IDEMPOTENCY_KEY_REUSED",
             "SANDBOX::API_NOT_SUPPORTED",
+            *RESTORE,
             *BODY,
         ),
     )

@@ -30,11 +30,6 @@ class Part(Struct, frozen=True):
 
 UNSERVED: Final = (
     Part(
-        "Snapshots",
-        {f"{_ONE}/snapshots": ("POST",), "/snapshots": ("GET",), "/snapshots/{snapshotId:str}": ("GET", "DELETE")},
-        "SNAPSHOT::NOT_IMPLEMENTED",
-    ),
-    Part(
         "Pools",
         {"/pools": ("POST", "GET"), "/pools/{name:str}": ("GET", "PUT", "DELETE")},
         "KUBERNETES::POOL_NOT_SUPPORTED",

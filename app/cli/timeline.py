@@ -25,7 +25,8 @@ def describe(event: ev.Event) -> str:
     """The part of an event that a reader wants beside its name. Empty where the name says all."""
     match event:
         case ev.Requested(spec=spec, timeout_s=timeout):
-            return f"{spec.image}, {'no expiry' if timeout is None else f'timeout {timeout} s'}"
+            made_from = spec.image if spec.snapshot_id is None else f"snapshot {spec.snapshot_id}"
+            return f"{made_from}, {'no expiry' if timeout is None else f'timeout {timeout} s'}"
         case ev.Placed(engine=engine, reason=reason):
             return f"engine {engine}, {reason}"
         case ev.Renewed(expires_at=expires_at):
@@ -34,6 +35,12 @@ def describe(event: ev.Event) -> str:
             return ", ".join([*(f"+{key}" for key in added), *(f"-{key}" for key in removed)])
         case ev.TerminationRequested(end_cause=cause) | ev.Expired(end_cause=cause):
             return cause
+        case ev.FreezeRequested(snapshot_id=snapshot_id) | ev.Frozen(snapshot_id=snapshot_id):
+            return f"for snapshot {snapshot_id}"
+        case ev.ThawRequested(reason=reason):
+            return reason
+        case ev.Thawed(frozen_ms=frozen_ms):
+            return f"after {frozen_ms / 1000:.1f} s"
         case ev.Terminated(end_cause=cause, lived_ms=lived):
             return f"{cause} after {lived / 1000:.1f} s"
         case _:

@@ -8,8 +8,8 @@ the same result:
 * `remove` of something absent succeeds;
 * only objects that bear our installation label are ever touched.
 
-No verb but `fetch` and `install_agent` may take long: `ensure` never pulls, and answers what it saw instead of waiting
-for it.
+No verb but `fetch`, `install_agent` and `commit` may take long: `ensure` never pulls, and answers what it saw instead
+of waiting for it.
 
 Failures: `RuntimeUnavailable` when the engine cannot be reached or is failing (says nothing about the sandbox),
 `RuntimeRejected` when its answer is final for this request, `AttemptFailed` when this attempt failed and another may
@@ -36,8 +36,10 @@ from app.domain.sandbox.observed import Capabilities, Exit, Observed, Part, Paus
 from app.runtime.workload import Image, Limits, RegistryAuth, Workload
 
 __all__ = [
+    "Artifact",
     "Capabilities",
     "Change",
+    "CommittedImage",
     "Driver",
     "EngineInfo",
     "Exit",
@@ -57,6 +59,7 @@ __all__ = [
     "Progress",
     "Ref",
     "RegistryAuth",
+    "SnapshotImage",
     "Workload",
 ]
 
@@ -91,6 +94,37 @@ class FetchedImage(Struct, frozen=True):
     image_digest: str | None = None
     """The digest that its registry knows it by. None: it came from no registry."""
     size_bytes: int | None = None
+
+
+class Artifact(Struct, frozen=True):
+    """What a driver needs to know of a snapshot to name, label and date its images."""
+
+    snapshot_id: UUID
+    tenant: str
+    position: int
+    """Log position that led to it; a label of its images."""
+    made_at: datetime
+    """The date of the image; part of what its id is computed from."""
+
+
+class CommittedImage(Struct, frozen=True):
+    """An image of an object's files. It also holds what the object was made with, so it must not stay."""
+
+    image_id: str
+    layer: str
+    """The topmost layer."""
+
+
+class SnapshotImage(Struct, frozen=True):
+    """An image of a snapshot on the engine."""
+
+    snapshot_id: UUID
+    image_id: str
+    raw: bool
+    """It was made by `commit`, and is not for use."""
+    size_bytes: int | None = None
+    made_at: datetime | None = None
+    position: int | None = None
 
 
 class InstalledAgent(Struct, frozen=True):
@@ -221,6 +255,38 @@ class Driver(Protocol):
 
     async def image(self, reference: str) -> FetchedImage | None:
         """Inspect an image on the engine. None = it is not there."""
+        ...
+
+    async def commit(self, ref: Ref, artifact: Artifact) -> CommittedImage:
+        """Make an image of the object's files, without pausing it. May take minutes; a cancellation does not end it.
+
+        The caller sees to it that nothing writes to the files meanwhile.
+
+        Raises:
+            AttemptFailed: `COMMIT_FAILED`, e.g. there is no such object.
+        """
+        ...
+
+    async def clean(self, artifact: Artifact, raw_id: str, source_image: str) -> SnapshotImage:
+        """Make the image that sandboxes are made from: the layers of `raw_id` with the configuration of the image that
+        the source was made from. It depends on nothing else, so its id is the same however often this is done.
+
+        Raises:
+            AttemptFailed: `CLEAN_FAILED`.
+            RuntimeRejected: `SNAPSHOT_IMAGE_MISSING`, one of the two images is not there.
+        """
+        ...
+
+    async def snapshot_images(self, snapshot_id: UUID | None = None) -> list[SnapshotImage]:
+        """The images of one snapshot of this installation, or of all, those without a name too."""
+        ...
+
+    async def drop_image(self, image_id: str) -> None:
+        """Remove an image that `snapshot_images` showed. Absent is success; never by force.
+
+        Raises:
+            AttemptFailed: `IMAGE_IN_USE`.
+        """
         ...
 
     async def install_agent(self, image: str) -> InstalledAgent:

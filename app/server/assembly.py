@@ -94,6 +94,7 @@ def docker_options(settings: Settings, installation: UUID) -> DockerOptions:
         network_mode=docker.network_mode,
         api_timeout=docker.api_timeout,
         pull_timeout=docker.pull_timeout_seconds,
+        commit_timeout=settings.sandledger.snapshots.commit_seconds,
         capabilities=CAPABILITIES if docker.capabilities is None else docker.capabilities,
         drop_capabilities=docker.drop_capabilities,
         init=docker.init,
@@ -167,6 +168,8 @@ def deadline_limits(settings: Settings) -> Limits:
         resuming_s=limits.resuming_seconds,
         stopping_s=limits.stopping_seconds,
         ready_s=settings.sandledger.agent.ready_seconds,
+        freeze_s=settings.sandledger.snapshots.freeze_seconds,
+        commit_s=settings.sandledger.snapshots.commit_seconds,
     )
 
 

@@ -17,7 +17,8 @@ everybody. While the row is locked nothing else asks the pool for a connection, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import cache
 from uuid import UUID
@@ -27,7 +28,7 @@ import asyncpg
 from msgspec import Struct
 
 from app.domain.engine.decide import NoEngine, place
-from app.domain.engine.state import Engine
+from app.domain.engine.state import Engine, EngineState
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import deadlines as due
 from app.domain.sandbox import events as ev
@@ -37,9 +38,12 @@ from app.domain.sandbox.decide import decide, unknown, visible
 from app.domain.sandbox.observed import Capabilities, Pausing
 from app.domain.sandbox.spec import check_timeout
 from app.domain.sandbox.state import Sandbox, evolve
+from app.domain.snapshot.decide import restorable
+from app.domain.snapshot.decide import visible as visible_snapshot
 from app.domain.stream import Meta
 from app.domain.tenants import AnyTenant
-from app.errors import KeyRetired, KeyReused, PreconditionFailed, Unsupported
+from app.errors import Conflict, KeyRetired, KeyReused, PreconditionFailed, Unsupported
+from app.service.snapshots import Snapshots
 from app.service.streams import UNSET, Draft, StaleVersion, advance, decoded, refuse_newer
 from app.store.database.pool import Database
 from app.store.database.statement import Executor, Statement
@@ -55,6 +59,7 @@ from app.store.vault.seal import Sealed
 from app.views import current
 from app.views.current import CurrentView
 from app.views.engines import EnginesView
+from app.views.snapshots import load_shared
 
 KIND = ev.REGISTRY.kind
 _ASKS_FOR_WORK = (
@@ -65,6 +70,9 @@ _ASKS_FOR_WORK = (
     cmd.EndTransition,
     cmd.RecordPlaced,
     cmd.RecordFetched,
+    cmd.Freeze,
+    cmd.Thaw,
+    cmd.EndFreeze,
 )
 """Commands after which a reconciler has something to do. What it records about its own claim is not among them."""
 
@@ -134,6 +142,7 @@ class Service:
         self.log = EventLog(database)
         self.view = CurrentView(database)
         self.engines = EnginesView(database)
+        self.snapshots = Snapshots(database, signal, self._limits, self.engines)
 
     async def create(
         self,
@@ -152,29 +161,38 @@ class Service:
         Raises:
             KeyReused: the key came with another body before.
             KeyRetired: the values were sealed by a master key that is not in use any more.
+            NotFound, Conflict: the snapshot that it is to be made from is not there or cannot be used.
             Invalid: the expiry would lie beyond the calendar.
         """
         check_timeout(event.timeout_s)
-        draft = Draft(sandbox_id, tenant, 0, (event, *await self._placed(sandbox_id)), meta)
+        source = event.spec.snapshot_id
+        if source is not None and key is not None and await self._keys.find(tenant, key) is not None:
+            return await self._replay(tenant, key, event)  # whatever has become of the snapshot since
+        placed = await (self._placed(sandbox_id) if source is None else self._beside(sandbox_id, tenant, source))
+        draft = Draft(sandbox_id, tenant, 0, (event, *placed), meta)
         after = advance(evolve, None, draft.recorded())
         changes = due.changes(None, after, draft.events, UNSET, self._limits)
         timeout = None if event.timeout_s is None else float(event.timeout_s)
+        values = {
+            "digest": key,
+            "engine_queue": after.engine or "",
+            "key_id_sealing": sealed and sealed.key_id,
+            "wrapped_key": sealed and sealed.wrapped_key,
+            "sealed": sealed and sealed.sealed,
+            **deadlines.parameters(changes),
+            **current.begin_values(after, timeout),
+        }
         try:
-            written = await append(
-                self._database,
-                _create(keyed=key is not None, sets=bool(changes)),
-                sandbox_id,
-                [ev.REGISTRY.encode(one) for one in draft.events],
-                after=0,
-                meta=meta,
-                digest=key,
-                engine_queue=after.engine or "",
-                key_id_sealing=sealed and sealed.key_id,
-                wrapped_key=sealed and sealed.wrapped_key,
-                sealed=sealed and sealed.sealed,
-                **deadlines.parameters(changes),
-                **current.begin_values(after, timeout),
-            )
+            async with self._holding(source, tenant) as on:
+                written = await append(
+                    on,
+                    _create(keyed=key is not None, sets=bool(changes)),
+                    sandbox_id,
+                    [ev.REGISTRY.encode(one) for one in draft.events],
+                    after=0,
+                    meta=meta,
+                    **values,
+                )
         except asyncpg.ObjectNotInPrerequisiteStateError as error:
             # The trigger on sealed_values: a rotation of the master key ended and this server has not noticed it.
             raise KeyRetired(f"{error}; repeat the request, or call another server") from None
@@ -190,6 +208,28 @@ class Service:
         if isinstance(chosen, NoEngine):
             return ()
         return (ev.Placed(chosen.engine, chosen.epoch, sandbox_id, reason=chosen.reason, candidates=chosen.candidates),)
+
+    async def _beside(self, sandbox_id: UUID, tenant: str, snapshot_id: UUID) -> Sequence[ev.Event]:
+        """On the engine of the snapshot, which alone has its image."""
+        snapshot = await self.snapshots.restorable(snapshot_id, tenant)
+        engine = next((one for one in await self.engines.known() if one.name == snapshot.engine), None)
+        if engine is None or engine.state is not EngineState.UP:
+            raise Conflict(
+                "SNAPSHOT::ENGINE_UNAVAILABLE",
+                f"The image of snapshot {snapshot_id} is on engine {snapshot.engine}, which cannot be used now.",
+            )
+        return (ev.Placed(engine.name, engine.epoch, sandbox_id, reason="SNAPSHOT"),)
+
+    @asynccontextmanager
+    async def _holding(self, snapshot_id: UUID | None, tenant: str) -> AsyncGenerator[Executor]:
+        """Where to append. Until that has ended, the snapshot cannot be deleted."""
+        if snapshot_id is None:
+            yield self._database
+            return
+        async with self._database.transaction() as connection:
+            snapshot = await load_shared(connection, snapshot_id, tenant)
+            restorable(visible_snapshot(snapshot, snapshot_id))
+            yield connection
 
     async def _replay(self, tenant: str, key: str, event: ev.Requested) -> Outcome:
         first = await self._keys.find(tenant, key)

@@ -334,6 +334,15 @@ class DiagnosticsSettings(Table, frozen=True):
     is kept."""
 
 
+class SnapshotSettings(Table, frozen=True):
+    """`[sandledger.snapshots]`: how long snapshots may take."""
+
+    freeze_seconds: Seconds = 180
+    """Seconds that a sandbox may stand still for a snapshot; after that it goes on, and the snapshot has failed."""
+    commit_seconds: Seconds = 600
+    """Seconds until a snapshot that is not ready has failed."""
+
+
 class ApiSettings(Table, frozen=True):
     """`[sandledger.api]`: bounds of requests."""
 
@@ -362,6 +371,7 @@ class SandledgerSettings(Table, frozen=True):
     deadlines: DeadlineSettings = DeadlineSettings()
     agent: AgentSettings = AgentSettings()
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
     api: ApiSettings = ApiSettings()
 
 

@@ -36,6 +36,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from app.domain.engine.state import EngineState
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.freeze import Freeze
 from app.domain.sandbox.observed import Address, Waiting
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.sandbox.state import Desired, Ending, Failure, Runtime, RuntimeState, Sandbox
@@ -68,7 +69,7 @@ _ALWAYS = (
     _S.ended_by,
 )
 """Columns that every append writes."""
-_JSON = ("metadata", "runtime", "address", "waiting", "failure")
+_JSON = ("metadata", "runtime", "address", "waiting", "failure", "frozen_by")
 """Columns that an append writes when it changed them."""
 _ONCE = (_S.spec, _S.cpu_nanos, _S.memory_bytes, _S.key_id, _S.key_name, _S.fingerprint)
 """Columns that only the first append writes."""
@@ -105,6 +106,11 @@ def move(changed: frozenset[str]) -> Effect:
                 else_=_S.ready_at,
             ),
             "begun_at": case((bindparam("begins", type_=Boolean), now), else_=_S.begun_at),
+            "freeze_at": case(
+                (bindparam("freeze", type_=Text) == "now", now),
+                (bindparam("freeze", type_=Text) == "cleared", None),
+                else_=_S.freeze_at,
+            ),
             "ended_at": _first_time("ends", _S.ended_at, now),
             "closed_at": _first_time("closes", _S.closed_at, now),
         }
@@ -163,6 +169,7 @@ def changed_json(before: Sandbox, after: Sandbox) -> frozenset[str]:
 def move_values(before: Sandbox, after: Sandbox) -> dict[str, Any]:
     """Parameters of `move`. Times other than the expiry come from the statement's clock."""
     ready = "kept" if after.ready_at == before.ready_at else "cleared" if after.ready_at is None else "now"
+    freeze = "kept" if after.freeze_at == before.freeze_at else "cleared" if after.freeze_at is None else "now"
     return {
         **_always(after),
         **{name: _json(after, name) for name in changed_json(before, after)},
@@ -171,6 +178,7 @@ def move_values(before: Sandbox, after: Sandbox) -> dict[str, Any]:
         "phase_moved": after.changed_at != before.changed_at,
         "begins": after.begun_at != before.begun_at,
         "ready": ready,
+        "freeze": freeze,
         "ends": after.ending is not None,
         "closes": after.closed_at is not None,
     }
@@ -286,6 +294,7 @@ _decode_runtime = msgspec.json.Decoder(Runtime).decode
 _decode_address = msgspec.json.Decoder(Address).decode
 _decode_waiting = msgspec.json.Decoder(Waiting).decode
 _decode_failure = msgspec.json.Decoder(Failure).decode
+_decode_freeze = msgspec.json.Decoder(Freeze).decode
 
 
 def from_row(row: asyncpg.Record) -> Sandbox:
@@ -307,7 +316,7 @@ def is_newer(sandbox: Sandbox) -> bool:
 
 def _from_row(row: asyncpg.Record) -> Sandbox:
     runtime, address, waiting, failure = row["runtime"], row["address"], row["waiting"], row["failure"]
-    ended_at, object_id = row["ended_at"], row["object_id"]
+    ended_at, object_id, frozen_by = row["ended_at"], row["object_id"], row["frozen_by"]
     return Sandbox(
         id=UUID(int=row["id"].int),
         tenant=row["tenant"],
@@ -339,6 +348,8 @@ def _from_row(row: asyncpg.Record) -> Sandbox:
         address=None if address is None else _decode_address(address),
         waiting=None if waiting is None else _decode_waiting(waiting),
         failure=None if failure is None else _decode_failure(failure),
+        frozen_by=None if frozen_by is None else _decode_freeze(frozen_by),
+        freeze_at=row["freeze_at"],
         ending=None if ended_at is None else Ending(ended_at, row["end_cause"], row["ended_by"]),
         closed_at=row["closed_at"],
     )

@@ -50,6 +50,7 @@ _OPEN = Statement(
     select(
         *(_S.id, _OBJECT.label("object_id"), _S.desired, _S.observed, _S.runtime.label("runtime")),
         _Q.stream_id.is_not(None).label("queued"),
+        _S.frozen_by.is_not(None).label("frozen"),
     )
     .select_from(_WITH_QUEUE)
     .where(_OF_ENGINE, _S.id > bindparam("after", type_=Uuid))
@@ -67,6 +68,11 @@ _WANTS_WORK = or_(
     *(_S.phase == phase for phase in (Phase.PENDING, Phase.PAUSING, Phase.RESUMING, Phase.STOPPING)),
     # What failed before any engine took it has nothing to be removed.
     and_(_S.failure.is_not(None), _S.observed != RuntimeState.REMOVED, _S.object_id.is_not(None)),
+    # It is about to stand still for a snapshot, or to go on.
+    and_(
+        _S.frozen_by.is_not(None),
+        or_(_S.frozen_by["run"].astext.is_(None), _S.frozen_by["thaw"].astext.is_not(None)),
+    ),
 )
 _STRANDED = Statement(
     select(_S.id)
@@ -112,6 +118,8 @@ class Known(Struct, frozen=True):
     runtime_id: str | None
     """Of the part `main`."""
     queued: bool
+    frozen: bool = False
+    """It stands still for a snapshot, or is about to, or is to go on."""
 
 
 async def open_sandboxes(connections: Connections, engine: str, page: int = 1000) -> AsyncIterator[Known]:
@@ -133,6 +141,7 @@ async def _open_page(connections: Connections, engine: str, after: UUID, limit: 
             RuntimeState(row["observed"]),
             _main(row["runtime"]),
             row["queued"],
+            row["frozen"],
         )
         for row in rows
     ]

@@ -21,8 +21,10 @@ from datetime import datetime, timedelta
 from typing import TypeAlias
 
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.deadlines import EXPIRY, READY, TRANSITION, Limits
+from app.domain.sandbox.deadlines import EXPIRY, FREEZE, READY, TRANSITION, Limits
 from app.domain.sandbox.state import Phase, Sandbox
+from app.domain.snapshot.decide import COMMIT, EndCommit, RecordFailed
+from app.domain.snapshot.state import SnapshotState
 from app.domain.stream import Actor, ActorKind, Meta
 from app.domain.tenants import ANY_TENANT
 from app.errors import NotFound, StoreUnavailable
@@ -41,6 +43,9 @@ def next_due(sandbox: Sandbox, name: str, now: datetime, limits: Limits) -> date
     if name == READY:
         began = sandbox.begun_at if sandbox.awaits_agent else None
         return None if began is None else began + timedelta(seconds=limits.ready_s)
+    if name == FREEZE:
+        asked = sandbox.freeze_at if sandbox.holds_still else None
+        return None if asked is None else asked + timedelta(seconds=limits.freeze_s)
     limit = limits.of(sandbox.phase) if name == TRANSITION else None
     if limit is None:
         return None
@@ -66,6 +71,8 @@ class Deadlines:
             ("sandbox", EXPIRY): self._fire_sandbox,
             ("sandbox", TRANSITION): self._fire_sandbox,
             ("sandbox", READY): self._fire_sandbox,
+            ("sandbox", FREEZE): self._fire_freeze,
+            ("snapshot", COMMIT): self._fire_snapshot,
         }
 
     async def fire(self, deadline: Deadline) -> None:
@@ -88,8 +95,42 @@ class Deadlines:
             with suppress(StoreUnavailable):
                 await self.rows.hand_back(deadline, _AGAIN_S)
 
+    def _meta(self, deadline: Deadline) -> Meta:
+        return Meta(Actor(ActorKind.TIMER, self._timer_id, deadline.name), self._app_version, cause=deadline.cause)
+
+    async def _fire_freeze(self, deadline: Deadline) -> None:
+        """The snapshot has failed, then its source goes on. In the other order it might be frozen once more."""
+        try:
+            await self._end_snapshot(deadline)
+        finally:
+            await self._fire_sandbox(deadline)
+
+    async def _end_snapshot(self, deadline: Deadline) -> None:
+        loaded = await self._service.view.load(deadline.stream_id, ANY_TENANT)
+        sandbox, now = loaded if loaded is not None else (None, None)
+        due = None if sandbox is None or now is None else next_due(sandbox, FREEZE, now, self._limits)
+        if sandbox is None or now is None or sandbox.frozen_by is None or due is None or now < due:
+            return
+        message = f"The source stood still for {self._limits.freeze_s:.0f} s, and its files were not copied by then."
+        failed = RecordFailed("snapshot_runtime_timeout", message)
+        with suppress(NotFound):
+            await self._service.snapshots.execute(
+                sandbox.frozen_by.snapshot_id, ANY_TENANT, failed, self._meta(deadline)
+            )
+
+    async def _fire_snapshot(self, deadline: Deadline) -> None:
+        command = EndCommit(self._limits, deadline.last_reason, deadline.last_error)
+        snapshots = self._service.snapshots
+        outcome = await snapshots.execute(deadline.stream_id, ANY_TENANT, command, self._meta(deadline))
+        if outcome.events:
+            return
+        if outcome.snapshot.state is SnapshotState.CREATING:
+            await self.rows.postpone(deadline, outcome.snapshot.created_at + timedelta(seconds=self._limits.commit_s))
+        else:
+            await self.rows.drop(deadline)
+
     async def _fire_sandbox(self, deadline: Deadline) -> None:
-        meta = Meta(Actor(ActorKind.TIMER, self._timer_id, deadline.name), self._app_version, cause=deadline.cause)
+        meta = self._meta(deadline)
         outcome = await self._service.execute(deadline.stream_id, ANY_TENANT, self._command(deadline), meta)
         if outcome.events:
             return
@@ -102,7 +143,9 @@ class Deadlines:
         else:
             await self.rows.postpone(deadline, at)
 
-    def _command(self, deadline: Deadline) -> cmd.Expire | cmd.EndTransition | cmd.EndProbe:
+    def _command(self, deadline: Deadline) -> cmd.Expire | cmd.EndTransition | cmd.EndProbe | cmd.EndFreeze:
+        if deadline.name == FREEZE:
+            return cmd.EndFreeze(self._limits)
         if deadline.name == EXPIRY:
             return cmd.Expire()
         if deadline.name == READY:

@@ -17,6 +17,8 @@ that dies meanwhile only delays the removal. Each removal is recorded as `engine
 only what bears our installation's label: strangers are out of reach. A container that bears our labels under another
 name is reported and left alone, unless its id is the one that the log knows.
 
+**Images of snapshots** are compared in the same sweep (`app.work.artifacts`); one of an unknown snapshot is a leftover.
+
 **One sweep an engine.** `engines.swept_at` is compared and set in one statement, so one worker takes it. A worker that
 needs one, because it may have missed something, takes it unless another began after the need arose. A sweep that fails
 is given back. A worker that dies in a sweep leaves it to its own next start, or to the next `sweep_every`.
@@ -51,6 +53,8 @@ from app.store.log.signal import Signal
 from app.store.queue.reconcile import BACKGROUND, USER, Queue
 from app.views import differences
 from app.views.differences import Known
+from app.views.snapshots import SnapshotsView
+from app.work.artifacts import Artifacts, is_image
 from app.work.beyond import Found, beyond
 from app.work.policy import WorkPolicy
 from app.work.station import Station
@@ -86,7 +90,8 @@ def contradicts(sandbox: Known, observed: Observed | None) -> bool:
             return not sandbox.queued  # who holds the row is about to find out
         case RuntimeState.RUNNING | RuntimeState.PAUSED:
             main = None if observed.main is None else observed.main.runtime_id
-            return observed.power.value != sandbox.observed.value or main != sandbox.runtime_id
+            stands = sandbox.frozen and observed.power is Power.PAUSED
+            return (observed.power.value != sandbox.observed.value and not stands) or main != sandbox.runtime_id
         case RuntimeState.EXITED:
             return observed.power in (Power.RUNNING, Power.PAUSED)
         case RuntimeState.LOST | RuntimeState.REMOVED:
@@ -118,6 +123,7 @@ class Sweeper:
         self._meta = meta
         self._wanted_at: float | None = time.monotonic()
         self._confirm_at = float("inf")
+        self._artifacts = Artifacts(self._driver, SnapshotsView(connections), queue, policy.sweep_page)
         self._failing = False
         self._suspects: frozenset[tuple[str, str]] = frozenset()
         self._reported: frozenset[str] = frozenset()
@@ -182,7 +188,7 @@ class Sweeper:
         renamed = {_runtime_id(one.observed): one.observed for one in listed if isinstance(one, Misnamed)}
         differing, known = await self._compare(objects, renamed)
         self._report_misnamed(renamed)
-        strays = [one for one in found if one.object_id not in known]
+        strays = [one for one in found if one.object_id not in known] + await self._artifacts.compare()
         ahead = await beyond(self._connections, strays)
         if ahead is not None and not await self._station.log_went_back(ahead.last_position, ahead.found_position):
             raise RuntimeUnavailable(f"the log went back: {self._station.trouble}")
@@ -256,7 +262,9 @@ class Sweeper:
             _LOG.warning("orphan kept, dry run: %s: %s", what, why)
             return False
         try:
-            if isinstance(stray, Leftover):
+            if isinstance(stray, Leftover) and is_image(stray):
+                await self._artifacts.remove(stray)
+            elif isinstance(stray, Leftover):
                 await self._driver.remove_leftover(stray)
             elif not await self._driver.remove(Ref(stray.object_id)):
                 return False  # it is going; the next sweep finds it gone or tries again

@@ -29,6 +29,8 @@ import random
 import socket
 import time
 from collections import Counter
+from collections.abc import Coroutine
+from typing import Any
 from uuid import UUID
 
 from app import __version__
@@ -38,6 +40,7 @@ from app.errors import StoreUnavailable
 from app.runtime.driver import Driver
 from app.service.engines import Engines
 from app.service.sandboxes import Service
+from app.service.snapshots import KIND as SNAPSHOT
 from app.store.database.pool import Database
 from app.store.deadlines.rows import DeadlineRows
 from app.store.diagnostics.kept import KeptEnds
@@ -48,15 +51,17 @@ from app.store.queue.waiting import WaitingRows
 from app.store.vault.seal import Sealer
 from app.work.agents import AgentPolicy, Agents
 from app.work.answers import Answers
+from app.work.commits import Commits
 from app.work.diagnostics import Diagnostics
 from app.work.fetches import Fetches
 from app.work.fire import Deadlines
 from app.work.policy import WorkPolicy
 from app.work.probes import Probes
 from app.work.reconcile.actors import Actors
-from app.work.reconcile.leases import Leases
+from app.work.reconcile.leases import Held, Leases
 from app.work.reconcile.outcomes import Outcomes
 from app.work.reconcile.reconciler import Reconciler
+from app.work.reconcile.snapshots import SnapshotReconciler
 from app.work.reconcile.workloads import Workloads
 from app.work.scheduler import DeadlineStore
 from app.work.station import Station
@@ -119,8 +124,9 @@ class Worker:
         )
         self._timers: Timers | None = None
         self.leases = Leases(self.queue, policy, self.watchdog)
-        self.fetches = self._make_fetches(WaitingRows(database))
-        self.outcomes = self._make_outcomes()
+        self.fetches = self._make_fetches(rows := WaitingRows(database))
+        self.outcomes = self._make_outcomes(rows)
+        self.commits = self._make_commits(rows)
         self.agents = self.probes = None
         if agent is not None:
             self.agents = Agents(station=self.station, engines=engines, policy=agent, meta=meta)
@@ -128,6 +134,7 @@ class Worker:
         self.diagnostics = Diagnostics(driver, KeptEnds(database), policy)
         self.answers = self._make_answers(EngineRequests(database), engines.stream_id(driver.name))
         self.reconciler = self._make_reconciler(Workloads(database, sealer, self.agents))
+        self.snapshots = self._make_snapshots()
         self._runs: dict[asyncio.Task[None], float] = {}
         """Since when they have been running, by the monotonic clock."""
         self._tenants: Counter[str] = Counter()
@@ -149,12 +156,34 @@ class Worker:
             watchdog=self.watchdog,
         )
 
-    def _make_outcomes(self) -> Outcomes:
+    def _make_outcomes(self, rows: WaitingRows) -> Outcomes:
         return Outcomes(
             service=self._service,
             station=self.station,
             queue=self.queue,
             signal=self._signal,
+            policy=self._policy,
+            actors=self._actors,
+            rows=rows,
+        )
+
+    def _make_commits(self, rows: WaitingRows) -> Commits:
+        return Commits(
+            station=self.station,
+            service=self._service,
+            queue=self.queue,
+            rows=rows,
+            signal=self._signal,
+            policy=self._policy,
+            actors=self._actors,
+        )
+
+    def _make_snapshots(self) -> SnapshotReconciler:
+        return SnapshotReconciler(
+            service=self._service,
+            station=self.station,
+            commits=self.commits,
+            outcomes=self.outcomes,
             policy=self._policy,
             actors=self._actors,
         )
@@ -220,6 +249,7 @@ class Worker:
                     self._running = False
                     await asyncio.gather(timers.stop(self._grace), self._drain(self._grace))
                     await self.fetches.close()
+                    await self.commits.close()
                     if self.probes is not None:
                         await self.probes.close()
                 for other in others:
@@ -269,13 +299,16 @@ class Worker:
 
     async def _round(self, news: Subscription) -> bool:
         """Claim once. True when there is more and there are slots for it."""
-        engines = [UNPLACED] if self.station.open else [self.station.name, UNPLACED]
-        free = self._policy.slots - len(self._runs)
-        if free <= 0:
+        policy = self._policy
+        if len(self._runs) >= policy.slots:
             self._hungry = True
             return False
         claimed_at = await self._paced()
-        policy = self._policy
+        if self._stopping.is_set():
+            return False
+        # Counted after the pause: slots that became free in it are filled together.
+        free = policy.slots - len(self._runs)
+        engines = [UNPLACED] if self.station.open else [self.station.name, UNPLACED]
         found = await self.queue.claim(
             free,
             lease=policy.lease,
@@ -312,7 +345,7 @@ class Worker:
 
     def _start(self, claim: Claim, claimed_at: float, news: Subscription) -> None:
         held = self.leases.hold(claim, claimed_at)
-        run = asyncio.create_task(self.reconciler.run(held), name=f"sandbox-{claim.stream_id}")
+        run = asyncio.create_task(self.reconcile(held), name=f"{claim.kind}-{claim.stream_id}")
         held.run = run
         self._runs[run] = time.monotonic()
         self._tenants[claim.tenant] += 1
@@ -327,6 +360,10 @@ class Worker:
                 news.wake()
 
         run.add_done_callback(ended)
+
+    def reconcile(self, held: Held) -> Coroutine[Any, Any, None]:
+        """Work on a claim to its end, whatever kind of stream it is of."""
+        return (self.snapshots if held.claim.kind == SNAPSHOT else self.reconciler).run(held)
 
     async def _drain(self, grace: float) -> None:
         """Let runs finish, then cancel them; they hand their claims back, or are left if that takes too long."""

@@ -249,8 +249,8 @@ INSERT INTO phase_transitions VALUES
     ('Pending', 'Terminated'), ('Pending', 'Failed'),
     ('Pending', 'Stopping'),
     ('Running', 'Pending'), ('Pausing', 'Pending'), ('Paused', 'Pending'), ('Resuming', 'Pending'),
-    ('Running', 'Pausing'), ('Running', 'Resuming'), ('Running', 'Terminated'), ('Running', 'Failed'),
-    ('Running', 'Stopping'),
+    ('Running', 'Pausing'), ('Running', 'Resuming'), ('Running', 'Paused'), ('Running', 'Terminated'),
+    ('Running', 'Failed'), ('Running', 'Stopping'),
     ('Pausing', 'Running'), ('Pausing', 'Paused'), ('Pausing', 'Terminated'), ('Pausing', 'Failed'),
     ('Pausing', 'Stopping'),
     ('Paused', 'Resuming'), ('Paused', 'Pausing'), ('Paused', 'Terminated'), ('Paused', 'Failed'),
@@ -281,6 +281,8 @@ CREATE TABLE sandboxes (
     address jsonb,
     waiting jsonb,
     failure jsonb,
+    frozen_by jsonb,
+    freeze_at timestamptz,
     cpu_nanos bigint,
     memory_bytes bigint,
     gpus integer,
@@ -324,6 +326,39 @@ CREATE TRIGGER check_phase BEFORE UPDATE ON sandboxes FOR EACH ROW EXECUTE FUNCT
 ALTER TABLE sandboxes ADD CONSTRAINT born_pending
     CHECK (phase = 'Pending' OR version > CASE WHEN engine IS NULL THEN 1 ELSE 2 END);
 GRANT SELECT, INSERT, UPDATE ON sandboxes TO :app_role;
+"""
+
+SNAPSHOTS = """
+CREATE TABLE snapshots (
+    id uuid PRIMARY KEY,
+    tenant text NOT NULL,
+    version integer NOT NULL,
+    position bigint NOT NULL,
+    schema smallint NOT NULL,
+    sandbox_id uuid NOT NULL,
+    name text,
+    engine text NOT NULL,
+    generation integer NOT NULL,
+    run integer NOT NULL,
+    state text NOT NULL,
+    reason text NOT NULL,
+    message text NOT NULL,
+    raw_id text,
+    image_id text,
+    size_bytes bigint,
+    frozen_ms bigint,
+    created_at timestamptz NOT NULL,
+    changed_at timestamptz NOT NULL,
+    removed_at timestamptz,
+    since_position bigint NOT NULL
+);
+CREATE INDEX snapshots_listing ON snapshots (tenant, created_at DESC, id DESC) WHERE removed_at IS NULL;
+CREATE INDEX snapshots_by_source ON snapshots (sandbox_id) WHERE removed_at IS NULL;
+CREATE INDEX snapshots_here ON snapshots (engine, id) WHERE removed_at IS NULL;
+-- Which sandboxes still use a snapshot, and so keep it from being deleted.
+CREATE INDEX sandboxes_by_snapshot ON sandboxes ((spec ->> 'snapshot_id'))
+    WHERE closed_at IS NULL AND spec ->> 'snapshot_id' IS NOT NULL;
+GRANT SELECT, INSERT, UPDATE ON snapshots TO :app_role;
 """
 
 WORK = """
@@ -544,7 +579,7 @@ COMMENT ON COLUMN kept_ends.logs IS 'The end of the log, without sealed values; 
 COMMENT ON COLUMN kept_ends.more IS 'There were older lines.';
 COMMENT ON COLUMN kept_ends.inspect IS 'What the engine said of it, without sealed values.';
 COMMENT ON COLUMN kept_ends.error IS 'Why something is missing.';
-COMMENT ON COLUMN deadlines.name IS 'expiry, transition.';
+COMMENT ON COLUMN deadlines.name IS 'expiry, transition, ready, freeze, commit.';
 COMMENT ON COLUMN deadlines.next_run_time IS 'fires_at, or the end of a claim''s lease.';
 COMMENT ON COLUMN deadlines.cause IS 'Position of the event that set it.';
 COMMENT ON COLUMN engines.tenant IS 'Always _platform.';
@@ -564,8 +599,8 @@ COMMENT ON COLUMN engines.agents IS 'Image id -> id of the container that copied
 COMMENT ON COLUMN engines.last_seen_at IS 'Not folded: when a worker last reached it.';
 COMMENT ON COLUMN engines.swept_at IS 'Not folded: when a worker last compared all of it.';
 COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';
-COMMENT ON COLUMN events.stream_id IS 'The aggregate: a sandbox, an engine, or the installation.';
-COMMENT ON COLUMN events.kind IS 'Which aggregate: sandbox, engine, operations.';
+COMMENT ON COLUMN events.stream_id IS 'The aggregate: a sandbox, a snapshot, an engine, or the installation.';
+COMMENT ON COLUMN events.kind IS 'Which aggregate: sandbox, snapshot, engine, operations.';
 COMMENT ON COLUMN events.tenant IS 'Whose stream.';
 COMMENT ON COLUMN events.version IS '1..n within the stream.';
 COMMENT ON COLUMN events.type IS 'Stable wire name, e.g. sandbox.requested.';
@@ -622,6 +657,8 @@ COMMENT ON COLUMN sandboxes.runtime IS 'The engine''s object: parts, image, star
 COMMENT ON COLUMN sandboxes.address IS 'Network, address and published ports.';
 COMMENT ON COLUMN sandboxes.waiting IS 'Step and reason that a Pending sandbox waits for.';
 COMMENT ON COLUMN sandboxes.failure IS 'Step, reason and message when it could not be provided.';
+COMMENT ON COLUMN sandboxes.frozen_by IS 'The snapshot for which it stands still.';
+COMMENT ON COLUMN sandboxes.freeze_at IS 'When it was asked to stand still, then since when it does.';
 COMMENT ON COLUMN sandboxes.cpu_nanos IS 'CPU limit in billionths of a CPU.';
 COMMENT ON COLUMN sandboxes.memory_bytes IS 'Memory limit in bytes.';
 COMMENT ON COLUMN sandboxes.gpus IS 'Number of GPUs.';
@@ -638,6 +675,25 @@ COMMENT ON COLUMN sandboxes.end_cause IS 'user_delete, expired, expired_while_pe
 COMMENT ON COLUMN sandboxes.ended_by IS 'Kind and name of the actor.';
 COMMENT ON COLUMN sandboxes.closed_at IS 'When nothing of it was left on the engine.';
 COMMENT ON COLUMN sandboxes.since_position IS 'No event of it lies below; lets history prune partitions.';
+COMMENT ON TABLE snapshots IS 'Each snapshot as it is now, the fold of its events; rows stay when it was removed.';
+COMMENT ON COLUMN snapshots.version IS 'Version of the last event; the append''s guard.';
+COMMENT ON COLUMN snapshots.position IS 'Position of the last event.';
+COMMENT ON COLUMN snapshots.schema IS 'Highest schema number in the stream.';
+COMMENT ON COLUMN snapshots.sandbox_id IS 'Whose files it has.';
+COMMENT ON COLUMN snapshots.name IS 'As its owner calls it; need not be unique.';
+COMMENT ON COLUMN snapshots.engine IS 'Where its image is.';
+COMMENT ON COLUMN snapshots.generation IS 'Of the source, when it was asked for.';
+COMMENT ON COLUMN snapshots.run IS 'Of the source, when it was asked for.';
+COMMENT ON COLUMN snapshots.state IS 'Creating, Ready, Failed, Deleting, Removed.';
+COMMENT ON COLUMN snapshots.reason IS 'Why it is in this state, in the contract''s words.';
+COMMENT ON COLUMN snapshots.raw_id IS 'Image of the commit; none = there is no whole one yet.';
+COMMENT ON COLUMN snapshots.image_id IS 'Image that sandboxes are made from.';
+COMMENT ON COLUMN snapshots.size_bytes IS 'Of that image, with the layers that it shares.';
+COMMENT ON COLUMN snapshots.frozen_ms IS 'How long the source stood still for it.';
+COMMENT ON COLUMN snapshots.created_at IS 'When it was accepted.';
+COMMENT ON COLUMN snapshots.changed_at IS 'When the state last changed.';
+COMMENT ON COLUMN snapshots.removed_at IS 'When nothing of it was left on the engine.';
+COMMENT ON COLUMN snapshots.since_position IS 'No event of it lies below.';
 COMMENT ON COLUMN sealed_values.key_id IS 'Which master key wraps the data key.';
 COMMENT ON COLUMN sealed_values.wrapped_key IS 'The stream''s own data key, wrapped.';
 COMMENT ON COLUMN sealed_values.sealed IS 'AES-256-GCM of the values, under the data key.';
@@ -657,6 +713,7 @@ def upgrade() -> None:
         PARTITIONS,
         SKIP,
         SANDBOXES,
+        SNAPSHOTS,
         WORK,
         ENGINES,
         VAULT,

@@ -212,7 +212,6 @@ async def test_values_are_400_with_the_contracts_code(
 
 
 UNSERVED: list[tuple[dict[str, Any], str]] = [
-    ({"image": None, "snapshotId": "s"}, "snapshotId"),
     ({"templateId": "t", "image": None, "entrypoint": None, "resourceLimits": None}, "templateId"),
     ({"extensions": {"poolRef": "p"}}, "extensions.poolRef"),
     ({"extensions": {"access.renew.extend.seconds": "300"}}, "access.renew.extend.seconds"),

@@ -55,6 +55,10 @@ BOTH = [
     ("/sandboxes/{sandboxId}/networkpolicy", "PATCH"),
     ("/sandboxes/{sandboxId}/networkpolicy", "DELETE"),
     ("/sandboxes/{sandboxId}/events", "GET"),
+    ("/sandboxes/{sandboxId}/snapshots", "POST"),
+    ("/snapshots", "GET"),
+    ("/snapshots/{snapshotId}", "GET"),
+    ("/snapshots/{snapshotId}", "DELETE"),
 ]
 V1 = [("/metrics/events", "POST")]
 ROOT = [("/health", "GET"), ("/ready", "GET"), ("/version", "GET")]
@@ -113,7 +117,7 @@ async def test_every_documented_path_is_served_and_the_other_way_round(http: htt
 
 async def test_shapes_say_what_is_checked(http: httpx.AsyncClient):
     schemas = (await http.get("/openapi.json")).json()["components"]["schemas"]
-    assert set(schemas["SandboxBody"]["required"]) == {"id", "image", "status", "entrypoint", "createdAt"}
+    assert set(schemas["SandboxBody"]["required"]) == {"id", "status", "entrypoint", "createdAt"}
     assert "null" not in str(schemas["SandboxBody"])
     assert schemas["ErrorBody"]["required"] == ["code", "message"]
     assert schemas["CreateSandbox"]["properties"]["timeout"]["minimum"] == 60

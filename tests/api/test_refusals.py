@@ -40,7 +40,7 @@ async def test_refused_commands_are_recorded(http: httpx.AsyncClient, database: 
         ("PATCH", f"{one}/metadata", {"json": {"a b": ""}}, 400, "SANDBOX::INVALID_METADATA_LABEL", "PATCH /sandboxes/{id}/metadata"),
         ("POST", f"{one}/renew-expiration", {"json": renewal}, 400, "DOCKER::INVALID_EXPIRATION", "POST /sandboxes/{id}/renew-expiration"),
         ("PUT", f"{one}/networkpolicy", {"json": {}}, 404, "KUBERNETES::POD_IP_NOT_AVAILABLE", "PUT /sandboxes/{id}/networkpolicy"),
-        ("POST", f"{one}/snapshots", {}, 501, "SNAPSHOT::NOT_IMPLEMENTED", "POST /sandboxes/{id}/snapshots"),
+        ("POST", f"{one}/snapshots", {}, 409, "SNAPSHOT::INVALID_SOURCE_STATE", "POST /sandboxes/{id}/snapshots"),
     ]  # fmt: skip
     for method, path, sent, status, code, _ in tried:
         answer = await http.request(method, path, **sent)

@@ -4,6 +4,9 @@
 
 * `DIE_AT=create:3`: SIGKILL after the third engine call about containers since the first `POST .../containers/create`;
   `create:0` before that call is sent. `delete:N`: the same since the first call that ends or removes a container.
+* `DIE_AT=snapshot:N`: the same since the first call that pauses a container, and about images and commits too.
+  `snapshot+:N`: before the call after that one is sent, so what the N calls led to is recorded.
+* `DIE_AT=drop:N`: the same about images, since the first call that removes one.
 * `DIE_AT=fetched:0`: SIGKILL before the first `POST .../containers/create` after one that did not find the image.
 
 Calls are counted at the HTTP client, so the product needs no hook for this.
@@ -36,10 +39,19 @@ class Death:
     def __init__(self, wanted: str) -> None:
         phase, _, number = wanted.partition(":")
         self._phase, self._left = phase, int(number)
+        self._later = phase.endswith("+")
+        """Die before the next call."""
         self._armed = False
         self._missing = False
 
     def _relevant(self, method: str, path: str) -> bool:
+        if self._phase.startswith("snapshot"):
+            self._armed = self._armed or path.endswith("/pause")
+            parts = path.split("/")
+            return self._armed and bool({"containers", "commit", "images"} & set(parts))
+        if self._phase == "drop":
+            self._armed = self._armed or (method == "DELETE" and "/images/" in path)
+            return self._armed and "/images/" in path
         if "/containers/" not in path or path.endswith("/containers/json"):
             return False
         if self._phase in ("create", "fetched"):
@@ -53,7 +65,7 @@ class Death:
         """The engine has answered; the process has not seen the answer yet."""
         if self._relevant(params.method, params.url.path):
             self._left -= 1
-            if self._left == 0:
+            if self._left == 0 and not self._later:
                 os.kill(os.getpid(), signal.SIGKILL)
         if params.url.path.endswith("/containers/create") and params.response.status == HTTPStatus.NOT_FOUND:
             self._missing = True
@@ -62,7 +74,7 @@ class Death:
         self, _session: object, _context: SimpleNamespace, params: aiohttp.TraceRequestStartParams
     ) -> None:
         """`...:0` dies before the first call is sent."""
-        if self._left == 0 and self._relevant(params.method, params.url.path):
+        if self._left <= 0 and self._relevant(params.method, params.url.path):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -83,7 +95,8 @@ def make_driver(settings: Settings, installation: UUID) -> Driver:
         trace.on_request_start.append(death.before)
         trace.on_request_end.append(death.after)
         trace.freeze()
-        driver._docker.session._trace_configs.append(trace)
+        for client in (driver._docker, driver._pulling):
+            client.session._trace_configs.append(trace)
     return driver
 
 

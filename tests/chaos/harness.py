@@ -207,6 +207,31 @@ class Engine:
             c._container for c in await self._docker.containers.list(all=True, filters=json.dumps({"label": [label]}))
         ]
 
+    async def images(self, installation: UUID) -> list[dict[str, Any]]:
+        """Images of snapshots, those without a name too."""
+        rows: list[dict[str, Any]] = await self._docker.images.list()
+        return [row for row in rows if (row["Labels"] or {}).get(LABEL) == str(installation)]
+
+    async def is_paused(self, sandbox: str) -> bool:
+        """Whether its container stands still."""
+        (container,) = await self.containers(sandbox=sandbox)
+        return container["State"] == "paused"
+
+    async def said(self, sandbox: str, *command: str) -> str:
+        """What a command in its container writes."""
+        (container,) = await self.containers(sandbox=sandbox)
+        run = await self._docker.containers.container(container["Id"]).exec(list(command))
+        parts: list[bytes] = []
+        async with run.start() as stream:
+            while (message := await stream.read_out()) is not None:
+                parts.append(message.data)
+        return b"".join(parts).decode()
+
+    async def saved(self, name: str) -> bytes:
+        """All that an image consists of."""
+        async with self._docker.images.export_image(name) as content:
+            return await content.read()
+
     async def clear(self, installation: UUID) -> None:
         for container in await self.containers(installation=installation):
             try:
@@ -216,8 +241,10 @@ class Engine:
                     raise
 
     async def forget(self, installation: UUID) -> None:
-        """Remove all that this installation has on the engine, its mark too."""
+        """Remove all that this installation has on the engine, its mark and its images too."""
         await self.clear(installation)
+        for image in await self.images(installation):
+            await self._docker.images.delete(image["Id"], force=True)
         await remove_mark(self._docker, installation)
 
 

@@ -411,6 +411,7 @@ class DockerRig:
             if await self.exists(name):
                 await self.direct.containers.container(name).delete(force=True, v=True)
         await self._forget_volumes()
+        await self._forget_snapshots()
         await self._forget_images()
         await self._stack.aclose()
         await self.direct.close()
@@ -431,6 +432,12 @@ class DockerRig:
     async def _forget_volumes(self) -> None:
         for name in [*await self.volumes(), *self._strange_volumes]:
             await (await self.direct.volumes.get(name)).delete()
+
+    async def _forget_snapshots(self) -> None:
+        ours = {str(installation) for installation in self._installations}
+        for row in await self.direct.images.list():
+            if (row["Labels"] or {}).get(names.INSTALLATION) in ours:
+                await self.direct.images.delete(row["Id"], force=True)
 
     async def _forget_images(self) -> None:
         if self._registry is None:

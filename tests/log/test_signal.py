@@ -344,5 +344,17 @@ async def test_appends_that_report_in_the_wrong_order_leave_the_later_state(serv
     with signal.subscribe(made.sandbox.id) as news:
         signal.poke(made.sandbox.id, state=second.sandbox)
         signal.poke(made.sandbox.id, state=first.sandbox)
-        signal.poke(made.sandbox.id)
         assert news.after(made.sandbox) == second.sandbox
+
+
+async def test_other_news_beside_a_state_is_read(service: Service, signal: Signal):
+    """It may be about a later event, of another process."""
+    made = await service.create(uuid4(), TENANT, requested(), None, ACTOR)
+    patched = await service.execute(made.sandbox.id, TENANT, cmd.PatchMetadata({"a": "b"}), ACTOR)
+    with signal.subscribe(made.sandbox.id) as news:
+        signal.poke(made.sandbox.id)
+        signal.poke(made.sandbox.id, state=patched.sandbox)
+        assert await news.wait(0)
+        assert news.after(made.sandbox) is None
+        news.take()
+        assert news.after(made.sandbox) == patched.sandbox

@@ -213,7 +213,7 @@ TYPES = {
 
 async def test_column_by_column(dsn: str):
     tables = list(metadata.sorted_tables)
-    assert len(tables) == 14
+    assert len(tables) == 15
     async with connected(dsn, owner=True) as owner:
         for table in tables:
             dialect = PGDialect_asyncpg()
@@ -239,6 +239,7 @@ PRIVILEGES = {
     "refusals": "INSERT SELECT",
     "sandboxes": "INSERT SELECT UPDATE",
     "sealed_values": "DELETE INSERT SELECT",
+    "snapshots": "INSERT SELECT UPDATE",
 }
 
 

@@ -76,7 +76,7 @@ class EngineModel:
 
     def set_power(self, power: Power) -> Observed | None:
         if self.holds is not None and self.holds.power in (Power.RUNNING, Power.PAUSED):
-            if self.refuses:
+            if self.refuses and self.holds.power is not power:
                 raise PowerRefused
             self.holds = replace(self.holds, power=power)
         return self.holds
@@ -113,7 +113,7 @@ class Run:
                 try:
                     return self._saw(self.engine.set_power(power), "observe")
                 except PowerRefused:
-                    return [cmd.RecordPowerRefused("REFUSED", "the engine will not")]
+                    return [cmd.RecordPowerRefused("REFUSED", "the engine will not", power)]
             case Remove():
                 self.engine.holds = None
                 self.answer = Answer(None)
@@ -173,9 +173,16 @@ def assert_goal(sandbox: Sandbox, engine: EngineModel) -> None:
     elif sandbox.observed is RuntimeState.EXITED:
         assert there in (None, Power.CREATED, Power.EXITED)
     else:
-        assert sandbox.observed.value == sandbox.desired.value
         assert there is not None
-        assert there.value == sandbox.desired.value
+        if sandbox.holds_still:
+            # For its owner it runs, or is paused, or is about to be resumed when the snapshot lets it.
+            assert sandbox.frozen_by is not None
+            assert sandbox.frozen_by.run == sandbox.run
+            assert there is Power.PAUSED
+        else:
+            assert sandbox.frozen_by is None
+            assert sandbox.observed.value == sandbox.desired.value
+            assert there.value == sandbox.desired.value
         assert sandbox.runtime is not None
         assert engine.holds is not None
         assert sandbox.runtime.main is not None

@@ -19,6 +19,7 @@ PHASE_MOVES: frozenset[tuple[Phase, Phase]] = frozenset(
         (Phase.RESUMING, Phase.PENDING),
         (Phase.RUNNING, Phase.PAUSING),
         (Phase.RUNNING, Phase.RESUMING),
+        (Phase.RUNNING, Phase.PAUSED),
         (Phase.RUNNING, Phase.TERMINATED),
         (Phase.RUNNING, Phase.FAILED),
         (Phase.RUNNING, Phase.STOPPING),

@@ -18,6 +18,7 @@ from app.domain.sandbox.state import PROBE, Phase, evolve
 from app.errors import Rejected
 from tests.support.stream import BEGIN, ID, LIMITS, SECOND, Stream, requested, seen
 
+SNAPSHOT = UUID(int=7)
 OBSERVATIONS = [
     *(
         seen(power, runtime_id, started_at=started_at, end=end, adopted=adopted)
@@ -64,8 +65,11 @@ COMMANDS: list[cmd.Command] = [
     cmd.RecordRemoved(),
     cmd.RecordFailure("fetch", "IMAGE_NOT_FOUND", "no such image"),
     cmd.RecordFailure("set_power", "REFUSED", "no"),
-    cmd.RecordPowerRefused("REFUSED", "no"),
+    *(cmd.RecordPowerRefused("REFUSED", "no", power) for power in (None, Power.RUNNING, Power.PAUSED)),
     cmd.RecordRetry("ensure", "E", "again", 1),
+    cmd.Freeze(SNAPSHOT),
+    cmd.Thaw(SNAPSHOT, "DONE"),
+    cmd.EndFreeze(),
 ]
 LONGEST = max(LIMITS.of(phase) or 0 for phase in Phase)
 
@@ -88,6 +92,7 @@ def _abstract(stream: Stream) -> tuple[object, ...]:
         sandbox.closed_at is not None,
         sandbox.expires_at is not None and sandbox.expires_at <= stream.now,
         (stream.now - sandbox.changed_at).total_seconds() >= LONGEST,
+        sandbox.frozen_by and (sandbox.frozen_by.run is None, sandbox.frozen_by.thaw is None),
         sandbox.begun_at is not None and (stream.now - sandbox.begun_at).total_seconds() >= LIMITS.ready_s,
     )
 

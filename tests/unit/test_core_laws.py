@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.deadlines import EXPIRY, READY, TRANSITION
+from app.domain.sandbox.deadlines import EXPIRY, FREEZE, READY, TRANSITION
 from app.domain.sandbox.decide import LATEST, Events, decide
 from app.domain.sandbox.observed import Answer, Exit, Observed, Part, Power, Verdict, Waiting
 from app.domain.sandbox.plan import Absence, plan
@@ -153,6 +154,8 @@ def assert_deadlines(stream: Stream) -> None:
     assert (fires_at is None) == (limit is None), sandbox.phase
     if fires_at is not None and sandbox.phase is not Phase.STOPPING:
         assert (fires_at - sandbox.changed_at).total_seconds() == limit
+    asked = sandbox.freeze_at if sandbox.holds_still else None
+    assert found.pop(FREEZE, None) == (None if asked is None else asked + timedelta(seconds=LIMITS.freeze_s))
     began = sandbox.begun_at if sandbox.awaits_agent else None
     assert found.pop(READY, None) == (None if began is None else began + timedelta(seconds=LIMITS.ready_s))
     assert not found
@@ -185,6 +188,7 @@ def test_every_transitional_phase_ends_or_is_reported_when_its_deadline_fires():
 
 # Values: random names, texts, times and numbers, where the walk above had a few fixed ones.
 
+SNAPSHOTS = [UUID(int=7), UUID(int=8)]
 labels = st.from_regex(r"[a-z]([a-z0-9]{0,5})", fullmatch=True)
 exits = st.builds(
     Exit, st.none() | st.integers(-1, 255), st.booleans(), texts, st.none() | instants, st.none() | labels
@@ -220,6 +224,9 @@ commands = st.one_of(
     st.builds(cmd.Expire),
     st.builds(cmd.EndTransition, last_reason=st.none() | labels, last_error=st.none() | texts),
     st.builds(cmd.EndProbe),
+    st.builds(cmd.Freeze, st.sampled_from(SNAPSHOTS)),
+    st.builds(cmd.Thaw, st.sampled_from(SNAPSHOTS), labels),
+    st.builds(cmd.EndFreeze),
     st.builds(cmd.RecordReady, st.integers(0, 4)),
     st.builds(cmd.RecordPlaced, labels, st.integers(1, 3), st.just(ID)),
     st.builds(cmd.RecordWaiting, steps, labels, texts),

@@ -16,13 +16,14 @@ from msgspec.structs import fields, replace
 from app.domain import operations
 from app.domain.engine import events as engine
 from app.domain.sandbox import events as sandbox
+from app.domain.snapshot import events as snapshot
 from app.domain.stream import Actor, ActorKind, Meta, Recorded, Registry, Upcast, read_meta
 from app.errors import UnknownEvent
 from tests.support.payload import kinds
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("*.json"))
-ALL = (sandbox, engine, operations)
+ALL = (sandbox, engine, snapshot, operations)
 REGISTRIES: dict[str, Registry[Any]] = {events.REGISTRY.kind: events.REGISTRY for events in ALL}
 STORED = sorted(
     (type_, schema)

@@ -14,10 +14,12 @@ import msgspec
 from app.domain.engine.decide import RecordSighting, RecordSilence
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.observed import Exit
 from app.domain.sandbox.quantity import ALL_GPUS
 from app.domain.sandbox.spec import SandboxSpec, parse_limits
 from app.domain.sandbox.state import Phase, Sandbox
+from app.domain.snapshot.state import Snapshot, SnapshotState
 from app.domain.stream import Actor, ActorKind, Meta
 from app.domain.tenants import ANY_TENANT
 from app.errors import NotFound, StoreUnavailable
@@ -95,6 +97,9 @@ class Stage:
         self.engine = FakeEngine()
         self.engine.engine_id, self.engine.marks[INSTALLATION] = SIGHTING.engine_id, SIGHTING.mark or ""
         self.engine_name = SIGHTING.name
+        self.limits: Limits | None = None
+        """Those of the service, where a test gave it some."""
+        self.agent: AgentPolicy | None = None
 
     def driver(self, before: Hook | None = None, after: Hook | None = None) -> FakeDriver:
         return FakeDriver(self.engine, self.installation, before=before, after=after, name=self.engine_name)
@@ -117,7 +122,8 @@ class Stage:
             policy=msgspec.structs.replace(policy, **changes),
             worker_id=worker_id,
             name="test",
-            agent=agent,
+            limits=self.limits,
+            agent=agent or self.agent,
         )
 
     @asynccontextmanager
@@ -142,7 +148,7 @@ class Stage:
 
     async def run(self, worker: Worker, claim: Claim) -> None:
         held = self.hold(worker, claim)
-        held.run = asyncio.create_task(worker.reconciler.run(held))
+        held.run = asyncio.create_task(worker.reconcile(held))
         try:
             await asyncio.wait([held.run])
         finally:
@@ -203,6 +209,24 @@ class Stage:
         sealed = None if secrets is None else self.sealer.seal(sandbox_id, secrets)
         await (service or self.service).create(sandbox_id, tenant, event, sealed, CLIENT)
         return sandbox_id
+
+    async def take(self, sandbox_id: UUID, name: str | None = None) -> UUID:
+        """Ask for a snapshot."""
+        snapshot_id = uuid4()
+        sandbox = await self.sandbox(sandbox_id)
+        await self.service.snapshots.create(snapshot_id, sandbox.tenant, sandbox_id, name, CLIENT)
+        return snapshot_id
+
+    async def snapshot(self, snapshot_id: UUID) -> Snapshot:
+        loaded = await self.service.snapshots.view.load(snapshot_id, ANY_TENANT)
+        assert loaded is not None
+        return loaded[0]
+
+    def is_snapshot(self, state: SnapshotState, *ids: UUID) -> Callable[[], Awaitable[bool]]:
+        async def reached() -> bool:
+            return all([(await self.snapshot(each)).state is state for each in ids])
+
+        return reached
 
     async def create_unplaced(self, **details: Any) -> UUID:
         """One for which no engine was there; the engine is dark."""

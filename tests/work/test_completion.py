@@ -237,6 +237,67 @@ async def test_a_stream_of_a_newer_version_does_not_keep_the_others(stage: Stage
     await stage.sql("UPDATE sandboxes SET desired = 'running' WHERE id = $1", newer)  # for the comparison at the end
 
 
+async def test_a_row_that_cannot_be_read_does_not_keep_the_others(stage: Stage):
+    """The driver refuses the whole answer for it."""
+    heads = Heads(stage.service.view)
+    broken, known = await stage.create(), await stage.create()
+    began = (await stage.sandbox(broken)).created_at
+    await stage.sql("ALTER TABLE sandboxes DISABLE TRIGGER USER")
+    await stage.sql("UPDATE sandboxes SET created_at = '4000-01-01 BC' WHERE id = $1", broken)
+    told = await asyncio.gather(heads.load(broken), heads.load(known), return_exceptions=True)
+    assert isinstance(told[0], OverflowError)
+    assert isinstance(told[1], tuple)
+    assert told[1][0].id == known
+    await stage.sql(
+        "UPDATE sandboxes SET created_at = $2 WHERE id = $1", broken, began
+    )  # for the comparison at the end
+
+
+async def test_a_lease_is_extended_while_the_append_that_ends_it_waits(stage: Stage):
+    """Otherwise another worker gets the sandbox while this one is still at it, exactly under load."""
+    worker = stage.worker(lease=1)
+    sandbox_id = await stage.create()
+    await worker.station.contact()
+    claim = (await worker.queue.claim(1, lease=1, tenant_slots=1)).claims[0]
+    held = stage.hold(worker, claim)
+    blocker = await asyncpg.connect(stage.dsn)
+    try:
+        async with blocker.transaction():
+            await blocker.execute("SELECT 1 FROM sandboxes WHERE id = $1 FOR UPDATE", sandbox_id)
+            held.run = asyncio.create_task(worker.reconciler.run(held))
+            await stage.blocked()
+            before = (await stage.row(sandbox_id))["lease_until"]
+            await worker.leases.beat()
+            assert (await stage.row(sandbox_id))["lease_until"] > before
+    finally:
+        await blocker.close()
+    await held.run
+    assert await stage.phase(sandbox_id) is Phase.RUNNING
+    assert await stage.row(sandbox_id) is None
+
+
+async def test_a_claim_that_is_lost_meanwhile_ends_without_another_act(stage: Stage):
+    worker = stage.worker()
+    sandbox_id = await stage.create()
+    await worker.station.contact()
+    claim = (await worker.queue.claim(1, lease=30, tenant_slots=1)).claims[0]
+    held = stage.hold(worker, claim)
+    blocker = await asyncpg.connect(stage.dsn)
+    try:
+        async with blocker.transaction():
+            await blocker.execute("SELECT 1 FROM sandboxes WHERE id = $1 FOR UPDATE", sandbox_id)
+            held.run = asyncio.create_task(worker.reconciler.run(held))
+            await stage.blocked()
+            await stage.make_overdue(sandbox_id)
+            theirs = (await worker.queue.claim(1, lease=30, tenant_slots=1)).claims[0]
+            await worker.leases.beat()
+    finally:
+        await blocker.close()
+    await held.run
+    assert (await stage.row(sandbox_id))["lease_owner"] == theirs.owner
+    assert stage.engine.calls["observe"] == 0
+
+
 async def waiting(stage: Stage) -> list[Any]:
     """Statements that wait for a lock."""
     return await stage.sql("SELECT pid FROM pg_locks WHERE NOT granted")

@@ -317,7 +317,7 @@ async def many(stage: Stage, tenant: str, number: int, since: str) -> None:
 async def test_rows_of_a_kind_that_a_newer_version_has_added_are_left_to_it(stage: Stage, queue: Queue):
     """An old worker would find no sandbox of that id, and delete the row."""
     sandbox_id = await stage.create()
-    await stage.sql("UPDATE reconcile_queue SET kind = 'snapshot'")
+    await stage.sql("UPDATE reconcile_queue SET kind = 'pool'")
     assert not await is_claimable(queue)
     await stage.sql("UPDATE reconcile_queue SET kind = 'sandbox'")
     assert (await claim_one(queue)).stream_id == sandbox_id

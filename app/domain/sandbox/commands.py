@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.events import EndCause
-from app.domain.sandbox.observed import Observed
+from app.domain.sandbox.observed import Observed, Power
 
 
 class Renew(Struct, frozen=True):
@@ -60,6 +60,25 @@ class EndProbe(Struct, frozen=True):
     limits: Limits = Limits()
 
 
+class Freeze(Struct, frozen=True):
+    """Let it stand still for a snapshot. Nothing when it cannot now; the snapshot looks again."""
+
+    snapshot_id: UUID
+
+
+class Thaw(Struct, frozen=True):
+    """Let it go on, if it stands still for this snapshot."""
+
+    snapshot_id: UUID
+    reason: str
+
+
+class EndFreeze(Struct, frozen=True):
+    """The deadline `freeze` fired; does nothing while the freeze is young enough."""
+
+    limits: Limits = Limits()
+
+
 class RecordPlaced(Struct, frozen=True):
     """Place the sandbox on an engine."""
 
@@ -94,6 +113,8 @@ class RecordSeen(Struct, frozen=True):
 
     observed: Observed
     found_by: str = "ensure"
+    at: datetime | None = None
+    """When, by the database's clock, as nearly as the reporter knows. It only measures how long a freeze lasted."""
 
 
 class RecordReady(Struct, frozen=True):
@@ -128,6 +149,8 @@ class RecordPowerRefused(Struct, frozen=True):
 
     reason: str
     message: str
+    power: Power | None = None
+    """What it was to be. None = not told."""
 
 
 class RecordRetry(Struct, frozen=True):
@@ -153,5 +176,17 @@ Observation: TypeAlias = (
 """What a reconciler reports. Decided on the state alone, whatever the time."""
 
 Command: TypeAlias = (
-    Renew | PatchMetadata | Pause | Resume | Terminate | Expire | EndTransition | EndProbe | RecordReady | Observation
+    Renew
+    | PatchMetadata
+    | Pause
+    | Resume
+    | Terminate
+    | Expire
+    | EndTransition
+    | EndProbe
+    | Freeze
+    | Thaw
+    | EndFreeze
+    | RecordReady
+    | Observation
 )

@@ -8,11 +8,13 @@ name            exists while                            when it fires
 `transition`    Pausing, Resuming                       `sandbox.pause_failed`, `sandbox.resume_failed`
 `transition`    Stopping, until it is closed            `sandbox.overdue`, then later each time; it is never given up
 `ready`         it runs and its agent has not answered  `sandbox.agent_unreachable`; it counts as Running from then on
+`freeze`        it stands still for a snapshot          `sandbox.thaw_requested`, after the snapshot has failed
 =============== ======================================= =========================================================
 
-`transition` counts from `changed_at`, `ready` from the record of the run's start. The append writes the difference
-between the deadlines before and after, with its own reading of the clock, so a deadline is as exact as the event that
-sets it. Reasons that a deadline gives itself: `PROVISIONING_TIMEOUT`, `PAUSE_TIMEOUT`, `RESUME_TIMEOUT`.
+`transition` counts from `changed_at`, `ready` from the record of the run's start, `freeze` from `freeze_at`. The append
+writes the difference between the deadlines before and after, with its own reading of the clock, so a deadline is as
+exact as the event that sets it. Reasons that a deadline gives itself: `PROVISIONING_TIMEOUT`, `PAUSE_TIMEOUT`,
+`RESUME_TIMEOUT`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from app.domain.sandbox.state import Phase, Sandbox
 EXPIRY = "expiry"
 TRANSITION = "transition"
 READY = "ready"
+FREEZE = "freeze"
 
 
 class Limits(Struct, frozen=True):
@@ -42,6 +45,10 @@ class Limits(Struct, frozen=True):
     """Longest time between two reports."""
     ready_s: float = 30
     """How long an agent has to answer after the start of a run."""
+    freeze_s: float = 180
+    """How long a snapshot may hold a sandbox still; and how long it may take until it stands still."""
+    commit_s: float = 600
+    """How long a snapshot may be Creating."""
 
     def of(self, phase: Phase) -> float | None:
         """Seconds, or None for a phase that may last."""
@@ -97,4 +104,8 @@ def changes(
         found[READY] = Due(after_s=limits.ready_s)
     elif before is not None and before.awaits_agent and not after.awaits_agent:
         found[READY] = None
+    if after.holds_still and (before is None or not before.holds_still or before.freeze_at != after.freeze_at):
+        found[FREEZE] = Due(after_s=limits.freeze_s)
+    elif before is not None and before.holds_still and not after.holds_still:
+        found[FREEZE] = None
     return found

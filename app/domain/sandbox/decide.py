@@ -8,11 +8,12 @@ the reporter decides which attempts become an event.
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from uuid import UUID
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.observe import seen
-from app.domain.sandbox.observed import Waiting
+from app.domain.sandbox.observed import Power, Waiting
 from app.domain.sandbox.spec import check_metadata
 from app.domain.sandbox.state import GONE, PROBE, Desired, Phase, RuntimeState, Sandbox
 from app.domain.sandbox.status import describe_ending
@@ -68,6 +69,12 @@ def decide(sandbox: Sandbox, command: cmd.Command, now: datetime) -> Events:
             return _end_probe(sandbox, limits, now)
         case cmd.RecordReady(run=run):
             return _ready(sandbox, run, now)
+        case cmd.Freeze(snapshot_id=snapshot_id):
+            return (ev.FreezeRequested(snapshot_id),) if sandbox.may_freeze else ()
+        case cmd.Thaw(snapshot_id=snapshot_id, reason=reason):
+            return _thaw(sandbox, snapshot_id, reason)
+        case cmd.EndFreeze(limits=limits):
+            return _end_freeze(sandbox, limits, now)
         case _:
             return () if sandbox.closed_at is not None else _record(sandbox, command)
 
@@ -81,7 +88,7 @@ def _record(sandbox: Sandbox, observation: cmd.Observation) -> Events:
         case cmd.RecordFetched():
             return _fetched(sandbox, observation)
         case cmd.RecordSeen():
-            return seen(sandbox, observation.observed, observation.found_by)
+            return seen(sandbox, observation.observed, observation.found_by, observation.at)
         case cmd.RecordLost():
             return _lost(sandbox, observation)
         case cmd.RecordRemoved():
@@ -92,8 +99,8 @@ def _record(sandbox: Sandbox, observation: cmd.Observation) -> Events:
             )  # never ends the sandbox, whichever worker reports it
         case cmd.RecordFailure(step=step, reason=reason, message=message):
             return (ev.Failed(step, reason, storable(message)),) if sandbox.may_run else ()
-        case cmd.RecordPowerRefused(reason=reason, message=message):
-            return _power_refused(sandbox, reason, storable(message))
+        case cmd.RecordPowerRefused(reason=reason, message=message, power=power):
+            return _power_refused(sandbox, reason, storable(message), power)
         case cmd.RecordRetry(step=step, reason=reason, message=message, attempt=attempt):
             return (ev.ReconcileFailed(step, reason, storable(message), attempt),)
 
@@ -221,11 +228,38 @@ def _fetched(sandbox: Sandbox, fetched: cmd.RecordFetched) -> Events:
     return (ev.Fetched(fetched.image_id, fetched.image_digest, fetched.size_bytes, fetched.took_ms, fetched.cached),)
 
 
-def _power_refused(sandbox: Sandbox, reason: str, message: str) -> Events:
+def _thaw(sandbox: Sandbox, snapshot_id: UUID, reason: str) -> Events:
+    freeze = sandbox.frozen_by
+    if freeze is None or freeze.snapshot_id != snapshot_id or freeze.thaw is not None:
+        return ()
+    return (ev.ThawRequested(snapshot_id, reason),)
+
+
+def _end_freeze(sandbox: Sandbox, limits: cmd.Limits, now: datetime) -> Events:
+    freeze, since = sandbox.frozen_by, sandbox.freeze_at
+    if freeze is None or since is None or now < since + timedelta(seconds=limits.freeze_s):
+        return ()
+    return _thaw(sandbox, freeze.snapshot_id, "DEADLINE")
+
+
+def _power_refused(sandbox: Sandbox, reason: str, message: str, power: Power | None = None) -> Events:
+    freeze = sandbox.frozen_by
+    found = _transition_refused(sandbox, reason, message, power)
+    if freeze is None or sandbox.ending is not None:
+        return found
+    if power is Power.PAUSED and freeze.thaw is None and freeze.run is None:
+        return (ev.ThawRequested(freeze.snapshot_id, "REFUSED"), *found)
+    if power is Power.RUNNING and freeze.thaw is not None and sandbox.phase is Phase.RUNNING:
+        # It cannot go on. It is paused then, as its owner will see, who may try to resume it.
+        return (ev.Paused(), ev.ResumeFailed(reason, message), ev.Thawed(freeze.snapshot_id))
+    return found
+
+
+def _transition_refused(sandbox: Sandbox, reason: str, message: str, power: Power | None) -> Events:
     match sandbox.phase:
-        case Phase.PAUSING:
+        case Phase.PAUSING if power is not Power.RUNNING:
             return (ev.PauseFailed(reason, message),)
-        case Phase.RESUMING:
+        case Phase.RESUMING if power is not Power.PAUSED:
             return (ev.ResumeFailed(reason, message),)
         case Phase.PENDING if sandbox.observed is RuntimeState.RUNNING and sandbox.desired is Desired.PAUSED:
             # Started again from outside while it was to be paused: it goes on, and its agent is waited for.

@@ -193,6 +193,35 @@ class ResumeFailed(Struct, frozen=True, omit_defaults=True):
     message: str = ""
 
 
+class FreezeRequested(Struct, frozen=True):
+    """A snapshot asks it to stand still. It stays Running for clients."""
+
+    snapshot_id: UUID
+
+
+class Frozen(Struct, frozen=True, omit_defaults=True):
+    """It stands still for the snapshot. `run` is the run that does."""
+
+    snapshot_id: UUID
+    run: int = 1
+
+
+class ThawRequested(Struct, frozen=True):
+    """It is to go on. `reason`: `DONE`, `FAILED`, `DEADLINE`, `REFUSED` (the engine does not pause it) or `BROKEN` (it
+    ran although nothing had asked for it).
+    """
+
+    snapshot_id: UUID
+    reason: str
+
+
+class Thawed(Struct, frozen=True, omit_defaults=True):
+    """The snapshot holds it no more: it runs, or is paused because its owner wants that."""
+
+    snapshot_id: UUID
+    frozen_ms: int = 0
+
+
 class ReconcileFailed(Struct, frozen=True, omit_defaults=True):
     """An attempt failed and will be repeated. Recorded when the reason changes and at attempts 1, 3 and 10."""
 
@@ -286,6 +315,10 @@ Event: TypeAlias = (
     | Resumed
     | PauseFailed
     | ResumeFailed
+    | FreezeRequested
+    | Frozen
+    | ThawRequested
+    | Thawed
     | ReconcileFailed
     | Overdue
     | RuntimeExited
@@ -319,6 +352,10 @@ REGISTRY: stream.Registry[Event] = stream.Registry(
         "sandbox.resumed": Resumed,
         "sandbox.pause_failed": PauseFailed,
         "sandbox.resume_failed": ResumeFailed,
+        "sandbox.freeze_requested": FreezeRequested,
+        "sandbox.frozen": Frozen,
+        "sandbox.thaw_requested": ThawRequested,
+        "sandbox.thawed": Thawed,
         "sandbox.reconcile_failed": ReconcileFailed,
         "sandbox.overdue": Overdue,
         "sandbox.runtime_exited": RuntimeExited,

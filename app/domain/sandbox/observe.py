@@ -7,19 +7,21 @@ what is still there.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.freeze import Freeze
 from app.domain.sandbox.observed import Exit, Observed, Power
-from app.domain.sandbox.state import GONE, Phase, Runtime, RuntimeState, Sandbox
+from app.domain.sandbox.state import GONE, Desired, Phase, Runtime, RuntimeState, Sandbox
 from app.domain.text import storable
 
 Events = tuple[ev.Event, ...]
+_MS = timedelta(milliseconds=1)
 _UP = (RuntimeState.RUNNING, RuntimeState.PAUSED)
 
 
-def seen(sandbox: Sandbox, shown: Observed, found_by: str) -> Events:
-    """The events that are new. `found_by` is `ensure`, `observe` or `sweep`."""
+def seen(sandbox: Sandbox, shown: Observed, found_by: str, at: datetime | None = None) -> Events:
+    """The events that are new. `found_by` is `ensure`, `observe` or `sweep`; `at` as in `RecordSeen`."""
     if sandbox.object_id != shown.object_id or shown.main is None:
         return ()
     if sandbox.failure is not None or sandbox.observed in GONE:
@@ -38,7 +40,10 @@ def seen(sandbox: Sandbox, shown: Observed, found_by: str) -> Events:
     begun = _begun(sandbox, shown, known, another=another)
     found += begun
     known = RuntimeState.RUNNING if begun else known
-    if shown.power is Power.PAUSED and known is RuntimeState.RUNNING:
+    freeze = None if another or begun else sandbox.frozen_by
+    # Paused for a snapshot while its owner wants it to run: that is no pause of its own.
+    ours = freeze is not None and sandbox.desired is Desired.RUNNING
+    if shown.power is Power.PAUSED and known is RuntimeState.RUNNING and not ours:
         found.append(ev.Paused(_power_since(sandbox, shown)))
     elif shown.power is Power.RUNNING and known is RuntimeState.PAUSED:
         found.append(ev.Resumed(_power_since(sandbox, shown)))
@@ -46,7 +51,29 @@ def seen(sandbox: Sandbox, shown: Observed, found_by: str) -> Events:
         found.append(_exited(shown.exit or Exit(), sandbox.run + bool(begun)))
     elif known is RuntimeState.CREATED:
         found += _waits(sandbox, shown, another=another)
+    if freeze is not None and sandbox.ending is None:
+        found += _froze(sandbox, freeze, shown, at)
     return tuple(found)
+
+
+def _froze(sandbox: Sandbox, freeze: Freeze, shown: Observed, at: datetime | None) -> Events:
+    """What the look says about a freeze: it has begun, it is over, or it was broken from outside.
+
+    A broken one is over at once and not begun again in silence: the copy that is being made is torn.
+    """
+    if shown.power not in (Power.RUNNING, Power.PAUSED):
+        return ()
+    since = sandbox.freeze_at
+    frozen_ms = 0 if at is None or since is None or freeze.run is None else max(0, (at - since) // _MS)
+    thawed = ev.Thawed(freeze.snapshot_id, frozen_ms)
+    if freeze.thaw is not None:
+        wanted = Power.PAUSED if sandbox.desired is Desired.PAUSED else Power.RUNNING
+        return (thawed,) if shown.power is wanted else ()
+    if freeze.run is None:
+        return (ev.Frozen(freeze.snapshot_id, sandbox.run),) if shown.power is Power.PAUSED else ()
+    if shown.power is Power.RUNNING:
+        return (ev.ThawRequested(freeze.snapshot_id, "BROKEN"), thawed)
+    return ()
 
 
 def _made(sandbox: Sandbox, shown: Observed, found_by: str) -> Events:

@@ -24,6 +24,8 @@ class Capabilities(Struct, frozen=True, omit_defaults=True):
 
     pause: str = Pausing.FREEZE
     """A `Pausing`, or a word of a newer version: compare with `==`, because what is read from the log is plain text."""
+    snapshots: str = "load"
+    """How images of snapshots are made: `load`, or `none`."""
 
 
 class Power(StrEnum):

@@ -21,6 +21,8 @@ from app.domain.sandbox.state import PROBE, Desired, RuntimeState, Sandbox
 
 WAIT_INTERVAL = timedelta(seconds=5)
 """How long a waiting stream rests when no hint wakes it."""
+COPY_PATIENCE = timedelta(seconds=60)
+"""How long the removal of a sandbox leaves a snapshot that is copying its files the time to end that."""
 
 
 class Place(Struct, frozen=True):
@@ -113,6 +115,9 @@ def plan(sandbox: Sandbox, answer: Answer | None, absence: Absence) -> Step:
         return _stay_away(answer)
     failed = sandbox.failure is not None and sandbox.observed is not RuntimeState.REMOVED
     if sandbox.desired is Desired.TERMINATED or failed:
+        until = _copied_by(sandbox)
+        if until is not None and absence.now < until:
+            return Wait(until, Waiting(STEP_NAMES[Remove], "SNAPSHOT_IN_PROGRESS"))
         return Remove()
     match sandbox.observed:
         case RuntimeState.NONE | RuntimeState.CREATED:
@@ -128,6 +133,13 @@ def plan(sandbox: Sandbox, answer: Answer | None, absence: Absence) -> Step:
             return _stay_away(answer)
 
 
+def _copied_by(sandbox: Sandbox) -> datetime | None:
+    """Until when the removal leaves a snapshot the time to copy the files. None: no snapshot copies them."""
+    freeze, ending = sandbox.frozen_by, sandbox.ending
+    copying = freeze is not None and freeze.run is not None and freeze.thaw is None
+    return ending.at + COPY_PATIENCE if copying and ending is not None else None
+
+
 def _unplaced(sandbox: Sandbox) -> Step:
     """Never placed, so nothing of it can be on any engine."""
     return Place() if sandbox.may_run else Settled()
@@ -141,8 +153,12 @@ def _provide(answer: Answer | None, absence: Absence) -> Step:
 
 
 def _keep(sandbox: Sandbox, answer: Answer | None, absence: Absence) -> Step:
+    freeze = sandbox.frozen_by
+    wanted = Power.PAUSED if sandbox.desired is Desired.PAUSED or sandbox.holds_still else Power.RUNNING
     if answer is None:
-        wanted = Power.PAUSED if sandbox.desired is Desired.PAUSED else Power.RUNNING
+        if freeze is not None:
+            # One that stands still is looked at first: a pause would hide that it had run meanwhile.
+            return SetPower(wanted) if freeze.run is None and freeze.thaw is None else Observe()
         differs = sandbox.observed.value != wanted.value
         return SetPower(wanted) if differs else Observe()
     if answer.observed is None or answer.observed.main is None:
@@ -153,6 +169,10 @@ def _keep(sandbox: Sandbox, answer: Answer | None, absence: Absence) -> Step:
     if answer.observed.power is Power.CREATED:
         # It ran, but an engine that lost power before its disk was written remembers only the create.
         return _provide(answer, absence)
+    if freeze is not None:
+        if answer.observed.power is not wanted:
+            return SetPower(wanted)
+        return Settled() if freeze.thaw is None else Observe()  # what is wanted changed after the look
     if sandbox.desired is Desired.PAUSED and sandbox.observed is RuntimeState.RUNNING:
         return SetPower(Power.PAUSED)
     if sandbox.desired is Desired.RUNNING and sandbox.observed is RuntimeState.PAUSED:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from uuid import UUID
 
 from msgspec import Struct
 
@@ -38,8 +39,9 @@ class Platform(Struct, frozen=True):
 class SandboxSpec(Struct, frozen=True, omit_defaults=True):
     """What a client requested, as it was accepted."""
 
-    image: str
-    entrypoint: tuple[str, ...]
+    image: str = ""
+    """Empty = it is made from a snapshot."""
+    entrypoint: tuple[str, ...] = ()
     resource_limits: dict[str, str] = {}
     resource_requests: dict[str, str] = {}
     env: dict[str, str] = {}
@@ -47,6 +49,8 @@ class SandboxSpec(Struct, frozen=True, omit_defaults=True):
     registry_auth: bool = False
     platform: Platform | None = None
     extensions: dict[str, str] = {}
+    snapshot_id: UUID | None = None
+    """The snapshot that it is made from."""
 
 
 ALL_GPUS = -1

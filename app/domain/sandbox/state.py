@@ -47,6 +47,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.domain.sandbox import events as ev
+from app.domain.sandbox import freeze as freezing
+from app.domain.sandbox.freeze import Freeze
 from app.domain.sandbox.observed import Address, Part, Waiting
 from app.domain.sandbox.spec import SandboxSpec
 
@@ -171,6 +173,9 @@ class Sandbox(Struct, frozen=True):
     waiting: Waiting | None = None
     failure: Failure | None = None
     ending: Ending | None = None
+    frozen_by: Freeze | None = None
+    freeze_at: datetime | None = None
+    """When it was asked to stand still, then since when it does. The deadline `freeze` counts from here."""
     closed_at: datetime | None = None
     """When nothing of it was left; the stream ends there."""
 
@@ -189,6 +194,17 @@ class Sandbox(Struct, frozen=True):
         """Why its agent cannot be reached, of a sandbox that counts as Running all the same. None = it can."""
         silent = self.phase is Phase.RUNNING and self.waiting is not None and self.waiting.step == PROBE
         return self.waiting if silent else None
+
+    @property
+    def holds_still(self) -> bool:
+        """A snapshot wants it to stand still, and nothing has asked it to go on."""
+        return self.frozen_by is not None and self.frozen_by.thaw is None
+
+    @property
+    def may_freeze(self) -> bool:
+        """Whether a snapshot may ask it to stand still. A paused one too, since it may be resumed at any time."""
+        here = self.observed in (RuntimeState.RUNNING, RuntimeState.PAUSED) and self.ready_at is not None
+        return self.may_run and here and self.frozen_by is None
 
     @property
     def may_run(self) -> bool:
@@ -233,6 +249,8 @@ def evolve(sandbox: Sandbox | None, recorded: ev.Recorded) -> Sandbox:
         position=recorded.position,
         schema=max(sandbox.schema, ev.REGISTRY.schema_of(recorded)),
     )
+    if after.frozen_by is not None and (after.observed in GONE or (not after.may_run and after.ending is None)):
+        after = replace(after, frozen_by=None, freeze_at=None)  # what does not run needs no thaw
     if after.phase is sandbox.phase:
         return after
     silent = after.phase is Phase.RUNNING and isinstance(recorded.event, ev.AgentUnreachable)
@@ -299,6 +317,11 @@ def _apply(sandbox: Sandbox, recorded: ev.Recorded) -> Sandbox:
         ):
             pending = sandbox.phase is Phase.PENDING
             return replace(sandbox, waiting=Waiting(step, reason, message)) if pending else sandbox
+        case ev.FreezeRequested() | ev.Frozen() | ev.ThawRequested() | ev.Thawed() as event:
+            begins = isinstance(event, ev.FreezeRequested | ev.Frozen)
+            freeze = freezing.after(sandbox.frozen_by, event)
+            since = None if freeze is None else recorded.at if begins else sandbox.freeze_at or recorded.at
+            return replace(sandbox, frozen_by=freeze, freeze_at=since)
         case ev.Failed(step=step, reason=reason, message=message):
             return replace(sandbox, failure=Failure(step, reason, message))
         case ev.Terminated():
@@ -328,18 +351,21 @@ def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
                 gpus=gpus,
                 ready_at=None,
                 waiting=None,
+                frozen_by=None,
+                freeze_at=None,
             )
         case ev.Started() | ev.Restarted() as begun:
-            again = Runtime(runtime.parts, runtime.image_id, runtime.image_digest, begun.occurred_at)
             return replace(
                 sandbox,
                 observed=RuntimeState.RUNNING,
                 run=begun.run,
-                runtime=again,
+                runtime=Runtime(runtime.parts, runtime.image_id, runtime.image_digest, begun.occurred_at),
                 begun_at=at,
                 address=begun.address or sandbox.address,
                 ready_at=None,
                 waiting=None,
+                frozen_by=None,
+                freeze_at=None,
             )
         case ev.Ready():
             return replace(sandbox, ready_at=at, waiting=None)

@@ -63,6 +63,8 @@ def _explain(sandbox: Sandbox, attempt: Attempt) -> tuple[str, str]:
     match sandbox.phase:
         case Phase.PENDING:
             return _explain_pending(sandbox, attempt)
+        case Phase.RUNNING if sandbox.frozen_by is not None:
+            return "SNAPSHOT_IN_PROGRESS", "Sandbox container stands still while a snapshot of it is made."
         case Phase.RUNNING if (trouble := sandbox.agent_trouble) is not None:
             return "AGENT_UNREACHABLE", _sentences("Sandbox container is running", trouble.message)
         case Phase.RUNNING:

@@ -15,6 +15,7 @@ from app.errors import IllegalTransition
 
 _PENDING, _STOPPING = frozenset({Phase.PENDING}), frozenset({Phase.STOPPING})
 _ALIVE = frozenset({Phase.PENDING, Phase.RUNNING, Phase.PAUSING, Phase.PAUSED, Phase.RESUMING})
+_USED = _ALIVE - _PENDING
 _VISIBLE = _ALIVE | {Phase.TERMINATED, Phase.FAILED}
 _OPEN = _VISIBLE | {Phase.STOPPING}
 
@@ -37,6 +38,10 @@ ALLOWED: Mapping[type[ev.Event], frozenset[Phase]] = {
     ev.Resumed: frozenset({Phase.PENDING, Phase.PAUSED, Phase.RESUMING, Phase.STOPPING}),
     ev.PauseFailed: frozenset({Phase.PAUSING, Phase.PENDING}),
     ev.ResumeFailed: frozenset({Phase.RESUMING}),
+    ev.FreezeRequested: _USED,
+    ev.Frozen: _USED - {Phase.PAUSING},  # what is paused for its owner, too, is recorded as paused first
+    ev.ThawRequested: _USED | _STOPPING,
+    ev.Thawed: _USED - {Phase.RESUMING},
     ev.ReconcileFailed: _OPEN,
     ev.Overdue: _STOPPING,
     ev.RuntimeExited: _ALIVE | _STOPPING,

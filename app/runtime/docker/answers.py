@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -156,6 +157,9 @@ class Info(Struct, frozen=True):
     cpus: int = msgspec.field(name="NCPU", default=0)
     memory: int = msgspec.field(name="MemTotal", default=0)
     live_restore: bool | None = msgspec.field(name="LiveRestoreEnabled", default=None)
+    driver: str = msgspec.field(name="Driver", default="")
+    """What keeps the layers of images."""
+    driver_status: list[list[str]] | None = msgspec.field(name="DriverStatus", default=None)
 
 
 class Volume(Struct, frozen=True, rename="pascal"):
@@ -173,6 +177,40 @@ class ImageShown(Struct, frozen=True, rename="pascal"):
     architecture: str = ""
     size: int | None = None
     repo_digests: list[str] | None = None
+
+
+class RootFs(Struct, frozen=True, rename="pascal"):
+    """The layers of an image, the lowest first."""
+
+    layers: list[str] | None = None
+
+
+class ImageDetail(Struct, frozen=True, rename="pascal"):
+    """Answer of an image inspect call, as far as another image is made of it."""
+
+    id: str
+    os: str = ""
+    architecture: str = ""
+    variant: str = ""
+    size: int | None = None
+    root_fs: RootFs = msgspec.field(name="RootFS", default=RootFs())
+    config: dict[str, Any] | None = None
+    repo_tags: list[str] | None = None
+
+
+class ImageListed(Struct, frozen=True, rename="pascal"):
+    """One row of a listing of images."""
+
+    id: str
+    created: int = 0
+    size: int | None = None
+    labels: dict[str, str] | None = None
+
+
+class Committed(Struct, frozen=True, rename="pascal"):
+    """Answer of a commit call."""
+
+    id: str
 
 
 class PullError(Struct, frozen=True):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import datetime
+from uuid import UUID
 
 import aiodocker
 import aiohttp
@@ -36,11 +37,14 @@ from app.runtime.docker.images import Images
 from app.runtime.docker.options import DockerOptions, with_seccomp_document
 from app.runtime.docker.placing import Placing
 from app.runtime.docker.pull import Pulls
+from app.runtime.docker.snapshots import SnapshotImages
 from app.runtime.docker.spec import container_config
 from app.runtime.docker.stillborn import judged
 from app.runtime.docker.verdicts import power_verdict
 from app.runtime.driver import (
+    Artifact,
     Capabilities,
+    CommittedImage,
     EngineInfo,
     FetchedImage,
     Hint,
@@ -55,8 +59,10 @@ from app.runtime.driver import (
     Power,
     Progress,
     Ref,
+    SnapshotImage,
     Workload,
 )
+from app.runtime.faults import AttemptFailed
 
 DEFAULT_ADDRESS = "unix:///var/run/docker.sock"
 
@@ -78,6 +84,7 @@ class DockerDriver:
         self._engine = Engine(docker, options.times)
         self._containers = Containers(self._engine, options.installation)
         self._images = Images(self._engine)
+        self._snapshots = SnapshotImages(self._engine, Engine(pulling, options.times), options)
         self._agents = Agents(self._engine, self._containers, self._images, options.installation)
         self._pulls = Pulls(Engine(pulling, options.times), self._images, options.pull_timeout)
 
@@ -152,6 +159,25 @@ class DockerDriver:
         """Inspect an image."""
         shown = await self._images.show(reference)
         return None if shown is None else self._images.fetched(shown, reference)
+
+    async def commit(self, ref: Ref, artifact: Artifact) -> CommittedImage:
+        """Make an image of the object's files, without a pause."""
+        found = await self._containers.ours(ref)
+        if found is None:
+            raise AttemptFailed("COMMIT_FAILED", "the engine has no container of the source")
+        return await self._snapshots.commit(found[0].id, artifact)
+
+    async def clean(self, artifact: Artifact, raw_id: str, source_image: str) -> SnapshotImage:
+        """Load another configuration over the same layers."""
+        return await self._snapshots.clean(artifact, raw_id, source_image)
+
+    async def snapshot_images(self, snapshot_id: UUID | None = None) -> list[SnapshotImage]:
+        """Images that bear our labels."""
+        return await self._snapshots.list(snapshot_id)
+
+    async def drop_image(self, image_id: str) -> None:
+        """Untag and remove."""
+        await self._snapshots.drop(image_id)
 
     async def install_agent(self, image: str) -> InstalledAgent:
         """Copy the agent's files unless they are there."""

@@ -14,6 +14,7 @@ import secrets
 from http import HTTPStatus
 from uuid import UUID
 
+import msgspec
 from msgspec import Struct
 
 from app.domain.engine.events import Capacity
@@ -27,6 +28,8 @@ from app.runtime.driver import Capabilities, EngineInfo
 MIN_API_VERSION = (1, 41)
 KIND = "docker"
 NANO = 1_000_000_000
+GRAPH_DRIVERS = ("aufs", "btrfs", "devicemapper", "fuse-overlayfs", "overlay2", "vfs", "zfs")
+"""Of the engine that we know. Podman calls its own `overlay`, and loads images in another way."""
 
 
 class VolumeConfig(Struct, frozen=True, rename="pascal"):
@@ -70,10 +73,16 @@ async def check(engine: Engine, installation: UUID, can: Capabilities) -> Engine
         address=engine.address,
         mark=mark,
         name_taken=taken,
-        capabilities=can,
+        capabilities=msgspec.structs.replace(can, snapshots=_snapshots(info)),
         capacity=Capacity(info.cpus * NANO or None, info.memory or None),
         live_restore=info.live_restore,
     )
+
+
+def _snapshots(info: Info) -> str:
+    """`load` takes an image whose layers the engine has only where a graph driver keeps them, not containerd."""
+    containerd = any("containerd" in word for row in info.driver_status or () for word in row)
+    return "load" if info.driver in GRAPH_DRIVERS and not containerd else "none"
 
 
 async def _find_mark(engine: Engine, installation: UUID) -> tuple[str | None, str | None]:

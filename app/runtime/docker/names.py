@@ -9,6 +9,9 @@ role     name                                      what it is
 `agent`  `sandledger-agent-<installation>-<image>` a volume with the agent's files, and the container that filled it
 ======== ========================================= ===================================================================
 
+Images of snapshots are `sandledger-snapshots:<snapshot id>`, role `snapshot`, and while they are made
+`sandledger-snapshots:<snapshot id>-raw`, role `raw`. A container that is made from one bears labels of its own instead.
+
 `<installation>` is the first eight hex digits of the installation's id, which is random; `<image>` the first twelve of
 the image's id. What has the role `agent` or `mark` is ours and part of no object: no inventory shows it.
 
@@ -38,6 +41,9 @@ MARK = "sandledger.io/mark"
 
 MAIN, EGRESS = "main", "egress"
 ROLE_OF_MARK, ROLE_OF_AGENT = "mark", "agent"
+ROLE_OF_SNAPSHOT, ROLE_OF_RAW = "snapshot", "raw"
+SNAPSHOTS = "sandledger-snapshots"
+"""The repository of all images of snapshots."""
 PREFIXES = {MAIN: "sandbox-", EGRESS: "sandbox-egress-"}
 """Roles of containers."""
 
@@ -117,6 +123,28 @@ def agent_labels(installation: UUID) -> dict[str, str]:
 def is_agent(labels: Mapping[str, str], installation: UUID) -> bool:
     """Whether a volume or container with the name of one is ours."""
     return labels.get(INSTALLATION) == str(installation) and labels.get(ROLE) == ROLE_OF_AGENT
+
+
+def snapshot_tag(snapshot_id: UUID, *, raw: bool = False) -> str:
+    """The tag of a snapshot's image, below `SNAPSHOTS`."""
+    return f"{snapshot_id}-raw" if raw else str(snapshot_id)
+
+
+def snapshot_labels(installation: UUID, snapshot_id: UUID, *, raw: bool, tenant: str, position: int) -> dict[str, str]:
+    """Labels of a snapshot's image. All six, since a commit takes over those of the container that it does not get."""
+    role = ROLE_OF_RAW if raw else ROLE_OF_SNAPSHOT
+    return labels_of(installation, snapshot_id, role, tenant=tenant, generation=1, position=position)
+
+
+def snapshot_in(labels: Mapping[str, str], installation: UUID) -> tuple[UUID, bool] | None:
+    """The snapshot that an image is of, and whether it is a raw one; None = it is not ours."""
+    role = labels.get(ROLE)
+    if labels.get(INSTALLATION) != str(installation) or role not in (ROLE_OF_SNAPSHOT, ROLE_OF_RAW):
+        return None
+    try:
+        return UUID(labels.get(OBJECT, "")), role == ROLE_OF_RAW
+    except ValueError:
+        return None
 
 
 def generation_in(labels: Mapping[str, str]) -> int:

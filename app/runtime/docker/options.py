@@ -65,6 +65,8 @@ class DockerOptions(Struct, frozen=True, kw_only=True):
     """Seconds for one create, start or remove call; other calls get a fixed share of it."""
     pull_timeout: float = 600.0
     """Seconds for one image."""
+    commit_timeout: float = 600.0
+    """Seconds for one commit. The engine goes on with it when we do not wait any more."""
     event_silence: float = 300.0
     """Seconds without an event after which the event stream is opened again: its connection may be dead."""
     capabilities: tuple[str, ...] = CAPABILITIES

@@ -6,6 +6,16 @@ order as the Docker one (create, start, inspect, ...), and the same conformance 
 
 from app.runtime.fake.agent import agent_name
 from app.runtime.fake.driver import FakeDriver, Hook
-from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, name_of
+from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeImage, FakeVolume, Pull, name_of
 
-__all__ = ["FakeContainer", "FakeDriver", "FakeEngine", "FakeVolume", "Hook", "Pull", "agent_name", "name_of"]
+__all__ = [
+    "FakeContainer",
+    "FakeDriver",
+    "FakeEngine",
+    "FakeImage",
+    "FakeVolume",
+    "Hook",
+    "Pull",
+    "agent_name",
+    "name_of",
+]

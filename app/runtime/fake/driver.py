@@ -20,7 +20,9 @@ from app.domain.sandbox.observed import Verdict
 from app.errors import RuntimeFault, RuntimeRejected, RuntimeUnavailable
 from app.runtime.completion import to_completion
 from app.runtime.driver import (
+    Artifact,
     Capabilities,
+    CommittedImage,
     EngineInfo,
     FetchedImage,
     Hint,
@@ -35,11 +37,13 @@ from app.runtime.driver import (
     Power,
     Progress,
     Ref,
+    SnapshotImage,
     Workload,
 )
 from app.runtime.fake import looks
 from app.runtime.fake.agent import FakeAgents
 from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, is_stillborn, name_of
+from app.runtime.fake.snapshots import FakeSnapshots
 from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
 from app.runtime.flights import Flights
 
@@ -73,6 +77,7 @@ class FakeDriver:
         self._fetches: Flights[Image, FetchedImage | RuntimeFault] = Flights()
         self._known: set[str] = set()
         self._agents = FakeAgents(engine, installation, self._enter, self._leave)
+        self._snapshots = FakeSnapshots(engine, installation, self._enter, self._leave, self._refuse)
 
     async def ensure(self, workload: Workload) -> Observed:
         """Create or adopt, and start."""
@@ -191,6 +196,22 @@ class FakeDriver:
         if found is not None:
             self._known.add(reference)
         return found
+
+    async def commit(self, ref: Ref, artifact: Artifact) -> CommittedImage:
+        """Make an image of the container."""
+        return await self._snapshots.commit(self._ours(ref), artifact)
+
+    async def clean(self, artifact: Artifact, raw_id: str, source_image: str) -> SnapshotImage:
+        """Make the image for use."""
+        return await self._snapshots.clean(artifact, raw_id, source_image)
+
+    async def snapshot_images(self, snapshot_id: UUID | None = None) -> list[SnapshotImage]:
+        """Images of snapshots of ours."""
+        return await self._snapshots.list(snapshot_id)
+
+    async def drop_image(self, image_id: str) -> None:
+        """Remove one."""
+        await self._snapshots.drop(image_id)
 
     async def install_agent(self, image: str) -> InstalledAgent:
         """Copy the agent's files unless they are there."""

@@ -21,7 +21,7 @@ from msgspec import Struct
 from app.domain.sandbox.diagnostics import LogLine
 from app.domain.sandbox.observed import Address, Waiting
 from app.errors import RuntimeFault
-from app.runtime.driver import Change, Exit, FetchedImage, Leftover, Power, Workload
+from app.runtime.driver import Artifact, Change, Exit, FetchedImage, Leftover, Power, Workload
 from app.runtime.workload import AGENT_PORT, HTTP_PORT
 
 Clock: TypeAlias = Callable[[], datetime]
@@ -85,6 +85,21 @@ class FakeVolume(Struct, frozen=True):
     filled: bool = False
 
 
+class FakeImage(Struct, frozen=True):
+    """An image of a snapshot."""
+
+    artifact: Artifact
+    image_id: str
+    layer: str
+    """What the container had written, as far as the fake has files: its id and how often it was started."""
+    raw: bool
+    made_at: datetime
+    installation: UUID
+    env: dict[str, str] = {}
+    """Of the source; only in raw ones."""
+    size_bytes: int = IMAGE_BYTES
+
+
 class FakeEngine:
     """An engine in memory that tests can break; several drivers may share it."""
 
@@ -106,11 +121,20 @@ class FakeEngine:
         self.waiting: dict[UUID, Waiting] = {}
         """Objects that are created and not started before `settle`."""
         self.refusals: dict[str, RuntimeFault] = {}
-        """Calls that a healthy engine refuses, by name: `pause`, `unpause`, `remove`, `create`, `start`, `pull`."""
+        """Calls that a healthy engine refuses, by name: `pause`, `unpause`, `remove`, `create`, `start`, `pull`,
+        `commit`, `load`, `drop_image`."""
         self.volumes: dict[str, FakeVolume] = {}
         """By name."""
         self.fills: dict[str, asyncio.Task[None]] = {}
         """Copies of an agent's files, by the name of volume and helper."""
+        self.snapshots: dict[str, FakeImage] = {}
+        """Images of snapshots, by their ids."""
+        self.commit_gate: asyncio.Event | None = None
+        """Waited for by each commit, half way."""
+        self.commits: set[asyncio.Task[FakeImage]] = set()
+        """Under way. They end although their callers have gone."""
+        self.image_ids: set[str] = set()
+        """Ids of the images that were shown."""
         self.fill_gates: dict[str, asyncio.Event] = {}
         """Waited for by the copy of this name, half way."""
         self.written: dict[str, list[LogLine]] = {}
@@ -220,6 +244,7 @@ class FakeEngine:
         self.containers.clear()
         self.volumes.clear()
         self.leftovers.clear()
+        self.snapshots.clear()
         self.drop_streams()
 
     def set_power(self, name: str, power: Power) -> None:
@@ -255,9 +280,37 @@ class FakeEngine:
 
     def image(self, reference: str) -> FetchedImage | None:
         """The image, if it is here."""
-        if reference.startswith("missing/") or reference in self.to_pull:
+        if reference in self.snapshots:
+            return FetchedImage(reference, None, self.snapshots[reference].size_bytes)
+        if reference.startswith(("missing/", "sha256:")) or reference in self.to_pull:
             return None
-        return FetchedImage(_digest(f"id of {reference}"), _digest(reference), IMAGE_BYTES)
+        image_id = _digest(f"id of {reference}")
+        self.image_ids.add(image_id)
+        return FetchedImage(image_id, _digest(reference), IMAGE_BYTES)
+
+    def begin_commit(self, source: FakeContainer, artifact: Artifact, installation: UUID) -> asyncio.Task[FakeImage]:
+        """Make the raw image of a container."""
+        task = asyncio.create_task(self._commit(source, artifact, installation))
+        self.commits.add(task)
+        task.add_done_callback(self.commits.discard)
+        return task
+
+    async def _commit(self, source: FakeContainer, artifact: Artifact, installation: UUID) -> FakeImage:
+        if self.commit_gate is not None:
+            await self.commit_gate.wait()
+        self._made += 1
+        layer = _digest(f"{source.runtime_id} {source.started_at}")
+        env = source.work.env if source.work else {}
+        image_id = _digest(f"raw {self._made}")
+        made = FakeImage(artifact, image_id, layer, raw=True, made_at=self._clock(), installation=installation, env=env)
+        self.snapshots[image_id] = made
+        return made
+
+    def load(self, raw: FakeImage, artifact: Artifact) -> FakeImage:
+        """The same layers with another configuration."""
+        image_id = _digest(f"{raw.layer} {artifact.snapshot_id}")
+        self.snapshots[image_id] = msgspec.structs.replace(raw, image_id=image_id, raw=False, env={})
+        return self.snapshots[image_id]
 
     def drop_streams(self) -> None:
         """Cut every event stream; the drivers open them again and miss nothing."""

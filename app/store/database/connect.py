@@ -195,8 +195,9 @@ class Connector:
         role = self._role or await self._learn()
         try:
             return await self._open(role, options)
-        except BaseException:
-            # The schema may have been made again, for another role. The old one may be dropped, or not granted.
+        except StoreRefused:
+            # The schema may have been made again, for another role, and the old one dropped or not granted. After any
+            # other failure the role is kept: those who learn it take turns, and in an outage each turn is a timeout.
             self._role = None
             raise
 

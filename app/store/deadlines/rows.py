@@ -33,11 +33,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 
-from app.domain.sandbox.deadlines import EXPIRY, READY, TRANSITION
+from app.domain.sandbox.deadlines import EXPIRY, FREEZE, READY, TRANSITION
+from app.domain.snapshot.decide import COMMIT
 from app.store.database.statement import Connections, Statement
 from app.store.tables import deadlines, reconcile_queue
 
-NAMES = (EXPIRY, TRANSITION, READY)
+NAMES = (EXPIRY, TRANSITION, READY, FREEZE, COMMIT)
 """The deadlines that this version can fire."""
 _D, _Q = deadlines.c, reconcile_queue.c
 _NOW = select(func.clock_timestamp()).scalar_subquery()

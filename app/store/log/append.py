@@ -14,7 +14,8 @@
 **Invariants.** All times in one append are one reading of the database's clock, so `recorded_at` equals the head row's
 times exactly. The answer is selected from `guard` first, so the head row is locked before the insert announces its
 position (`app.store.log.store` explains the announcement). In the other order a writer that waits for a locked row
-would hold back every reader of the log for as long.
+would hold back every reader of the log for as long. The effects come after the announcement: one that waits for the row
+of the queue does hold readers back, for as long as a statement on the queue takes.
 
 **How it fails.** Two that begin one stream with the same id meet in the head table's primary key: UniqueViolation. It
 happens only where an id is derived, and the service reads it as a conflict.

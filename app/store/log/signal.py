@@ -72,17 +72,23 @@ class Subscription:
     def __init__(self) -> None:
         self._event = asyncio.Event()
         self._latest: Versioned | None = None
+        self._has_other = False
+        """News came without its state. A state that comes beside it does not tell what that news is."""
 
     def wake(self, state: Versioned | None = None) -> None:
         """Record that there may be news; `state` is what the stream came to."""
-        if state is not None and (self._latest is None or self._latest.version < state.version):
+        if state is None:
+            self._has_other = True
+        elif self._latest is None or self._latest.version < state.version:
             self._latest = state
         self._event.set()
 
     def after(self, known: V) -> V | None:
-        """The state that this process wrote after the known one. None = the news is not known here; read it."""
+        """The state that this process wrote after the known one. None = there may be other news; `take` it and read."""
         latest = self._latest
-        return latest if isinstance(latest, type(known)) and latest.version > known.version else None
+        if self._has_other or latest is None or latest.version <= known.version:
+            return None
+        return latest if isinstance(latest, type(known)) else None
 
     @property
     def woken(self) -> bool:
@@ -92,6 +98,7 @@ class Subscription:
     def take(self) -> None:
         """The next read sees the news."""
         self._event.clear()
+        self._has_other = False
 
     async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109 - a bounded wait is the point
         """Until woken, or the timeout in seconds. Says whether it was woken; resets."""

@@ -47,6 +47,7 @@ from sqlalchemy import (
     delete,
     func,
     literal,
+    null,
     select,
     tuple_,
     update,
@@ -56,13 +57,13 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.queue.claiming import BACKGROUND, CLAIM, USER, clock, later
-from app.store.tables import reconcile_queue, sandboxes
+from app.store.tables import reconcile_queue, sandboxes, snapshots
 
 __all__ = ["BACKGROUND", "UNPLACED", "USER", "Claim", "Failed", "Queue", "Round"]
 
 UNPLACED = ""
 """The engine of a stream that no engine has taken yet. Any worker claims it."""
-KINDS = ("sandbox",)
+KINDS = ("sandbox", "snapshot")
 """Kinds of streams that this version works on."""
 _Q = reconcile_queue.c
 
@@ -74,6 +75,7 @@ class Claim(Struct, frozen=True):
     tenant: str
     owner: UUID
     revision: int
+    kind: str = KINDS[0]
     cause: int | None = None
     attempts: int = 0
     """Counted failures before this claim."""
@@ -166,20 +168,19 @@ def _defer(*, awaiting: bool) -> Statement:
     )
 
 
-def _enqueue(named: ColumnElement[Any]) -> Statement:
+def _enqueue(kind: str, of: Any, named: ColumnElement[Any], ended: ColumnElement[Any]) -> Statement:
     now = clock()
-    of = sandboxes.c
     engine = func.coalesce(of.engine, UNPLACED)
     source = (
         select(
-            *(of.id, literal(KINDS[0]), of.tenant, engine, literal(1), now),
+            *(of.id, literal(kind), of.tenant, engine, literal(1), now),
             bindparam("priority", type_=SmallInteger),
             literal(0),
         )
         .where(
             named == any_(bindparam("ids", type_=ARRAY(Uuid))),
             engine.in_([bindparam("engine", type_=Text), literal(UNPLACED)]),
-            of.closed_at.is_(None),
+            ended.is_(None),
         )
         .order_by(of.id)
     )
@@ -216,8 +217,10 @@ _AGAIN = Statement(
     .values(**_FREE, attempts=0, first_failed_at=None, last_reason=None, last_error=None, missing_since=None)
 )
 _DEFER = {awaiting: _defer(awaiting=awaiting) for awaiting in (False, True)}
-_ENQUEUE = _enqueue(sandboxes.c.id)
-_ENQUEUE_OBJECTS = _enqueue(sandboxes.c.object_id)
+_ENQUEUE = _enqueue(KINDS[0], sandboxes.c, sandboxes.c.id, sandboxes.c.closed_at)
+_ENQUEUE_OBJECTS = _enqueue(KINDS[0], sandboxes.c, sandboxes.c.object_id, sandboxes.c.closed_at)
+# Removed ones too: an image of one may have appeared late.
+_ENQUEUE_SNAPSHOTS = _enqueue(KINDS[1], snapshots.c, snapshots.c.id, null())
 
 
 class Queue:
@@ -319,6 +322,11 @@ class Queue:
         """Have the open ones among these sandboxes of this engine looked at. Says how many that were."""
         return len(await self._database.fetch(_ENQUEUE, engine=self._engine, ids=list(ids), priority=priority))
 
+    async def enqueue_snapshots(self, ids: Iterable[UUID], priority: int = BACKGROUND) -> int:
+        """Have these snapshots of this engine looked at, removed ones too. Says how many that were."""
+        rows = await self._database.fetch(_ENQUEUE_SNAPSHOTS, engine=self._engine, ids=list(ids), priority=priority)
+        return len(rows)
+
     async def enqueue_objects(self, ids: Iterable[UUID], priority: int = USER) -> list[UUID]:
         """As `enqueue`, for the sandboxes that have these objects. Says which of those are due now."""
         rows = await self._database.fetch(_ENQUEUE_OBJECTS, engine=self._engine, ids=list(ids), priority=priority)
@@ -331,6 +339,7 @@ def _claim(row: Any, owner: UUID) -> Claim:
         tenant=row["tenant"],
         owner=owner,
         revision=row["revision"],
+        kind=row["kind"],
         cause=row["cause"],
         attempts=row["attempts"],
         first_failed_at=row["first_failed_at"],

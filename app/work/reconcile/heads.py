@@ -5,8 +5,9 @@ statements of a sandbox's life.
 
 **Invariant.** The statement begins after the question, so a run reads its head after its claim, as the queue demands.
 
-**How it fails.** An error of the statement goes to all who asked. A run that is cancelled leaves the others alone; the
-data loaders that were looked at fail the whole batch then, so this is code of our own.
+**How it fails.** A database that is away is told to all who asked. Any other error of the statement may be that of one
+row, so the rows are then read one by one. A run that is cancelled leaves the others alone; the data loaders that were
+looked at fail the whole batch then, so this is code of our own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TypeAlias
 from uuid import UUID
 
 from app.domain.sandbox.state import Sandbox
+from app.errors import StoreUnavailable
 from app.views.current import CurrentView
 
 _Head: TypeAlias = "Callable[[], tuple[Sandbox, datetime]] | None"
@@ -54,19 +56,26 @@ class Heads:
     async def _read(self, asked: dict[UUID, list[asyncio.Future[_Head]]]) -> None:
         try:
             found = await self._view.load_many(list(asked))
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - those who asked get it
+            if isinstance(error, StoreUnavailable) or len(asked) == 1:
+                _fail(asked, error)
+                return
+            # One row that cannot be read must not be the trouble of the others.
+            for sandbox_id, answers in asked.items():
+                await self._read({sandbox_id: answers})
+        except asyncio.CancelledError:
             for answer in _open(asked):
-                if isinstance(error, Exception):
-                    answer.set_exception(error)
-                else:
-                    answer.cancel()
-            if not isinstance(error, Exception):
-                raise
-            return
-        for sandbox_id, answers in asked.items():
-            for answer in answers:
-                if not answer.done():
+                answer.cancel()
+            raise
+        else:
+            for sandbox_id, answers in asked.items():
+                for answer in _open({sandbox_id: answers}):
                     answer.set_result(found.get(sandbox_id))
+
+
+def _fail(asked: dict[UUID, list[asyncio.Future[_Head]]], error: Exception) -> None:
+    for answer in _open(asked):
+        answer.set_exception(error)
 
 
 def _open(asked: dict[UUID, list[asyncio.Future[_Head]]]) -> list[asyncio.Future[_Head]]:

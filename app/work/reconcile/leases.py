@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import msgspec
@@ -55,9 +55,25 @@ class Held:
         self.lost = False
         self.left = False
         """A stop could not wait for it: the lease runs out by itself, after what is still under way has settled."""
+        self.concluding = False
+        """An append is under way that may end the claim: that the row is gone may be our own doing."""
+        self.missed = False
+        """The row was gone meanwhile."""
         self.ending = False
         """The row is being given back: its absence is no loss."""
         self.run: asyncio.Task[None] | None = None
+        self._read: tuple[datetime, float] | None = None
+
+    def read_at(self, now: datetime) -> None:
+        """The database's clock, as the head was read with it."""
+        self._read = now, asyncio.get_running_loop().time()
+
+    @property
+    def now(self) -> datetime | None:
+        """The database's clock by now, as nearly as this process can tell."""
+        if self._read is None:
+            return None
+        return self._read[0] + timedelta(seconds=asyncio.get_running_loop().time() - self._read[1])
 
     @property
     def stream_id(self) -> UUID:
@@ -150,6 +166,8 @@ class Leases:
         for held in watched:
             if held.stream_id in beats:
                 held.trusted_until = now + self._policy.lease
+            elif held.concluding:
+                held.missed = True
             else:
                 self._lost(held, "somebody else has it")
 
@@ -162,5 +180,5 @@ class Leases:
     def _lost(self, held: Held, why: str) -> None:
         if held.ending or held.lost or held not in self._held:
             return  # it ended while the answer was on its way
-        _LOG.warning("lost the claim on sandbox %s: %s", held.stream_id, why)
+        _LOG.warning("lost the claim on %s %s: %s", held.claim.kind, held.stream_id, why)
         held.lose()

@@ -25,7 +25,8 @@ from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeRejected, RuntimeUnavailable, StoreUnavailable
 from app.service.sandboxes import Completion, Service
 from app.store.log.signal import Signal
-from app.store.queue.reconcile import Failed, Queue
+from app.store.queue.reconcile import USER, Failed, Queue
+from app.store.queue.waiting import WaitingRows
 from app.work.policy import WorkPolicy
 from app.work.reconcile.actors import Actors
 from app.work.reconcile.leases import GivenBack, Held, LeaseLost
@@ -56,7 +57,9 @@ class Outcomes:
         signal: Signal,
         policy: WorkPolicy,
         actors: Actors,
+        rows: WaitingRows,
     ) -> None:
+        self._rows = rows
         self._service = service
         self._station = station
         self._queue = queue
@@ -75,7 +78,7 @@ class Outcomes:
             failure = cmd.RecordFailure(name_of(step), error.reason, error.message)
             return await self.record(held, sandbox, failure, self._actors.worker)
         if isinstance(error, RuntimeRejected) and isinstance(step, SetPower):
-            refused = cmd.RecordPowerRefused(error.reason, error.message)
+            refused = cmd.RecordPowerRefused(error.reason, error.message, step.power)
             return await self.record(held, sandbox, refused, self._actors.worker)
         return await self.count(held, sandbox, step, error)
 
@@ -120,21 +123,26 @@ class Outcomes:
 
         Raises:
             GivenBack: the claim has ended.
+            LeaseLost: it was lost to another worker meanwhile.
         """
-        claim = held.claim
+        claim, meta = held.claim, self._actors.meta(actor, held.cause)
         completion = None if is_reached is None else Completion(claim.owner, claim.revision, is_reached)
-        completed = False
-        held.ending = completion is not None
+        held.concluding, held.missed = completion is not None, False
         try:
-            meta = self._actors.meta(actor, held.cause)
             outcome = await self._service.record(sandbox, observation, meta, completion)
-            completed = outcome.completed
         finally:
-            held.ending = completed
+            # The lease was extended meanwhile, as always. Only that the row was gone could not be judged.
+            held.concluding = False
         if outcome.position is not None:
             held.cause = outcome.position  # what is done next follows from this
-        if completed:
+        freeze = sandbox.frozen_by
+        if freeze is not None and outcome.sandbox.frozen_by != freeze:
+            await self.wake(freeze.snapshot_id)
+        if outcome.completed:
+            held.ending = True
             raise GivenBack
+        if held.missed:
+            raise LeaseLost
         return outcome.sandbox
 
     async def complete(self, held: Held, *, closed: bool = False) -> None:
@@ -185,6 +193,20 @@ class Outcomes:
     def _due(self, held: Held) -> None:
         """The writer of the news has woken claimers already, and they found the row held."""
         self._signal.poke(held.stream_id, work=True)
+
+    async def wake(self, stream_id: UUID) -> None:
+        """What another stream waits for has come."""
+        for each in await self._rows.wake([stream_id]):
+            self._signal.poke(each, work=True)
+
+    async def suspect_snapshot(self, snapshot_id: UUID) -> None:
+        """Its image was not there: have it looked at."""
+        if await self._queue.enqueue_snapshots([snapshot_id], USER):
+            self._signal.poke(snapshot_id, work=True)
+
+    async def put_off(self, held: Held, wait: float, failed: Failed) -> None:
+        """Due later, with a count or a reason."""
+        await self._defer(held, wait, awaiting=True, failed=failed)
 
     async def refresh(self, held: Held) -> None:
         """The stream has moved: take the present revision, then load.

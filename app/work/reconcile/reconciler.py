@@ -61,7 +61,7 @@ from app.domain.sandbox.plan import (
 from app.domain.sandbox.state import Desired, Phase, RuntimeState, Sandbox
 from app.domain.stream import Actor
 from app.domain.tenants import ANY_TENANT
-from app.errors import RuntimeFault, StoreUnavailable, UnknownEvent
+from app.errors import RuntimeFault, RuntimeRejected, StoreUnavailable, UnknownEvent
 from app.runtime.driver import Image
 from app.runtime.faults import AgentMissing, ImageMissing
 from app.service.sandboxes import Service, StaleVersion
@@ -155,6 +155,7 @@ class Reconciler:
         if loaded is None:
             return await self._outcomes.complete(held)
         sandbox, now = loaded
+        held.read_at(now)
         if is_newer(sandbox):
             raise UnknownEvent(f"sandbox {sandbox.id} was written by a newer version")
         if sandbox.phase is not Phase.PENDING:
@@ -265,7 +266,12 @@ class Reconciler:
             if self._agents is not None:
                 self._agents.forget()
             raise
-        except ImageMissing:
+        except ImageMissing as missing:
+            if sandbox.spec.snapshot_id is not None:
+                # No registry has it. The snapshot is looked at, so that the next one is told before it is made.
+                await self._outcomes.suspect_snapshot(sandbox.spec.snapshot_id)
+                message = f"the engine does not have the image of snapshot {sandbox.spec.snapshot_id} any more"
+                raise RuntimeRejected("IMAGE_NOT_FOUND", message) from missing
             await self._fetch(held, sandbox, work.image)
             raise GivenBack from None
 
@@ -358,7 +364,7 @@ class Reconciler:
                 made = msgspec.structs.replace(seen, power=Power.CREATED, exit=None, verdict=None)
                 sandbox = await self._outcomes.record(held, sandbox, cmd.RecordSeen(made, found_by), actor)
             actor = self._actors.runtime
-        return await self._conclude(held, sandbox, cmd.RecordSeen(seen, found_by), actor, now=now, seen=seen)
+        return await self._conclude(held, sandbox, cmd.RecordSeen(seen, found_by, held.now), actor, now=now, seen=seen)
 
     @property
     def _worker(self) -> Actor:

@@ -21,6 +21,7 @@ from app.domain.sandbox.observed import Ref
 from app.domain.sandbox.quantity import ALL_GPUS
 from app.domain.sandbox.spec import parse_limits
 from app.domain.sandbox.state import Sandbox
+from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeRejected, SettingsError
 from app.runtime.driver import Image, Limits, RegistryAuth, Workload
 from app.runtime.faults import AttemptFailed
@@ -28,6 +29,7 @@ from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.tables import sealed_values
 from app.store.vault.seal import Sealed, Sealer, Secrets, Unsealable
+from app.views.snapshots import SnapshotsView
 from app.work.agents import Agents
 
 _LOG = logging.getLogger(__name__)
@@ -54,22 +56,24 @@ class Workloads:
         self._database = database
         self._sealer = sealer
         self._agents = agents
+        self._snapshots = SnapshotsView(database)
 
     async def of(self, sandbox: Sandbox) -> Workload:
         """What to make.
 
         Raises:
-            RuntimeRejected: `SECRETS_UNAVAILABLE`, the values are gone.
+            RuntimeRejected: `SECRETS_UNAVAILABLE`, the values are gone; `IMAGE_NOT_FOUND`, the snapshot is.
             AttemptFailed: `SECRETS_SEALED`, this worker cannot open them.
         """
         spec = sandbox.spec
         secrets = await self._secrets(sandbox.id) if spec.env or spec.registry_auth else Secrets()
+        image = spec.image if spec.snapshot_id is None else await self._image_of(spec.snapshot_id)
         name, password = secrets.registry_username, secrets.registry_password
         return Workload(
             ref=ref_of(sandbox),
             tenant=sandbox.tenant,
             image=Image(
-                spec.image,
+                image,
                 None if spec.platform is None else str(spec.platform),
                 None if name is None or password is None else RegistryAuth(name, password),
             ),
@@ -81,6 +85,14 @@ class Workloads:
             position=sandbox.position,
             agent=None if self._agents is None else self._agents.of(sandbox),
         )
+
+    async def _image_of(self, snapshot_id: UUID) -> str:
+        """By id, which no other image can have."""
+        loaded = await self._snapshots.load(snapshot_id, ANY_TENANT)
+        image_id = None if loaded is None else loaded[0].image_id
+        if image_id is None:
+            raise RuntimeRejected("IMAGE_NOT_FOUND", f"snapshot {snapshot_id} has no image")
+        return image_id
 
     async def _secrets(self, sandbox_id: UUID) -> Secrets:
         row = await self._database.fetch_one(_SEALED, stream_id=sandbox_id)
