@@ -35,13 +35,14 @@ from uuid import UUID
 
 from app import __version__
 from app.domain.sandbox.deadlines import Limits
-from app.domain.stream import Actor, ActorKind
+from app.domain.stream import Actor, ActorKind, Meta
 from app.errors import StoreUnavailable
 from app.runtime.driver import Driver
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.service.snapshots import KIND as SNAPSHOT
 from app.store.database.pool import Database
+from app.store.database.statement import Connections
 from app.store.deadlines.rows import DeadlineRows
 from app.store.diagnostics.kept import KeptEnds
 from app.store.diagnostics.requests import EngineRequests
@@ -110,15 +111,7 @@ class Worker:
         meta = self._actors.meta(worker, None)
         self.queue = Queue(database, driver.name)
         self.station = Station(driver=driver, engines=engines, connections=database, policy=policy, meta=meta)
-        self.sweeper = Sweeper(
-            station=self.station,
-            engines=engines,
-            connections=database,
-            queue=self.queue,
-            signal=signal,
-            policy=policy,
-            meta=meta,
-        )
+        self.sweeper = self._make_sweeper(engines, database, meta)
         self._deadlines = Deadlines(
             DeadlineRows(database.reserved), service, limits or Limits(), timer_id=worker_id, app_version=__version__
         )
@@ -144,6 +137,17 @@ class Worker:
         self._claimed_at = float("-inf")
         self._stopping = asyncio.Event()
         self._grace, self._running = 0.0, False
+
+    def _make_sweeper(self, engines: Engines, connections: Connections, meta: Meta) -> Sweeper:
+        return Sweeper(
+            station=self.station,
+            engines=engines,
+            connections=connections,
+            queue=self.queue,
+            signal=self._signal,
+            policy=self._policy,
+            meta=meta,
+        )
 
     def _make_fetches(self, rows: WaitingRows) -> Fetches:
         return Fetches(

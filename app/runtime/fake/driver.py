@@ -16,7 +16,6 @@ from uuid import UUID, uuid4
 from msgspec.structs import replace
 
 from app.domain.engine.events import Capacity
-from app.domain.sandbox.observed import Verdict
 from app.errors import RuntimeFault, RuntimeRejected, RuntimeUnavailable
 from app.runtime.completion import to_completion
 from app.runtime.driver import (
@@ -33,7 +32,6 @@ from app.runtime.driver import (
     Logs,
     Misnamed,
     Observed,
-    Part,
     Power,
     Progress,
     Ref,
@@ -42,7 +40,7 @@ from app.runtime.driver import (
 )
 from app.runtime.fake import looks
 from app.runtime.fake.agent import FakeAgents
-from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, is_stillborn, name_of
+from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, name_of
 from app.runtime.fake.snapshots import FakeSnapshots
 from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
 from app.runtime.flights import Flights
@@ -50,7 +48,6 @@ from app.runtime.flights import Flights
 Hook: TypeAlias = Callable[[str], Awaitable[None]]
 RETRY_PAUSE_SECONDS = 0.01
 MAX_REPEATED_STARTS = 8
-NO_SHELL = Verdict("IMAGE_HAS_NO_SHELL", "The image has no /bin/sh.")
 CAPACITY = Capacity(4_000_000_000, 8 << 30)
 
 
@@ -367,26 +364,7 @@ class FakeDriver:
             raise _again(refusal)
 
     def _observed(self, found: FakeContainer, object_id: UUID, *, adopted: bool = False) -> Observed:
-        work = found.work
-        image = self.engine.image(work.image.reference) if work else None
-        return Observed(
-            object_id=object_id,
-            parts=(Part("main", found.runtime_id, found.name),),
-            power=found.power,
-            generation=work.generation if work else 1,
-            position=work.position if work else None,
-            image_id=image.image_id if image else None,
-            image_digest=image.image_digest if image else None,
-            created_at=found.created_at,
-            started_at=found.started_at,
-            exit=found.exit,
-            adopted=adopted,
-            address=found.address,
-            waiting=self.engine.waiting.get(object_id) if found.power is Power.CREATED else None,
-            gpus=self.engine.gpus if work and work.limits.gpus_all else work and work.limits.gpus,
-            agent=work is not None and work.agent is not None,
-            verdict=NO_SHELL if is_stillborn(found) and found.power is Power.EXITED else None,
-        )
+        return looks.observed(self.engine, found, object_id, adopted=adopted)
 
     async def _enter(self, call: str) -> None:
         self.engine.calls[call] += 1

@@ -1,15 +1,42 @@
-"""What the fake shows of a container to people."""
+"""What the fake shows of a container: to the server, and to people."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from uuid import UUID
 
 from app.domain.sandbox.diagnostics import LogLine
-from app.runtime.driver import Inspection, Logs, Power
-from app.runtime.fake.engine import FakeContainer
+from app.domain.sandbox.observed import Verdict
+from app.runtime.driver import Inspection, Logs, Observed, Part, Power
+from app.runtime.fake.engine import FakeContainer, FakeEngine, is_stillborn
 
 ACCESS = "EXECD_ACCESS_TOKEN"
+NO_SHELL = Verdict("IMAGE_HAS_NO_SHELL", "The image has no /bin/sh.")
+
+
+def observed(engine: FakeEngine, found: FakeContainer, object_id: UUID, *, adopted: bool) -> Observed:
+    """As the server sees it."""
+    work = found.work
+    image = engine.image(work.image.reference) if work else None
+    return Observed(
+        object_id=object_id,
+        parts=(Part("main", found.runtime_id, found.name),),
+        power=found.power,
+        generation=work.generation if work else 1,
+        position=work.position if work else None,
+        image_id=image.image_id if image else None,
+        image_digest=image.image_digest if image else None,
+        created_at=found.created_at,
+        started_at=found.started_at,
+        exit=found.exit,
+        adopted=adopted,
+        address=found.address,
+        waiting=engine.waiting.get(object_id) if found.power is Power.CREATED else None,
+        gpus=engine.gpus if work and work.limits.gpus_all else work and work.limits.gpus,
+        agent=work is not None and work.agent is not None,
+        verdict=NO_SHELL if is_stillborn(found) and found.power is Power.EXITED else None,
+    )
 
 
 def last(lines: Sequence[LogLine], tail: int, most: int, since: datetime | None) -> Logs:
