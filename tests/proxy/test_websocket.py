@@ -92,6 +92,13 @@ async def opened(caller: Caller, sent: bytes) -> Reply:
     return reply
 
 
+async def echo_back(caller: Caller, piece: bytes) -> None:
+    """Send it, and get it back."""
+    caller.writer.write(piece)
+    async with asyncio.timeout(30):
+        assert await caller.reader.readexactly(len(piece)) == piece
+
+
 async def pour(caller: Caller, size: int) -> None:
     for _ in range(size // MIB):
         caller.writer.write(bytes(MIB))
