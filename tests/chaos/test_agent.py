@@ -17,7 +17,7 @@ from app.agent import AGENT_PORT
 from tests.agent.image import ensure_agent_image, ensure_tiny_agent_image
 from tests.chaos.harness import ID_LABEL, KEY, ServerProcess, body, events, history, reaches, running, until
 from tests.proxy.rig import calling
-from tests.proxy.test_websocket import echo_back, ended, handshake, opened
+from tests.proxy.websockets import echo_back, ended, handshake, opened
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 Serve = Callable[..., Awaitable[ServerProcess]]

@@ -17,7 +17,7 @@ import pytest
 from app.service.sandboxes import Service
 from tests.chaos.harness import KEY, ServerProcess, body, until, write_config
 from tests.proxy.rig import Agent, Caller, Holding, Rig, agent, calling, request
-from tests.proxy.test_websocket import echo_back, echoes, ended, handshake, opened
+from tests.proxy.websockets import echo_back, echoes, ended, handshake, opened
 from tests.support.hold import held
 
 NONE = "unix:///nonexistent/engine.sock"
