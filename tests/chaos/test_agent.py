@@ -129,3 +129,8 @@ async def test_websockets_reach_a_program_through_the_agent(serve: Serve, docker
             await echo_back(caller, b"again")
             assert (await client.delete(f"/sandboxes/{made}")).status_code == 204
             assert await ended(caller) == b""
+
+        async def is_removed() -> bool:
+            return "sandbox.terminated" in await history(client, made)
+
+        await until(is_removed, "the engine has nothing of it any more")
