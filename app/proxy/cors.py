@@ -31,8 +31,10 @@ PREFLIGHT: Final[Headers] = (
 
 def is_preflight(method: str, headers: Headers) -> bool:
     """Whether a browser asks before a call. A request with the key is the call."""
+    if method != "OPTIONS":
+        return False
     names = {name for name, _ in headers}
-    return method == "OPTIONS" and {b"origin", b"access-control-request-method"} <= names and _KEY not in names
+    return {b"origin", b"access-control-request-method"} <= names and _KEY not in names
 
 
 def readable(asked: Headers, answered: Headers) -> Headers:

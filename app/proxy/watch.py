@@ -11,6 +11,7 @@ when the signal has news of it. A paused sandbox keeps its streams, since it goe
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Final
 
 from app.domain.sandbox.state import Sandbox
@@ -19,6 +20,7 @@ from app.proxy.limits import Stream, Streams
 from app.proxy.rows import Rows
 
 LOOK_SECONDS: Final = 0.5
+_LOG = logging.getLogger(__name__)
 
 
 def is_over(sandbox: Sandbox | None, stream: Stream) -> bool:
@@ -41,3 +43,5 @@ async def watch(streams: Streams, rows: Rows) -> None:
                         stream.cut()
         except StoreUnavailable:
             continue
+        except Exception:  # noqa: BLE001 - the next look may succeed, and without it no stream would ever be cut
+            _LOG.exception("the open streams could not be compared with the log")

@@ -11,6 +11,7 @@ import uvloop
 
 from tests.api.conftest import MakeContext, make_context
 from tests.proxy import rig as parts
+from tests.proxy.websockets import echoes
 
 __all__ = ["make_context"]
 
@@ -18,7 +19,7 @@ __all__ = ["make_context"]
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """What deals with transports themselves is tested on both event loops that servers run on."""
     both = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-    return both if item.path.stem == "test_websocket" else {"asyncio": both["asyncio"]}
+    return both if item.path.stem.startswith("test_websocket") else {"asyncio": both["asyncio"]}
 
 
 @pytest.fixture
@@ -36,3 +37,8 @@ async def rig(make_context: MakeContext) -> AsyncIterator[parts.Rig]:
 @pytest.fixture
 async def sandbox(rig: parts.Rig, agent: parts.Agent) -> UUID:
     return await rig.running(agent)
+
+
+@pytest.fixture
+def echo(agent: parts.Agent) -> None:
+    agent.handlers["/proxy/3000/ws"] = echoes

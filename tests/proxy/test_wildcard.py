@@ -16,7 +16,7 @@ from tests.api.conftest import KEY, WORKER, MakeContext
 from tests.proxy.rig import Agent, Reply, Request, Rig, answer, calling, request, say, serving
 from tests.proxy.test_paths import RESTS
 from tests.proxy.test_states import PRINCIPALS
-from tests.proxy.test_websocket import echoes, handshake, opened, refused
+from tests.proxy.websockets import echoes, handshake, opened, refused
 
 IDENTITY = "0198f000-0000-7000-8000-00000000aaaa"
 WILDCARD = Settings(proxy=ProxySettings(wildcard="*.Boxes.test:8443"))

@@ -17,7 +17,7 @@ import pytest
 from app.service.sandboxes import Service
 from tests.chaos.harness import KEY, ServerProcess, body, until, write_config
 from tests.proxy.rig import Agent, Caller, Holding, Rig, agent, calling, request
-from tests.proxy.test_websocket import echoes, ended, handshake, opened
+from tests.proxy.websockets import echo_back, echoes, ended, handshake, opened
 from tests.support.hold import held
 
 NONE = "unix:///nonexistent/engine.sock"
@@ -61,12 +61,6 @@ async def runs_at(service: Service, at: Agent) -> UUID:
     return sandbox
 
 
-async def echo(caller: Caller, piece: bytes) -> None:
-    caller.writer.write(piece)
-    async with asyncio.timeout(30):
-        assert await caller.reader.readexactly(len(piece)) == piece
-
-
 def memory(server: ServerProcess) -> int:
     """Resident bytes."""
     lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
@@ -90,7 +84,7 @@ async def test_a_thousand_idle_websockets(home: Path, dsn: str, service: Service
             callers = [*await open_some(500), *await open_some(500)]
             each = (memory(one) - before) / len(callers)
             for caller in callers:
-                await echo(caller, b"x")
+                await echo_back(caller, b"x")
         await theirs.until(lambda: not theirs.open)
         assert "Traceback" not in one.log.read_text()
     assert each <= 8 * 1024, f"{each:.0f} bytes"
@@ -104,7 +98,7 @@ async def test_a_delete_in_one_process_cuts_what_another_carries(home: Path, dsn
             await opened(others, handshake(other, key=KEY))
             assert (await client.delete(f"/sandboxes/{sandbox}")).status_code == 204
             assert await ended(caller) == b""
-            await echo(others, b"still there")
+            await echo_back(others, b"still there")
 
 
 async def test_a_stop_lets_streams_go_on_and_not_requests_of_the_api(
@@ -130,11 +124,11 @@ async def test_a_stop_lets_streams_go_on_and_not_requests_of_the_api(
             with pytest.raises(OSError):
                 async with calling(port):
                     pass
-            await echo(caller, b"still there")
+            await echo_back(caller, b"still there")
             events.rest = b"1\r\n!\r\n0\r\n\r\n"
             events.go.set()
             assert [await reading.chunk() for _ in range(3)] == [b".", b"!", b""]
-            await echo(caller, b"still there")
+            await echo_back(caller, b"still there")
         assert await asyncio.to_thread(one.wait, 30) == 0
 
 
