@@ -143,9 +143,9 @@ async def test_errors_are_what_the_sdk_expects(live: Live, manager: SandboxManag
     with pytest.raises(SandboxApiException) as short:
         await create(live, timeout=timedelta(seconds=1))
     assert short.value.status_code == 422
-    with pytest.raises(SandboxApiException) as unserved:
+    with pytest.raises(SandboxApiException) as gone:
         await manager.get_diagnostic_logs(str(uuid4()), "all")
-    assert unserved.value.status_code == 501
+    assert (gone.value.status_code, gone.value.error.code) == (404, "DOCKER::SANDBOX_NOT_FOUND")
 
 
 def osb(live: Live, home: Path, *words: str, key: str = KEY) -> subprocess.CompletedProcess[str]:

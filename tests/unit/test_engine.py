@@ -17,6 +17,7 @@ from app.domain.engine.decide import (
     Chosen,
     Command,
     NoEngine,
+    RecordAgentInstalled,
     RecordLeftover,
     RecordLogWentBack,
     RecordSighting,
@@ -328,3 +329,28 @@ def test_before_the_first_contact_there_is_none():
 def test_an_instant_of_a_sighting_plays_no_part():
     early, late = (decide(Stream().engine, OTHER, at) for at in (BEGIN, datetime.max.replace(tzinfo=BEGIN.tzinfo)))
     assert early == late
+
+
+# Agents that were installed there
+
+IMAGE = "sha256:" + "ab" * 32
+COPY = RecordAgentInstalled(IMAGE, ("execd", "bootstrap.sh"), 42, "helper-1")
+
+
+def test_one_copy_is_recorded_once_whoever_reports_it():
+    stream = Stream()
+    assert stream.do(COPY) == (ev.AgentInstalled(IMAGE, ("execd", "bootstrap.sh"), 42, "helper-1"),)
+    assert stream.do(COPY) == ()
+    assert stream.engine.agents == {IMAGE: "helper-1"}
+    assert stream.do(replace(COPY, helper="helper-2")) != (), "another copy"
+    assert stream.do(replace(COPY, image_id="sha256:" + "cd" * 32)) != (), "another image"
+
+
+def test_an_agent_that_was_removed_is_forgotten():
+    stream = Stream()
+    stream.do(COPY)
+    stream.do(RecordLeftover("egress", f"sandbox-egress-{IMAGE[7:19]}"))
+    assert stream.engine.agents == {IMAGE: "helper-1"}
+    stream.do(RecordLeftover("agent", f"sandledger-agent-01234567-{IMAGE[7:19]}"))
+    assert stream.engine.agents == {}
+    assert stream.do(COPY) != ()

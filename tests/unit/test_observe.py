@@ -245,6 +245,12 @@ def test_a_verdict_on_what_has_ended_is_not_recorded():
     assert in_phase(Phase.STOPPING).do(cmd.RecordSeen(shown)) == ()
 
 
+def test_a_verdict_on_what_was_ready_is_an_end_like_any_other():
+    """Something ran in it, so it is no fault of its image."""
+    shown = seen(Power.EXITED, end=Exit(1), verdict=Verdict("IMAGE_HAS_NO_SHELL", "no /bin/sh"))
+    assert kinds(ran_since().do(cmd.RecordSeen(shown, "observe"))) == [ev.RuntimeExited]
+
+
 # A second run (B8)
 
 
