@@ -367,6 +367,30 @@ async def test_an_image_that_vanished_is_told_and_one_that_comes_back_too(stage:
     assert failure.reason == "IMAGE_NOT_FOUND"
 
 
+async def test_another_engine_at_its_address_is_no_proof_that_an_image_is_gone(stage: Stage, until: Any):
+    worker = stage.worker()
+    source = await stage.create()
+    await stage.settle(worker)
+    snapshot_id = await stage.take(source)
+    async with stage.working(worker):
+        await until(stage.is_snapshot(READY, snapshot_id))
+        await until(stage.is_idle())
+    other = stage.worker(worker_id="w2")
+    await stage.turn(other)
+    mark = stage.engine.marks.pop(stage.installation)  # from now on another engine answers
+    gone = dict(stage.engine.snapshots)
+    stage.engine.snapshots.clear()
+    copy = await stage.create(image="", snapshot_id=snapshot_id)
+    await other.queue.enqueue_snapshots([snapshot_id])
+    await stage.turn(other)
+    assert (await stage.sandbox(copy)).phase is Phase.PENDING
+    assert not (await stage.snapshot(snapshot_id)).is_missing
+    stage.engine.marks[stage.installation] = mark
+    stage.engine.snapshots.update(gone)
+    async with stage.working(stage.worker(worker_id="w3")):
+        await until(stage.is_phase(Phase.RUNNING, copy))
+
+
 async def test_a_delete_waits_for_an_engine_that_is_away(stage: Stage, until: Any):
     async with stage.working(stage.worker()):
         source = await source_of(stage, until)
