@@ -5,8 +5,9 @@ source, has the engine commit it, looks again, and records `snapshot.committed` 
 times and the log says that the same freeze lasted. Then it lets the source go on and wakes the snapshot, which is
 cleaned while the source runs. Meanwhile the row of the snapshot is kept waiting, so that no other worker begins too.
 
-**Invariants.** An image whose commit was not watched from its beginning to its end is never used: it
-is removed, and the commit is repeated. The source still stands still, so the content is the same.
+**Invariants.** An image whose commit was not watched from its beginning to its end is never used: it is removed, and
+the commit is repeated. The source still stands still, so the content is the same. Of two workers that both have made
+one, the first to record it wins, and the other removes its own.
 
 **How it fails.** A worker that dies leaves the engine at work. Another one claims the row within a lease and commits
 once more; the image of the first appears sometime and is removed by the next step, or by the sweep. A pause and a
@@ -27,10 +28,10 @@ from app.domain.sandbox.plan import Observe
 from app.domain.sandbox.state import RuntimeState, Sandbox
 from app.domain.snapshot.decide import RecordCommitted
 from app.domain.snapshot.plan import DONE
-from app.domain.snapshot.state import Snapshot, SnapshotState
+from app.domain.snapshot.state import Snapshot
 from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeUnavailable, SandledgerError, StoreUnavailable
-from app.runtime.driver import Artifact, CommittedImage
+from app.runtime.driver import Artifact
 from app.runtime.faults import AttemptFailed
 from app.service.sandboxes import Service
 from app.store.log.signal import Signal
@@ -136,17 +137,17 @@ class Commits:
         except SourceMoved:
             await self._driver.drop_image(made.image_id)
             raise
-        await self._drop_others(snapshot.id, made)
         since = after.freeze_at
         frozen_ms = 0 if since is None else max(0, round((now - since).total_seconds() * 1000))
         meta = self._actors.meta(self._actors.worker, cause)
         committed = RecordCommitted(made.image_id, made.layer, frozen_ms)
         outcome = await self._service.snapshots.execute(snapshot.id, ANY_TENANT, committed, meta)
-        if outcome.position is not None:
-            meta = self._actors.meta(self._actors.worker, outcome.position)
-            await self._service.execute(after.id, ANY_TENANT, cmd.Thaw(snapshot.id, DONE), meta)
-        elif outcome.snapshot.state is not SnapshotState.CREATING:
-            await self._driver.drop_image(made.image_id)  # it has failed meanwhile
+        if outcome.position is None:
+            # It has failed meanwhile, or another worker was first. Only this image is of no use then.
+            return await self._driver.drop_image(made.image_id)
+        meta = self._actors.meta(self._actors.worker, outcome.position)
+        await self._service.execute(after.id, ANY_TENANT, cmd.Thaw(snapshot.id, DONE), meta)
+        return None
 
     async def _source(self, snapshot: Snapshot) -> tuple[Sandbox, datetime]:
         """The source, if the log says that it is at rest for this snapshot.
@@ -177,12 +178,6 @@ class Commits:
         started = None if source.runtime is None else source.runtime.started_at
         if shown.power not in (Power.PAUSED, Power.EXITED) or shown.started_at != started:
             raise SourceMoved(f"the container of the source is {shown.power}, or was started again")
-
-    async def _drop_others(self, snapshot_id: UUID, made: CommittedImage) -> None:
-        """Of commits that were not watched to their end."""
-        for image in await self._driver.snapshot_images(snapshot_id):
-            if image.raw and image.image_id != made.image_id:
-                await self._driver.drop_image(image.image_id)
 
     async def _keep_waiting(self, stream_id: UUID) -> None:
         while True:

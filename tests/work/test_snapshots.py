@@ -17,7 +17,7 @@ from app.domain.sandbox.observed import Power
 from app.domain.sandbox.state import Phase
 from app.domain.sandbox.status import status_of
 from app.domain.snapshot.state import MISSING, SnapshotState
-from app.errors import Conflict, RuntimeRejected
+from app.errors import Conflict, RuntimeRejected, RuntimeUnavailable
 from app.runtime.driver import Artifact
 from app.runtime.fake import FakeImage, name_of
 from app.runtime.faults import AttemptFailed
@@ -277,6 +277,34 @@ async def test_two_workers_make_one_copy_and_one_goes_on_for_the_other(stage: St
     assert await after_ready(stage, source) == WHOLE
 
 
+async def test_of_two_copies_of_one_freeze_the_first_that_is_recorded_stays(stage: Stage, until: Any):
+    """Each would else remove what the other has recorded, and the snapshot would have no image."""
+    stage.engine.commit_gate = asyncio.Event()
+    one, two = stage.worker(worker_id="w1"), stage.worker(worker_id="w2")
+    async with stage.working(one):
+        source = await source_of(stage, until)
+        snapshot_id = await stage.take(source)
+        await until(busy(one))
+        two.commits.want(await stage.snapshot(snapshot_id), None)  # as when its row fell due meanwhile
+
+        async def both() -> bool:
+            return len(stage.engine.commits) == 2
+
+        await until(both)
+        stage.engine.commit_gate.set()
+        await until(stage.is_snapshot(READY, snapshot_id))
+        await until(stage.is_idle())
+
+        async def done() -> bool:
+            return not one.commits.busy and not two.commits.busy
+
+        await until(done)
+        await one.sweeper.sweep()
+        await until(stage.is_idle())
+    assert [image.raw for image in images(stage)] == [False]
+    assert await after_ready(stage, source) == WHOLE
+
+
 async def test_snapshots_of_one_sandbox_take_turns(stage: Stage, until: Any):
     async with stage.working(stage.worker()):
         source = await source_of(stage, until)
@@ -337,6 +365,30 @@ async def test_an_image_that_vanished_is_told_and_one_that_comes_back_too(stage:
     failure = (await stage.sandbox(late)).failure
     assert failure is not None
     assert failure.reason == "IMAGE_NOT_FOUND"
+
+
+async def test_another_engine_at_its_address_is_no_proof_that_an_image_is_gone(stage: Stage, until: Any):
+    worker = stage.worker()
+    source = await stage.create()
+    await stage.settle(worker)
+    snapshot_id = await stage.take(source)
+    async with stage.working(worker):
+        await until(stage.is_snapshot(READY, snapshot_id))
+        await until(stage.is_idle())
+    other = stage.worker(worker_id="w2")
+    await stage.turn(other)
+    mark = stage.engine.marks.pop(stage.installation)  # from now on another engine answers
+    gone = dict(stage.engine.snapshots)
+    stage.engine.snapshots.clear()
+    copy = await stage.create(image="", snapshot_id=snapshot_id)
+    await other.queue.enqueue_snapshots([snapshot_id])
+    await stage.turn(other)
+    assert (await stage.sandbox(copy)).phase is Phase.PENDING
+    assert not (await stage.snapshot(snapshot_id)).is_missing
+    stage.engine.marks[stage.installation] = mark
+    stage.engine.snapshots.update(gone)
+    async with stage.working(stage.worker(worker_id="w3")):
+        await until(stage.is_phase(Phase.RUNNING, copy))
 
 
 async def test_a_delete_waits_for_an_engine_that_is_away(stage: Stage, until: Any):
@@ -414,6 +466,20 @@ async def test_a_run_that_was_cut_after_it_had_cleaned_goes_on(stage: Stage, unt
         return (await stage.snapshot(snapshot_id)).state is READY
 
     await until(made)
+
+
+async def test_an_image_from_beyond_the_end_of_the_log_is_not_removed(stage: Stage):
+    """The database is an older copy: its snapshot was made after it."""
+    worker = stage.worker(orphan_grace=0)
+    source = await stage.create()
+    await stage.settle(worker)
+    artifact = Artifact(uuid4(), "default", 10**9, (await stage.sandbox(source)).created_at)
+    await stage.engine.begin_commit(stage.engine.containers[name_of(source)], artifact, stage.installation)
+    for _ in range(2):
+        with pytest.raises(RuntimeUnavailable, match=r"went back|not confirmed"):
+            await worker.sweeper.sweep()
+    assert len(images(stage)) == 1
+    assert "position 1000000000" in worker.station.trouble
 
 
 async def test_a_thaw_whose_queue_row_was_lost_is_found_by_a_sweep(stage: Stage, until: Any):

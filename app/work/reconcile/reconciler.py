@@ -268,6 +268,7 @@ class Reconciler:
             raise
         except ImageMissing as missing:
             if sandbox.spec.snapshot_id is not None:
+                await self._confirm_engine(held, sandbox)
                 # No registry has it. The snapshot is looked at, so that the next one is told before it is made.
                 await self._outcomes.suspect_snapshot(sandbox.spec.snapshot_id)
                 message = f"the engine does not have the image of snapshot {sandbox.spec.snapshot_id} any more"

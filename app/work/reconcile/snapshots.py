@@ -210,6 +210,7 @@ class SnapshotReconciler:
         self._station.succeeded(snapshot.id)
         if isinstance(error, RuntimeRejected) and snapshot.state is SnapshotState.CREATING:
             reason = MISSING if error.reason == "SNAPSHOT_IMAGE_MISSING" else "snapshot_runtime_failed"
+            await self._confirm_engine(held)
             await self._record(held, snapshot, RecordFailed(reason, error.message))
             return await self._outcomes.pass_on(held)
         trouble = describe(Observe(), error)
