@@ -215,9 +215,22 @@ class Engine:
                     raise
 
     async def forget(self, installation: UUID) -> None:
-        """Remove all that this installation has on the engine, its mark too."""
-        await self.clear(installation)
-        await remove_mark(self._docker, installation)
+        """Remove all that this installation has on the engine, its mark too.
+
+        Under load the engine may still be removing a container, or making one that a killed server asked for.
+        """
+
+        async def gone() -> bool:
+            await self.clear(installation)
+            try:
+                await remove_mark(self._docker, installation)
+            except aiodocker.DockerError as error:
+                if error.status != 409:  # a container that goes has the volume
+                    raise
+                return False
+            return not await self.containers(installation=installation)
+
+        await until(gone, "nothing of the installation is left on the engine")
 
 
 async def end(docker: aiodocker.Docker, servers: Sequence[ServerProcess]) -> None:
