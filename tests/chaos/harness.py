@@ -241,11 +241,24 @@ class Engine:
                     raise
 
     async def forget(self, installation: UUID) -> None:
-        """Remove all that this installation has on the engine, its mark and its images too."""
-        await self.clear(installation)
-        for image in await self.images(installation):
-            await self._docker.images.delete(image["Id"], force=True)
-        await remove_mark(self._docker, installation)
+        """Remove all that this installation has on the engine, its mark and its images too.
+
+        Under load the engine may still be removing a container, or making one that a killed server asked for.
+        """
+
+        async def gone() -> bool:
+            await self.clear(installation)
+            for image in await self.images(installation):
+                await self._docker.images.delete(image["Id"], force=True)
+            try:
+                await remove_mark(self._docker, installation)
+            except aiodocker.DockerError as error:
+                if error.status != 409:  # a container that goes has the volume
+                    raise
+                return False
+            return not await self.containers(installation=installation)
+
+        await until(gone, "nothing of the installation is left on the engine")
 
 
 async def end(docker: aiodocker.Docker, servers: Sequence[ServerProcess]) -> None:

@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -34,7 +35,8 @@ from commands import COMMANDS, ENV, SESSIONS, Command, Say, Session, lines_of  #
 TOKEN = ENV.get("STANDIN_TOKEN") or ENV.get("EXECD_ACCESS_TOKEN", "")
 SILENT, OTHER, DIES_AFTER = "STANDIN_SILENT" in ENV, "STANDIN_OTHER" in ENV, int(ENV.get("STANDIN_DIES_AFTER", "0"))
 CHUNK = 1 << 16
-PING_SECONDS = 3.0
+LOOK_SECONDS, LOOKS_A_PING = 0.25, 12
+"""How often the client is looked for, and how many such looks are between two pings."""
 PER_CONNECTION = {"connection", "upgrade", "keep-alive", "te", "transfer-encoding", "content-length"}
 DROPPED = PER_CONNECTION | {"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"}
 INTERIM, SWITCHING = (b"HTTP/1.1 100", b"HTTP/1.1 102", b"HTTP/1.1 103"), b"HTTP/1.1 101"
@@ -101,8 +103,8 @@ class Agent(BaseHTTPRequestHandler):
 
     @contextmanager
     def stream(self, gone: Callable[[], None] | None = None) -> Iterator[Say]:
-        """A chunked answer of events: JSON, each followed by an empty line. `gone` is called when a ping, which fills
-        silence, finds no client; without it there are no pings."""
+        """A chunked answer of events: JSON, each followed by an empty line. With `gone` there are pings beside them, and
+        it is called when the client has left."""
         lock, done = threading.Lock(), threading.Event()
         self.send_response(200)
         for name, value in (("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked")):
@@ -115,15 +117,19 @@ class Agent(BaseHTTPRequestHandler):
                 if not done.is_set():
                     self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
-        def ping() -> None:
+        def watch(gone: Callable[[], None]) -> None:
+            looks = itertools.count(1)
             try:
-                while not done.wait(PING_SECONDS):
-                    say(type="ping", text="pong")
-            except OSError:
+                while not done.wait(LOOK_SECONDS):
+                    if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                        return gone()
+                    if next(looks) % LOOKS_A_PING == 0:
+                        say(type="ping", text="pong")
+            except (OSError, ValueError):
                 gone()
 
         if gone is not None:
-            threading.Thread(target=ping, daemon=True).start()
+            threading.Thread(target=watch, args=(gone,), daemon=True).start()
         try:
             yield say
         finally:
