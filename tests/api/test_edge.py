@@ -214,11 +214,7 @@ async def test_the_page_works_without_internet(app: Litestar, http: httpx.AsyncC
 
 
 async def test_the_contracts_other_routes(http: httpx.AsyncClient):
-    one = f"/sandboxes/{uuid4()}"
     for method, path, code in (
-        ("POST", f"{one}/snapshots", "SNAPSHOT::NOT_IMPLEMENTED"),
-        ("GET", "/snapshots", "SNAPSHOT::NOT_IMPLEMENTED"),
-        ("DELETE", "/snapshots/x", "SNAPSHOT::NOT_IMPLEMENTED"),
         ("GET", "/pools/x", "KUBERNETES::POOL_NOT_SUPPORTED"),
         ("POST", "/templates", "FSB::API_NOT_SUPPORTED"),
     ):

@@ -97,6 +97,8 @@ async def test_prefer_is_read_as_its_grammar_says(http: httpx.AsyncClient, heade
         "a" * 100_000,
         "x:" + "t" * 129,
         "x@sha256:abc",
+        "sha256:" + "a" * 64,
+        "0" * 64,
         " busybox:1",
         "busybox:1\n",
         "-x",
@@ -125,8 +127,6 @@ async def test_what_is_no_image_reference_is_refused_unread(http: httpx.AsyncCli
         "127.0.0.1:1/no/such:image",
         "[::1]:5000/x",
         "Registry.example/team/na_me--x.y:1.2-3_X@sha256:" + "0" * 64,
-        "sha256:" + "a" * 64,
-        "0" * 64,
         "registry.example/" + "a" * 255,
     ],
 )

@@ -8,7 +8,8 @@ import pytest
 from tests.api.conftest import create
 
 NONE = ["null", "None", "1.0", "1e0", "0x1", "1_0", "+1", " 1", "1 ", "", "true", "\u0661"]
-HISTORY, LIST = "/v1/sandboxes/{id}/events", "/v1/sandboxes"
+HISTORY, LIST, SNAPSHOTS = "/v1/sandboxes/{id}/events", "/v1/sandboxes", "/v1/snapshots"
+DIAGNOSTICS = "/v1/sandboxes/{id}/diagnostics"
 PARAMETERS = [
     (HISTORY, "after"),
     (HISTORY, "limit"),
@@ -16,6 +17,12 @@ PARAMETERS = [
     (LIST, "page"),
     (LIST, "pageSize"),
     (LIST, "limit"),
+    (SNAPSHOTS, "page"),
+    (SNAPSHOTS, "pageSize"),
+    (f"{DIAGNOSTICS}/events", "limit"),
+    (f"{DIAGNOSTICS}/logs", "tail"),
+    (f"{DIAGNOSTICS}/summary", "tail"),
+    (f"{DIAGNOSTICS}/summary", "event_limit"),
 ]
 
 
