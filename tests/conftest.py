@@ -91,7 +91,8 @@ def postgres(pytestconfig: pytest.Config) -> Iterator[EmbeddedPostgres]:
     try:
         # Each test copies and drops a database, which would have the disk flush thousands of files. A killed process
         # loses nothing by it. Only tests of a server of their own say anything about durability.
-        _run(server.dsn, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
+        settings = ("fsync = off", "max_wal_size = '256MB'")
+        _run(server.dsn, *[f"ALTER SYSTEM SET {one}" for one in settings], "SELECT pg_reload_conf()")
         yield server
     finally:
         server.stop()
@@ -114,7 +115,7 @@ def on_database(dsn: str, name: str) -> str:
 def cloned(name: str, template: str) -> tuple[str, ...]:
     """Statements that copy a migrated database, with what belongs to the database itself and is not copied."""
     return (
-        f"CREATE DATABASE {name} TEMPLATE {template}",
+        f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy",
         # For plain connections of tests; servers pin their own.
         f"ALTER DATABASE {name} SET search_path = sandledger, public",
         f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC",

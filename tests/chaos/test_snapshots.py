@@ -12,7 +12,7 @@ import pytest
 
 from tests.chaos.harness import Engine, ServerProcess, body, history, reaches, running, until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.engine, pytest.mark.proof, pytest.mark.timeout(240)]
 
 Serve = Callable[..., Awaitable[ServerProcess]]
 CANARY = "canary-52d0b6e3aa"

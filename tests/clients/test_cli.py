@@ -15,7 +15,7 @@ from tests.clients.cli import LATER, PROGRAM, Osb, command_line, commands
 from tests.clients.conftest import Fleet
 from tests.clients.life import until
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.proof, pytest.mark.timeout(300)]
 TABLE = ("-o", "table")
 JSON = ("-o", "json")
 

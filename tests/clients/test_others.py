@@ -16,7 +16,7 @@ from tests.clients.conftest import Fleet, once_all_are_there
 from tests.clients.programs import javascript, mcp, node, plain
 from tests.support.environments import fetched
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.proof, pytest.mark.timeout(300)]
 HERE = Path(__file__).parent
 
 
