@@ -89,7 +89,8 @@ def check_keyless(headers: Mapping[str, str], method: str, *, loopback_only: boo
         return
     origin = headers.get("origin")
     foreign = origin is not None and origin.partition("://")[2].lower() != host.lower()
-    if foreign or headers.get("sec-fetch-site") == "cross-site":
+    # A page of one sandbox is of the same site as the host of another.
+    if foreign or headers.get("sec-fetch-site") in ("cross-site", "same-site"):
         raise forbidden(
             "SANDLEDGER::ORIGIN_NOT_ALLOWED",
             "Without an API key this server accepts no changes from pages of another origin. Set server.api_key.",

@@ -24,14 +24,17 @@ our own (key, `Sandledger-*`, …)       removed                             `Sa
 `Location`                             kept                                under the prefix, if it is the
                                                                            program's own
 `Server`                               kept                                removed
-`Content-Security-Policy`              kept                                kept; `sandbox` beside it on pages
-                                                                           [kept]
+`Content-Security-Policy`              kept                                kept; `sandbox` beside it [kept]
+`Strict-Transport-Security` and others kept                                removed [kept]
+of a whole origin
+`X-Accel-*`, `X-Sendfile`              kept                                removed, but `X-Accel-Buffering`
 `X-Request-ID`                         passed, or made                     ours, if the program sets none
 `Via`                                  ours added; four of ours: refused   kept
 ====================================== =================================== ====================================
 
 A page of a sandbox in the form with the path would be a page of this server: its script could use the API as whoever
-looks at it, where no key is needed, and read what a console keeps. `sandbox` gives it an origin of no one.
+looks at it, where no key is needed, and read what a console keeps. `sandbox` gives it an origin of no one. Every answer
+gets it: browsers take many types for a page, also wrong and missing ones.
 
 A name that is removed from requests is removed with `_` for `-` too: many frameworks take the two for one, and a caller
 could forge with one what we replace in the other.
@@ -85,9 +88,19 @@ _NO_PAGE: Final = (101, *_NO_BODY)
 _QUOTABLE: Final = re.compile(r"[!#-\[\]-~]*")
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
-_PAGE: Final = re.compile(rb"\s*(text/html|[^;]*xml)", re.IGNORECASE)
-"""Types that a browser shows as a page with scripts. It also looks for one where no type is given."""
 _SANDBOX: Final = (b"content-security-policy", b"sandbox allow-scripts allow-forms allow-popups allow-downloads")
+_OF_AN_ORIGIN: Final = frozenset(
+    (
+        b"alt-svc",
+        b"clear-site-data",
+        b"nel",
+        b"origin-agent-cluster",
+        b"report-to",
+        b"reporting-endpoints",
+        b"service-worker-allowed",
+        b"strict-transport-security",
+    )
+)
 _AUTHORITY: Final = re.compile(rb"(https?)://([^/?#]*)(.*)", re.DOTALL | re.IGNORECASE)
 
 
@@ -201,7 +214,7 @@ def to_client(status: int, headers: Headers, passage: Passage) -> list[tuple[byt
     for name, value in lowered:
         if name in _HOP_BY_HOP or name in named or name == b"server" or name.startswith(_OURS):
             continue
-        if name == b"content-length" and framed:
+        if (name == b"content-length" and framed) or _steers(name, passage):
             continue
         if _CONTROL.search(value) or not _NAME.fullmatch(name):
             raise no_answer("A header of the sandbox's answer has characters that no header may have.")
@@ -214,14 +227,16 @@ def to_client(status: int, headers: Headers, passage: Passage) -> list[tuple[byt
             sent.append((name, value))
     if not known:
         sent.append((b"x-request-id", passage.request_id.encode()))
-    if passage.prefix and not passage.same_origin_pages and status not in _NO_PAGE and _may_be_page(sent):
+    if passage.prefix and not passage.same_origin_pages and status not in _NO_PAGE:
         sent.append(_SANDBOX)
     return sent
 
 
-def _may_be_page(headers: Headers) -> bool:
-    types = [value for name, value in headers if name == b"content-type"]
-    return not types or any(_PAGE.match(each) for each in types)
+def _steers(name: bytes, passage: Passage) -> bool:
+    """Whether it steers a server in front of us, or all of an origin that is not the program's alone."""
+    if name == b"x-sendfile" or (name.startswith(b"x-accel-") and name != b"x-accel-buffering"):
+        return True
+    return bool(passage.prefix) and name in _OF_AN_ORIGIN
 
 
 def confined(cookie: bytes, prefix: str) -> bytes:

@@ -20,6 +20,8 @@ import logging
 from datetime import datetime
 from typing import Final
 
+import asyncpg
+
 from app.domain.sandbox.diagnostics import (
     KEPT_BYTES,
     LIVE_BYTES,
@@ -106,8 +108,14 @@ class Diagnostics:
             error = storable(str(fault))
         if error:
             _LOG.warning("the end of sandbox %s is kept without its log: %s", sandbox.id, error)
-        end = End(logs, inspection, error)
-        await self.kept.keep(run, sandbox.tenant, end, days=self._policy.keep_days)
+        await self._store(run, sandbox, End(logs, inspection, error))
+
+    async def _store(self, run: Run, sandbox: Sandbox, end: End) -> None:
+        try:
+            await self.kept.keep(run, sandbox.tenant, end, days=self._policy.keep_days)
+        except asyncpg.DataError as error:
+            # A removal must not depend on what an image or a program has written.
+            _LOG.error("the end of sandbox %s cannot be stored: %s", sandbox.id, type(error).__name__)
 
     async def _read(
         self, ref: Ref, masker: Masker, tail: int, most: int, since: datetime | None = None

@@ -363,8 +363,8 @@ class Station:
                 mine = engine.name == self.name
                 if engine.state is not EngineState.UP or silent < self._policy.dark_after or not (mine or settled):
                     continue
-                if mine and not self.open:
-                    continue  # the next contact writes that it is there
+                if mine and self.state in (State.USABLE, State.WRONG):
+                    continue  # the next contact writes what is there
                 reason = self.trouble if mine else "no worker has reached it"
                 since = standing.now - timedelta(seconds=silent)
                 after = await self._engines.execute(engine.name, RecordSilence(since, reason), self._meta)

@@ -77,6 +77,7 @@ ACTS: list[tuple[str, str, Any]] = [
         {"Origin": "http://localhost:80.evil.example"},
         {"Origin": "null"},
         {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
     ],
     ids=lambda headers: next(iter(headers.values())),
 )

@@ -101,9 +101,10 @@ async def test_a_create_that_always_answers_500_fails_in_time_and_says_why(
         async def says_why() -> bool:
             status = (await client.get(f"/sandboxes/{sandbox}")).json()["status"]
             told.append(f"{status['state']} {status['reason']} {status['message']}")
-            return status["state"] == "Pending" and "no space left on device" in status["message"]
+            assert status["state"] == "Pending", f"it has ended and never told of the engine's answer: {set(told)}"
+            return "no space left on device" in status["message"]
 
-        await until(says_why, f"the status of the Pending sandbox tells of the engine's answer: {told}")
+        await until(says_why, "the status of the Pending sandbox tells of the engine's answer")
         await reaches(client, sandbox, "Failed")
         status = (await client.get(f"/sandboxes/{sandbox}")).json()["status"]
         assert status["reason"] == "PROVISIONING_TIMEOUT"

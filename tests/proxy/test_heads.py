@@ -372,9 +372,33 @@ def test_what_has_no_type_may_be_taken_for_a_page():
         assert values(got(status=status), POLICY) == []
 
 
-@pytest.mark.parametrize("kind", ["application/json", "text/plain", "text/event-stream", "image/png", "text/css"])
-def test_what_is_no_page_stays_as_it_is(kind: str):
-    assert values(got(("content-type", kind)), POLICY) == []
+@pytest.mark.parametrize("kind", ["*/*", "html", "", "unknown/unknown", "text/plain, text/html", "application/json"])
+def test_what_a_browser_may_take_for_a_page_is_not_told_by_its_type(kind: str):
+    assert values(got(("content-type", kind)), POLICY) == [SANDBOX]
+
+
+OF_AN_ORIGIN = [
+    ("strict-transport-security", "max-age=1"),
+    ("clear-site-data", '"*"'),
+    ("alt-svc", "h3=:1"),
+    ("nel", "{}"),
+    ("report-to", "{}"),
+    ("reporting-endpoints", 'a="/x"'),
+    ("service-worker-allowed", "/"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OF_AN_ORIGIN)
+def test_what_holds_for_an_origin_is_not_one_programs_to_say(name: str, value: str):
+    assert values(got((name, value)), name) == []
+    assert values(got((name, value), passage=replace(PASSAGE, prefix="")), name) == [value]
+
+
+def test_a_server_in_front_takes_no_orders_from_a_sandbox():
+    for passage in (PASSAGE, replace(PASSAGE, prefix="")):
+        for name in ("x-accel-redirect", "x-accel-expires", "x-sendfile"):
+            assert values(got((name, "/internal/secret"), passage=passage), name) == []
+        assert values(got(("x-accel-buffering", "no"), passage=passage), "x-accel-buffering") == ["no"]
 
 
 def test_a_page_with_an_origin_of_its_own_stays_as_it_is():

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from app.domain.sandbox.diagnostics import (
+    SHOWN_CHARS,
     Inspection,
     LogLine,
     Logs,
@@ -117,3 +118,20 @@ def test_an_inspection_is_one_line_each():
     """What an image says must not forge another line."""
     text = inspection_text(Inspection("1", "n", "image\nStatus: fine", "exited"))
     assert "image\\nStatus: fine" in text
+
+
+def test_an_inspection_is_what_the_database_takes():
+    """An image may bring any label. jsonb takes no NUL, and an end that cannot be stored was in the way of its removal."""
+    shown = Inspection(
+        "1", "n", "i\0", "exited", error="e\0\ud800", labels={"a\0": "b\0c"}, env={"P\0": "q\0", "S": "secret\0"}
+    )
+    kept = without_values(shown, {"S"}, NOBODY)
+    assert "\0" not in repr([kept.image, kept.error, kept.labels, kept.env]).replace("\\x00", "")
+    assert (kept.labels, kept.env["S"]) == ({"a\\x00": "b\\x00c"}, MASK)
+
+
+def test_an_inspection_has_an_end():
+    many = {f"l{n}": "x" * 10_000 for n in range(1000)}
+    kept = without_values(Inspection("1", "n", "i", "exited", labels=many, env=dict(many)), (), NOBODY)
+    size = sum(len(name) + len(text) for texts in (kept.labels, kept.env) for name, text in texts.items())
+    assert 0 < size <= 2 * SHOWN_CHARS

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.domain.sandbox.masking import MANY, MASK, Masker
+from app.domain.sandbox.masking import MANY, MANY_LENGTHS, MASK, MOST_WORK, SHORTEST, Masker
 
 SECRET = "s3cr3t/with+more=?"
 KEY = "-----BEGIN KEY-----\nMIIabcdefgh0123\nxyzXYZ98765432\n-----END KEY-----\n"
@@ -123,3 +123,16 @@ def test_of_very_many_values_the_plain_form_is_found():
 def test_of_a_very_long_value_the_plain_form_is_found():
     value = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
     assert Masker([value]).mask(f"<{value}>") == f"<{MASK}>"
+
+
+def test_values_that_were_made_to_take_long_hide_the_rest_of_a_line():
+    """63 values that begin alike: each place of the text would compare a million characters."""
+    text = "a" * 131_072
+    masker = Masker(["a" * SHORTEST + "b" * (14_000 + n) for n in range(MANY_LENGTHS - 1)])
+    naive = len(text) * 14_000 * (MANY_LENGTHS - 1)
+    assert naive > 100 * MOST_WORK
+    shown = masker.mask(text)
+    assert shown.endswith(MASK)
+    assert len(shown) < len(text)
+    assert masker.mask("aaaa again") == MASK, "nothing is left for other lines"
+    assert masker.mask("other text") == "other text"

@@ -258,5 +258,6 @@ async def test_the_beginning_of_an_id_is_no_name_of_an_image(
         assert (await docker.images.inspect(digits))["Id"] == image_id, "the engine takes it for the image"
         with pytest.raises(ImageMissing):
             await driver.ensure(workload(image=digits))
+        assert await driver.image(digits) is None, "nor does a pull find it there and tell its id"
         await stage.ask(source, cmd.Terminate())
         await until(stage.is_phase(Phase.TERMINATED, source))

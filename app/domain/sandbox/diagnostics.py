@@ -16,12 +16,14 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.domain.sandbox.masking import MASK, Masker
-from app.domain.text import printable
+from app.domain.text import printable, storable
 
 KEPT_BYTES: Final = 64 * 1024
 """Of the log of an end that is kept."""
 LIVE_BYTES: Final = 256 * 1024
 """Of the log of a sandbox that is still there, in one answer."""
+SHOWN_CHARS: Final = 64 * 1024
+"""Of labels and environment, about."""
 NO_LOGS: Final = "(no logs)"
 _DEFAULT_SINCE: Final = timedelta(minutes=10)
 _LONGEST_SINCE_S: Final = 50 * 365 * 86400
@@ -99,18 +101,30 @@ class Inspection(Struct, frozen=True, omit_defaults=True):
 
 
 def without_values(shown: Inspection, sealed: Collection[str], masker: Masker) -> Inspection:
-    """The same without secrets, in environment and elsewhere."""
+    """The same without secrets, in environment and elsewhere, as the database takes it.
+
+    An image may bring labels and variables of any size and with any character.
+    """
+    left = SHOWN_CHARS
 
     def each(texts: dict[str, str]) -> dict[str, str]:
-        return {name: masker.mask(text) for name, text in texts.items()}
+        nonlocal left
+        found: dict[str, str] = {}
+        for name, text in texts.items():
+            if left <= 0:
+                break
+            hides = name in sealed or name in shown.private
+            kept = MASK if texts is shown.env and hides else storable(masker.mask(text))
+            found[storable(name)] = kept
+            left -= len(name) + len(kept)
+        return found
 
-    hidden = {name: MASK for name in shown.env if name in sealed or name in shown.private}
     return replace(
         shown,
-        image=masker.mask(shown.image),
-        error=masker.mask(shown.error),
+        image=storable(masker.mask(shown.image)),
+        error=storable(masker.mask(shown.error)),
         labels=each(shown.labels),
-        env=each(shown.env) | hidden,
+        env=each(shown.env),
         private=(),
     )
 

@@ -11,7 +11,7 @@ is a value that a program changed on its way: reversed, compressed, or printed l
 
 A request may bring a megabyte of values, made so that looking for them takes long. So of more than 256 values, and of
 values longer than 16 KiB, only the plain form is looked for; and where very many values begin alike, all that follows
-such a beginning in its line is hidden.
+such a beginning in its line is hidden. The same holds when all looking together has taken too long.
 
 Text that begins in the middle of a line may begin in the middle of a value, so its first characters are compared with
 the ends of values; the same holds for a line that has not ended yet.
@@ -35,6 +35,8 @@ MANY: Final = 256
 LONG: Final = 16 * 1024
 """The same, in characters of one value."""
 MANY_LENGTHS: Final = 64
+MOST_WORK: Final = 128 * 1024 * 1024
+"""Characters that one `Masker` compares in all; some tenths of a second."""
 _BASE64_BYTES = 3
 _BASE64_CHARS = 4
 
@@ -51,6 +53,7 @@ class Masker:
         for form in self._forms:
             lengths.setdefault(form[:SHORTEST], set()).add(len(form))
         self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items()}
+        self._work_left = MOST_WORK
         self.longest = max(map(len, self._forms), default=0)
         """Characters of the longest form."""
 
@@ -70,9 +73,10 @@ class Masker:
         lengths, forms = self._lengths, self._forms
         for begin in range(len(text) - SHORTEST + 1):
             found = lengths.get(text[begin : begin + SHORTEST], ())
-            if len(found) > MANY_LENGTHS:
+            if len(found) > MANY_LENGTHS or (found and self._work_left <= 0):
                 yield begin, len(text)
                 return
+            self._work_left -= sum(found)
             for length in found:
                 end = begin + length
                 if text[begin:end] in forms and (length >= ANYWHERE or _stands_alone(text, begin, end)):
@@ -84,6 +88,9 @@ class Masker:
         head, longest = text[:SHORTEST], 0
         for form in self._forms if len(head) == SHORTEST else ():
             for at in _places(form, head):
+                self._work_left -= len(form)
+                if self._work_left <= 0:
+                    return len(text)
                 rest = form[at:]
                 if text.startswith(rest) or rest.startswith(text):
                     longest = max(longest, min(len(rest), len(text)))
@@ -94,6 +101,9 @@ class Masker:
         tail, longest = text[-SHORTEST:], 0
         for form in self._forms if len(tail) == SHORTEST else ():
             for at in _places(form, tail):
+                self._work_left -= len(form)
+                if self._work_left <= 0:
+                    return len(text)
                 begun = form[: at + SHORTEST]
                 if text.endswith(begun) or begun.endswith(text):
                     longest = max(longest, min(len(begun), len(text)))

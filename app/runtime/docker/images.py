@@ -19,6 +19,7 @@ from app.runtime.driver import FetchedImage
 IMAGE_ID = re.compile(r"(sha256:)?[0-9a-f]{64}\Z")
 _MAX_REMEMBERED_DIGESTS = 1024
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\-\[\]+]*\Z")
+_MAY_BE_ID = re.compile(r"[0-9a-f]{1,63}")
 _DEFAULT_HOSTS = ("docker.io/", "index.docker.io/")
 
 
@@ -34,7 +35,8 @@ class Images:
         if not is_reference(reference):
             return None
         try:
-            return await self._engine.ask(f"images/{quote(reference, safe='/:@')}/json", ImageShown)
+            name = quote(unambiguous(reference), safe="/:@")
+            return await self._engine.ask(f"images/{name}/json", ImageShown)
         except Refused as refused:
             if refused.status in (HTTPStatus.NOT_FOUND, HTTPStatus.BAD_REQUEST):
                 return None
@@ -69,6 +71,13 @@ class Images:
         self._digests[key] = digest
         while len(self._digests) > _MAX_REMEMBERED_DIGESTS:
             del self._digests[next(iter(self._digests))]
+
+
+def unambiguous(reference: str) -> str:
+    """The engine also takes the beginning of an image's id. A name that could be one gets the tag that it has anyway.
+    So no request reaches an image, e.g. of another tenant's snapshot, by guessing a few digits.
+    """
+    return f"{reference}:latest" if _MAY_BE_ID.fullmatch(reference) else reference
 
 
 def has_platform(shown: ImageShown, platform: str | None) -> bool:

@@ -7,7 +7,6 @@ engine of API 1.41 mounts whole volumes only. The agent's `bootstrap.sh` runs as
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ from msgspec import Struct
 from app.errors import RuntimeRejected
 from app.runtime.docker import names
 from app.runtime.docker.answers import BOOTSTRAP, GPU
+from app.runtime.docker.images import unambiguous
 from app.runtime.docker.options import DockerOptions, Ulimit
 from app.runtime.driver import Workload
 from app.runtime.workload import AGENT_PORT, HTTP_PORT, Agent
@@ -25,7 +25,6 @@ AGENT_FOLDER = f"{RUNTIME_FOLDER}/bin"
 TMPFS_OPTIONS = "mode=1777,size=1m"
 UNPUBLISHED = ("host", "none")
 """Network modes in which the engine publishes no port; neither does it for one who shares another's network."""
-_MAY_BE_ID = re.compile(r"[0-9a-f]{1,63}")
 ACCESS = "EXECD_ACCESS_TOKEN"
 """The variable with the agent's token."""
 PRE_SCRIPT = "EXECD_BOOTSTRAP_PRE_SCRIPT"
@@ -136,7 +135,7 @@ def host_config(work: Workload, options: DockerOptions) -> HostConfig:
 def container_config(work: Workload, options: DockerOptions) -> ContainerConfig:
     """The whole create call. RuntimeRejected `SPEC_REJECTED` for what no engine could take."""
     return ContainerConfig(
-        image=_unambiguous(work.image.reference),
+        image=unambiguous(work.image.reference),
         # With the entrypoint given and no cmd, the image's own command is not used.
         entrypoint=command(work) if work.agent is None else (BOOTSTRAP,),
         cmd=() if work.agent is None else command(work),
@@ -152,13 +151,6 @@ def container_config(work: Workload, options: DockerOptions) -> ContainerConfig:
         host_config=host_config(work, options),
         exposed_ports={port: {} for port in _ports(work, options)},
     )
-
-
-def _unambiguous(reference: str) -> str:
-    """The engine also takes the beginning of an image's id. A name that could be one gets the tag that it has anyway.
-    So no request reaches an image, e.g. of another tenant's snapshot, by guessing a few digits.
-    """
-    return f"{reference}:latest" if _MAY_BE_ID.fullmatch(reference) else reference
 
 
 def command(work: Workload) -> tuple[str, ...]:

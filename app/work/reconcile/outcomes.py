@@ -135,11 +135,11 @@ class Outcomes:
             held.concluding = False
         if outcome.position is not None:
             held.cause = outcome.position  # what is done next follows from this
+        held.ending = outcome.completed
         freeze = sandbox.frozen_by
         if freeze is not None and outcome.sandbox.frozen_by != freeze:
             await self.wake(freeze.snapshot_id)
         if outcome.completed:
-            held.ending = True
             raise GivenBack
         if held.missed:
             raise LeaseLost

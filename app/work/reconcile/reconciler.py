@@ -166,13 +166,10 @@ class Reconciler:
         step: Step = Observe()
         for _ in range(_MAX_STEPS):
             step = plan(sandbox, answer, self._absence(held, now))
-            match step:
-                case Settled():
-                    return await self._outcomes.complete(held, closed=sandbox.closed_at is not None)
-                case ConfirmMissing(until=until):
-                    return await self._outcomes.give_back_missing(held, now, until)
-                case _:
-                    pass
+            if isinstance(step, Settled):
+                return await self._outcomes.complete(held, closed=sandbox.closed_at is not None)
+            if isinstance(step, ConfirmMissing):
+                return await self._outcomes.give_back_missing(held, now, step.until)
             if isinstance(step, Ensure) and self._agents is not None and not self._agents.is_installed:
                 step = InstallAgent()
             try:
@@ -397,4 +394,5 @@ class Reconciler:
                     return
                 sandbox = loaded[0]
                 if sandbox.desired is Desired.TERMINATED or sandbox.closed_at is not None:
+                    await self._diagnostics.keep(sandbox)
                     await self._driver.remove(ref_of(sandbox))
