@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
@@ -109,7 +110,8 @@ def folder() -> Iterator[Path]:
     made.chmod(0o711)
     yield made
     for process in workers(made):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     until(lambda: not workers(made))
     shutil.rmtree(made)
 
@@ -177,7 +179,8 @@ def test_pid_files_of_before_a_reboot_with_the_pid_of_a_stranger(state: Path, le
     files = [ours.data_dir / "postmaster.pid", ours.socket_dir / ".s.PGSQL.5432.lock"]
     lines = [file.read_text().splitlines() for file in files]
     for process in workers(state):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # the others end by themselves when the postmaster is gone
+            process.kill()
     until(lambda: not workers(state))
     # The hard case: PostgreSQL itself takes any live process of its own account for a postmaster.
     owner = ours.data_dir.stat().st_uid
