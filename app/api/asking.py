@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Any
 
 from app.api.call import Call
 from app.api.context import ApiContext
+from app.api.waiting import READ_AGAIN_SECONDS, Ends
 from app.domain.sandbox.state import RuntimeState, Sandbox
 from app.errors import StoreUnavailable
 from app.store.diagnostics.requests import EngineRequests, Question, Reply
 from app.store.log.signal import Subscription
 
-_READ_AGAIN_SECONDS = 1.0
 _ON_AN_ENGINE = (RuntimeState.CREATED, RuntimeState.RUNNING, RuntimeState.PAUSED, RuntimeState.EXITED)
 
 
@@ -44,26 +43,17 @@ async def ask(context: ApiContext, call: Call, engine: str, question: Question) 
 async def _wait(
     context: ApiContext, call: Call, requests: EngineRequests, question: Question, news: Subscription
 ) -> Reply | None:
-    ends: list[asyncio.Task[Any]] = [
-        asyncio.create_task(call.disconnected()),
-        asyncio.create_task(context.stopping.wait()),
-    ]
+    ends = Ends(context, call)
     reply: Reply | None = None
     try:
         deadline = asyncio.get_running_loop().time() + context.diagnostics_wait_seconds
-        while (left := deadline - asyncio.get_running_loop().time()) > 0 and not any(end.done() for end in ends):
-            turn = asyncio.create_task(news.wait(min(_READ_AGAIN_SECONDS, left)))
-            try:
-                await asyncio.wait([turn, *ends], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                turn.cancel()
+        while (left := deadline - asyncio.get_running_loop().time()) > 0 and not ends.have_come:
+            await ends.turn(news, min(READ_AGAIN_SECONDS, left))
             if (reply := await requests.take(question.id, question.tenant)) is not None:
                 return reply
         return None
     finally:
-        for end in ends:
-            end.cancel()
         if reply is None:
             with suppress(StoreUnavailable):  # then the row goes by itself, within a minute
                 await requests.forget(question.id, question.tenant)
-        await asyncio.gather(*ends, return_exceptions=True)
+        await ends.close()

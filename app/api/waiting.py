@@ -25,7 +25,8 @@ from app.errors import StoreUnavailable
 from app.store.log.signal import Subscription, Versioned
 
 S = TypeVar("S", bound=Versioned)
-_READ_AGAIN_SECONDS = 1.0
+READ_AGAIN_SECONDS = 1.0
+"""A signal can be lost, so a request that waits reads after this at the latest."""
 _READ_WITHIN_SECONDS = 2.0
 _MAX_READS_A_SECOND = 200
 
@@ -73,29 +74,49 @@ async def watch(context: ApiContext, call: Call, watched: Watched[S], seconds: f
             return await _wait(context, call, watched, news, seconds)
 
 
+class Ends:
+    """What ends a wait before its time: the client has left, or the server is asked to stop."""
+
+    def __init__(self, context: ApiContext, call: Call) -> None:
+        self._tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(call.disconnected()),
+            asyncio.create_task(context.stopping.wait()),
+        ]
+
+    @property
+    def have_come(self) -> bool:
+        """Whether there is no sense in waiting any more."""
+        return any(task.done() for task in self._tasks)
+
+    async def turn(self, news: Subscription, seconds: float) -> None:
+        """Until there is news, an end has come, or the time is over."""
+        turn = asyncio.create_task(news.wait(seconds))
+        try:
+            await asyncio.wait([turn, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            turn.cancel()
+
+    async def close(self) -> None:
+        """Nobody waits any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
 async def _wait(context: ApiContext, call: Call, watched: Watched[S], news: Subscription, seconds: float) -> S:
     deadline = asyncio.get_running_loop().time() + seconds
     state = watched.state if watched.appended else await _read_again(watched, watched.state)
-    ends: list[asyncio.Task[Any]] = [
-        asyncio.create_task(call.disconnected()),
-        asyncio.create_task(context.stopping.wait()),
-    ]
+    ends = Ends(context, call)
     try:
         while True:
             left = deadline - asyncio.get_running_loop().time()
-            if watched.done(state) or left <= 0 or any(end.done() for end in ends):
+            if watched.done(state) or left <= 0 or ends.have_come:
                 return state
-            again = max(_READ_AGAIN_SECONDS, context.waiters.count / _MAX_READS_A_SECOND)
-            turn = asyncio.create_task(news.wait(min(again, left)))
-            try:
-                await asyncio.wait([turn, *ends], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                turn.cancel()
+            again = max(READ_AGAIN_SECONDS, context.waiters.count / _MAX_READS_A_SECOND)
+            await ends.turn(news, min(again, left))
             state = await _newest(watched, news, state)
     finally:
-        for end in ends:
-            end.cancel()
-        await asyncio.gather(*ends, return_exceptions=True)
+        await ends.close()
 
 
 async def _newest(watched: Watched[S], news: Subscription, known: S) -> S:

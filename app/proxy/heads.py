@@ -32,8 +32,8 @@ of a whole origin
 `Via`                                  ours added; four of ours: refused   kept
 ====================================== =================================== ====================================
 
-A page of a sandbox in the form with the path would be a page of this server: its script could use the API as whoever
-looks at it, where no key is needed, and read what a console keeps. `sandbox` gives it an origin of no one. Every answer
+A page of a sandbox in the form with the path would be a page of this server: its script could use the API as its
+reader, where no key is needed, and read what a console keeps. `sandbox` gives it an origin of no one. Every answer
 gets it: browsers take many types for a page, also wrong and missing ones.
 
 A name that is removed from requests is removed with `_` for `-` too: many frameworks take the two for one, and a caller

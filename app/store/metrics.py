@@ -1,6 +1,6 @@
 """Reports of clients about their own calls, counted by day.
 
-**Protocol.** A report is added to what waits, and whoever comes first writes all that waits in one statement, while
+**Protocol.** A report is added to what waits, and the first caller writes all that waits in one statement, while
 later ones gather for the next. So a report is in the database when its client is answered, and however many come at
 once, they use one connection of this process: reports must not take connections from requests that act.
 
@@ -25,7 +25,7 @@ from app.store.tables import client_metrics
 LONGEST_MS: Final = 86_400_000
 """A report counts with one day at most, so that one absurd report does not spoil a sum."""
 MAX_SDKS: Final = 200
-"""Names of SDKs that one process tells apart. Whoever makes up more of them gets `other`, not more rows."""
+"""Names of SDKs that one process tells apart. A caller that makes up more of them gets `other`, not more rows."""
 OTHER: Final = "other"
 _M = client_metrics.c
 _TODAY = cast(func.timezone("UTC", func.clock_timestamp()), Date)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import msgspec
@@ -20,6 +21,7 @@ from app.service.sandboxes import Completion, Outcome, StaleVersion
 from app.store.queue.reconcile import Claim, Queue
 from app.work.reconcile.heads import Heads
 from app.work.reconcile.workloads import ref_of
+from app.work.worker import Worker
 from tests.work.stage import CLIENT, Stage
 
 NOTE_DELETES = (
@@ -253,47 +255,42 @@ async def test_a_row_that_cannot_be_read_does_not_keep_the_others(stage: Stage):
     )  # for the comparison at the end
 
 
-async def test_a_lease_is_extended_while_the_append_that_ends_it_waits(stage: Stage):
-    """Otherwise another worker gets the sandbox while this one is still at it, exactly under load."""
-    worker = stage.worker(lease=1)
+@asynccontextmanager
+async def at_its_append(stage: Stage, lease: float) -> AsyncIterator[tuple[Worker, UUID, asyncio.Task[None]]]:
+    """A worker whose run of one sandbox waits, inside the block, for the lock of the head row to record what it made."""
+    worker = stage.worker(lease=lease)
     sandbox_id = await stage.create()
     await worker.station.contact()
-    claim = (await worker.queue.claim(1, lease=1, tenant_slots=1)).claims[0]
+    claim = (await worker.queue.claim(1, lease=lease, tenant_slots=1)).claims[0]
     held = stage.hold(worker, claim)
     blocker = await asyncpg.connect(stage.dsn)
     try:
         async with blocker.transaction():
             await blocker.execute("SELECT 1 FROM sandboxes WHERE id = $1 FOR UPDATE", sandbox_id)
-            held.run = asyncio.create_task(worker.reconciler.run(held))
+            run = held.run = asyncio.create_task(worker.reconciler.run(held))
             await stage.blocked()
-            before = (await stage.row(sandbox_id))["lease_until"]
-            await worker.leases.beat()
-            assert (await stage.row(sandbox_id))["lease_until"] > before
+            yield worker, sandbox_id, run
     finally:
         await blocker.close()
-    await held.run
+
+
+async def test_a_lease_is_extended_while_the_append_that_ends_it_waits(stage: Stage):
+    """Otherwise another worker gets the sandbox while this one is still at it, exactly under load."""
+    async with at_its_append(stage, lease=1) as (worker, sandbox_id, run):
+        before = (await stage.row(sandbox_id))["lease_until"]
+        await worker.leases.beat()
+        assert (await stage.row(sandbox_id))["lease_until"] > before
+    await run
     assert await stage.phase(sandbox_id) is Phase.RUNNING
     assert await stage.row(sandbox_id) is None
 
 
 async def test_a_claim_that_is_lost_meanwhile_ends_without_another_act(stage: Stage):
-    worker = stage.worker()
-    sandbox_id = await stage.create()
-    await worker.station.contact()
-    claim = (await worker.queue.claim(1, lease=30, tenant_slots=1)).claims[0]
-    held = stage.hold(worker, claim)
-    blocker = await asyncpg.connect(stage.dsn)
-    try:
-        async with blocker.transaction():
-            await blocker.execute("SELECT 1 FROM sandboxes WHERE id = $1 FOR UPDATE", sandbox_id)
-            held.run = asyncio.create_task(worker.reconciler.run(held))
-            await stage.blocked()
-            await stage.make_overdue(sandbox_id)
-            theirs = (await worker.queue.claim(1, lease=30, tenant_slots=1)).claims[0]
-            await worker.leases.beat()
-    finally:
-        await blocker.close()
-    await held.run
+    async with at_its_append(stage, lease=30) as (worker, sandbox_id, run):
+        await stage.make_overdue(sandbox_id)
+        theirs = (await worker.queue.claim(1, lease=30, tenant_slots=1)).claims[0]
+        await worker.leases.beat()
+    await run
     assert (await stage.row(sandbox_id))["lease_owner"] == theirs.owner
     assert stage.engine.calls["observe"] == 0
 

@@ -1,7 +1,7 @@
 """What an engine shows of a sandbox's object, and how people read it. Pure.
 
 A line of a log is the engine's time, a space, and the text, in which everything that is not printed as itself is
-escaped: a program must not move the cursor of whoever reads its log. The text of an inspection has the form of the
+escaped: a program must not move the cursor in the terminal of its reader. The text of an inspection has the form of the
 public server's.
 """
 

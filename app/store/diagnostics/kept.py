@@ -1,4 +1,4 @@
-"""The end of a sandbox's object: log and inspection, read before it was removed. Masked by whoever reads it.
+"""The end of a sandbox's object: log and inspection, read before it was removed. The worker that reads it masks it.
 
 One row a run. The first row that has a log stays: a removal that is asked for twice, or by two workers, finds a log
 that is empty or gone the second time, and must not write that over what is kept. A row without a log, because the
