@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +21,7 @@ from opensandbox.models.sandboxes import SandboxEndpoint
 
 from app.agent import TOKEN_HEADER
 from tests.agent.conftest import TOKEN, Eventually, Sandbox
+from tests.agent.image import STANDIN
 
 pytestmark = pytest.mark.engine
 PATHS = ("/ping", "/metrics", "/files/info?path=/etc/passwd", "/command/status/x", "/proxy/3000/", "/nothing")
@@ -112,6 +115,22 @@ async def test_a_child_that_stays_does_not_hold_up_the_answer(endpoint: tuple[Co
     async with asyncio.timeout(20):
         execution = await CommandsAdapter(*endpoint).run("sleep 3600 & echo begun")
     assert (lines(execution)[0], execution.exit_code) == (["begun"], 0)
+
+
+def test_a_client_that_reads_slowly_gets_all_of_the_output():
+    """The command has ended long before: its output waits in the pipe. Half a second of reading on gave 500 lines."""
+    program = """
+import sys, time
+from commands import Command
+heard = []
+def slowly(**event):
+    time.sleep(0.001)
+    heard.append(event["type"])
+Command(["seq", "2000"], {}).run(slowly)
+print(heard.count("stdout"), heard[-1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=STANDIN, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2000", "execution_complete"]
 
 
 async def test_a_command_ends_at_its_time_limit(endpoint: tuple[ConnectionConfig, SandboxEndpoint]):

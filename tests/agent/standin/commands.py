@@ -22,8 +22,9 @@ trap 'code=$?; export -p > "$0"; printf "cd %s\\n" "\\"$(pwd)\\"" >> "$0"; exit 
 eval "$1"
 """
 """Runs $1 with the variables and in the folder that the run before it left in the file $0."""
-CHILDREN_SECONDS = 0.5
-"""How long the output of a command that has ended is read on."""
+LOOK_SECONDS, QUIET_LOOKS, MOST_LOOKS = 0.1, 5, 600
+"""The output of a command that has ended is read on until so many looks found nothing new, and for so many at most. Looks
+are counted and not seconds: a container that is frozen or short of CPU reads nothing in the meantime."""
 COMMANDS: dict[str, Command] = {}
 SESSIONS: dict[str, Session] = {}
 Say = Callable[..., None]
@@ -77,19 +78,29 @@ class Command:
             self.kill()  # nobody reads any more
 
     def run(self, say: Say) -> None:
-        """Both streams by lines, then the end. A child that outlives the command does not hold it up."""
+        """Both streams by lines, then the end. A quiet child that outlives the command does not hold it up."""
         readers = [threading.Thread(target=self.read, args=(name, say), daemon=True) for name in ("stdout", "stderr")]
         for reader in readers:
             reader.start()
         self.process.wait()
-        for reader in readers:
-            reader.join(CHILDREN_SECONDS)
+        self.read_on(readers)
         self.finished = time.time()
         if self.code:
             self.error = f"exit status {self.code}"
             say(type="error", error={"ename": "CommandExecError", "evalue": str(self.code), "traceback": [self.error]})
         else:
             say(type="execution_complete", execution_time=int((self.finished - self.started) * 1000))
+
+    def read_on(self, readers: list[threading.Thread]) -> None:
+        """What is in the pipes still. A client that reads slowly gets it all."""
+        known, quiet = -1, 0
+        for _ in range(MOST_LOOKS):
+            alive = [reader for reader in readers if reader.is_alive()]
+            quiet = quiet + 1 if known == len(self.output) else 0
+            known = len(self.output)
+            if not alive or quiet > QUIET_LOOKS:
+                return
+            alive[0].join(LOOK_SECONDS)
 
     def status(self) -> dict:
         shown = {"id": self.id, "running": self.finished is None, "started_at": instant(self.started)}
