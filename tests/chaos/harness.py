@@ -21,6 +21,7 @@ import msgspec
 
 from tests.conftest import ROOT
 from tests.support.marks import remove_mark
+from tests.support.warm import WarmProcess
 
 API_LINE = re.compile(r"API\s+(http://\S+)/v1")
 ID_LABEL = "sandledger.io/object"
@@ -37,7 +38,7 @@ class ServerProcess:
         self.config, self._role, self._tree, self._environ = config, role, tree, environ
         self.log = config.with_suffix(f".{role}.log")
         self.base = ""
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | WarmProcess | None = None
 
     @property
     def pid(self) -> int:
@@ -47,19 +48,21 @@ class ServerProcess:
     def start(self) -> ServerProcess:
         """Until the banner is out."""
         offset = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.entry", str(self.config), self._role],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Without DOCKER_HOST: it would win over the configured engine, which may be a proxy that plays a part.
-                env={name: value for name, value in os.environ.items() if name != "DOCKER_HOST"} | self._environ,
-                cwd=self._tree,
-            )
+        # Without DOCKER_HOST: it would win over the configured engine, which may be a proxy that plays a part.
+        environ = {name: value for name, value in os.environ.items() if name != "DOCKER_HOST"} | self._environ
+        module, arguments = "tests.chaos.entry", (str(self.config), self._role)
+        if self._tree == ROOT:
+            self._process = WarmProcess(module, arguments, environ, self.log, self.log)
+        else:
+            argv = [sys.executable, "-m", module, *arguments]
+            with self.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    argv, stdout=log, stderr=subprocess.STDOUT, env=environ, cwd=self._tree
+                )
         deadline = time.monotonic() + 60
         wanted = "database  " if self._role == "worker" else "engine    "
         while time.monotonic() < deadline:
-            text = self.log.read_bytes()[offset:].decode(errors="replace")
+            text = self.log.read_bytes()[offset:].decode(errors="replace") if self.log.exists() else ""
             if wanted in text:
                 found = API_LINE.search(text)
                 self.base = found[1] if found else ""

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from app.domain.sandbox.spec import SandboxSpec
 from app.domain.stream import Actor, ActorKind, Meta
 from app.domain.tenants import ANY_TENANT
 from app.service.sandboxes import Service
+from tests.support import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 META = Meta(Actor(ActorKind.API_KEY, "k", "default"), "test", request_id="r1")
@@ -37,15 +37,7 @@ def home() -> Iterator[Path]:
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SANDLEDGER_", "OPENSANDBOX_", "SANDBOX_"))}
-    return subprocess.run(
-        [sys.executable, "-m", "app", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**clean, **environ},
-        cwd=ROOT,
-        check=False,
-    )
+    return warm.run("app", *arguments, environ={**clean, **environ}, timeout=120)
 
 
 def config(home: Path, text: str) -> str:
