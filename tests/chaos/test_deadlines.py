@@ -149,6 +149,7 @@ async def test_a_pull_that_never_ends_fails_in_time_and_costs_nobody_else_anythi
     assert await engine.containers(installation=installation) == []
 
 
+@pytest.mark.proof
 async def test_a_remove_that_never_works_is_reported_again_and_again_and_never_given_up(
     serve: Serve, proxy: EngineProxy, engine: Engine, image: str, installation: UUID
 ) -> None:

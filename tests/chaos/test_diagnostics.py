@@ -37,6 +37,7 @@ async def talking(serve: Serve, image: str) -> tuple[ServerProcess, str]:
     return server, made
 
 
+@pytest.mark.proof
 async def test_the_workers_read_and_the_api_answers(serve: Serve, image: str):
     api = await serve("api", "api")
     first = await serve("worker", "first")
@@ -79,6 +80,7 @@ COMMANDS = {
 """Of the public command line: what to call, and what it shows."""
 
 
+@pytest.mark.proof
 async def test_the_public_clients(talking: tuple[ServerProcess, str]):
     server, sandbox_id = talking
     domain = server.base.removeprefix("http://").removesuffix("/v1")

@@ -49,6 +49,7 @@ async def stop(server: ServerProcess) -> None:
     assert await asyncio.to_thread(server.wait) == 0
 
 
+@pytest.mark.proof
 async def test_a_server_at_another_engine_concludes_nothing(
     serve: Serve, own: OwnEngine, engine: Engine, image: str, installation: UUID
 ) -> None:
@@ -105,6 +106,7 @@ async def copies(postgres: EmbeddedPostgres) -> AsyncIterator[Callable[[str], Aw
             await connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
+@pytest.mark.proof
 async def test_a_server_on_a_restored_copy_removes_nothing_until_it_is_told_to_follow_it(
     serve: Serve,
     proxy: EngineProxy,

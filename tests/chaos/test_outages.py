@@ -89,6 +89,7 @@ async def test_an_engine_that_was_away_for_long_loses_nothing_and_work_resumes_w
 
 
 @pytest.mark.parametrize("restarts", [False, True], ids=["the server stays", "the server restarts too"])
+@pytest.mark.proof
 async def test_an_exit_that_was_learned_after_an_outage_says_so(serve: Serve, own: OwnEngine, restarts: bool) -> None:
     """An engine without live-restore is killed: exit code 137, and nobody has killed the sandbox."""
     script = own.script.read_text()

@@ -24,6 +24,7 @@ def embedded(home: Path, docker_host: str, name: str) -> Path:
     return config
 
 
+@pytest.mark.proof
 async def test_accepted_is_kept_whoever_is_killed(home: Path, docker_host: str, image: str, docker: aiodocker.Docker):
     one, two = (ServerProcess(embedded(home, docker_host, name)) for name in ("one", "two"))
     seen = Engine(docker)

@@ -70,6 +70,7 @@ async def shared(postgres: EmbeddedPostgres, template: str, newer: Path) -> Asyn
             await owner.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
+@pytest.mark.proof
 async def test_both_versions_write_to_one_stream_and_lose_nothing(
     serve: Serve, engine: Engine, docker: object, image: str, shared: str, newer: Path
 ) -> None:

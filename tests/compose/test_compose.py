@@ -66,6 +66,7 @@ def hardening(stack: Stack, service: str) -> None:
 
 
 @pytest.mark.timeout(600)  # it builds an image, beside whatever else this machine does
+@pytest.mark.proof
 def test_two_of_each_serve_outlive_kills_and_leave_nothing(stack: Stack) -> None:
     stack.make_base_images()
     stack.compose("up", "--detach", "--build")

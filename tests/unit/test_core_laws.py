@@ -40,6 +40,7 @@ def engines() -> list[EngineModel]:
     return [*map(EngineModel, HELD), EngineModel(has_image=False, slow=True)]
 
 
+@pytest.mark.proof
 def test_from_every_state_and_every_engine_the_goal_is_reached():
     most = 0
     for state in walk()[0]:
@@ -50,6 +51,7 @@ def test_from_every_state_and_every_engine_the_goal_is_reached():
     assert most == MAX_STEPS_TO_GOAL, "the bound is not what it could be"
 
 
+@pytest.mark.proof
 def test_a_kill_after_any_act_changes_nothing_about_the_goal():
     kills = 0
     for state in walk()[0]:
@@ -67,6 +69,7 @@ def test_a_kill_after_any_act_changes_nothing_about_the_goal():
     assert kills > len(walk()[0])
 
 
+@pytest.mark.proof
 def test_an_engine_that_refuses_every_pause_and_resume_costs_no_sandbox():
     refused = 0
     for state in walk()[0]:
@@ -106,6 +109,7 @@ def assert_repetition_is_nothing(stream: Stream, command: cmd.Command) -> None:
         assert again in ((), NotFound, Conflict), command
 
 
+@pytest.mark.proof
 def test_no_command_counts_twice_in_any_state():
     for state in walk()[0]:
         for command in filter(_repeats, COMMANDS):
@@ -118,6 +122,7 @@ def test_no_command_counts_twice_in_any_state():
                 assert_repetition_is_nothing(stream, command)
 
 
+@pytest.mark.proof
 def test_closed_is_final():
     closed = [state for state in walk()[0] if state.sandbox.closed_at is not None]
     assert len(closed) > 5
@@ -126,6 +131,7 @@ def test_closed_is_final():
             assert answer(state, command) in ((), NotFound)
 
 
+@pytest.mark.proof
 def test_nothing_is_closed_while_something_of_it_may_be_on_an_engine():
     for state in walk()[0]:
         types = [type(recorded.event) for recorded in state.history]
@@ -134,6 +140,7 @@ def test_nothing_is_closed_while_something_of_it_may_be_on_an_engine():
             assert ev.RuntimeRemoved in types or ev.Placed not in types
 
 
+@pytest.mark.proof
 def test_observations_are_decided_on_the_state_alone_whatever_the_time():
     observations = [command for command in COMMANDS if type(command).__name__.startswith("Record")]
     for state in walk()[0]:
@@ -161,11 +168,13 @@ def assert_deadlines(stream: Stream) -> None:
     assert not found
 
 
+@pytest.mark.proof
 def test_every_state_has_the_deadlines_that_it_needs_and_no_other():
     for state in walk()[0]:
         assert_deadlines(state)
 
 
+@pytest.mark.proof
 def test_every_transitional_phase_ends_or_is_reported_when_its_deadline_fires():
     met: set[Phase] = set()
     for state in walk()[0]:

@@ -14,6 +14,7 @@ from tests.support.reachable import walk
 from tests.support.stream import BEGIN, Stream, in_phase, requested
 
 
+@pytest.mark.proof
 def test_the_walk_is_not_trivial():
     states, _, _ = walk()
     assert len(states) > 500
@@ -22,11 +23,13 @@ def test_the_walk_is_not_trivial():
     assert {stream.sandbox.object_id is None for stream in states} == {True, False}
 
 
+@pytest.mark.proof
 def test_declared_moves_are_the_reachable_ones():
     _, moves, _ = walk()
     assert moves == set(PHASE_MOVES)
 
 
+@pytest.mark.proof
 def test_declared_events_are_the_reachable_ones():
     _, _, appended = walk()
     declared = {(event, phase) for event, phases in transitions.ALLOWED.items() for phase in phases}
