@@ -157,6 +157,16 @@ _KEYED: Final = (
 )
 
 
+class _Refusal(ResponseSpec):
+    """One error answer of a handler."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Refusal:
+        """Itself: nobody changes it. Litestar copies handlers for each router, and with them their hundreds of examples,
+        which were half of the time that `create_app` takes.
+        """
+        return self
+
+
 def may_refuse(*codes: str | tuple[int, str, str], keyed: bool = True) -> dict[int, ResponseSpec]:
     """The error answers of a handler. A code comes with status and message where it has another status than usual.
     `keyed` = it needs a key.
@@ -170,7 +180,7 @@ def may_refuse(*codes: str | tuple[int, str, str], keyed: bool = True) -> dict[i
             value["detail"] = [{"loc": list(one.loc), "msg": one.msg, "type": one.type} for one in detail]
         found.setdefault(status, []).append(Example(id=code, summary=code, value=value))
     return {
-        status: ResponseSpec(ErrorBody, generate_examples=False, description=_STATUSES[status], examples=examples)
+        status: _Refusal(ErrorBody, generate_examples=False, description=_STATUSES[status], examples=examples)
         for status, examples in sorted(found.items())
     }
 
