@@ -34,7 +34,7 @@ from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send, We
 from app.api.auth import ANONYMOUS, API_KEY, Authenticate, check_keyless, principal_of
 from app.api.call import KEY, Call, call_of, uuid_in
 from app.api.context import ApiContext
-from app.api.errors import INVALID_HEADER, Problem, problem_of
+from app.api.errors import INVALID_HEADER, STOPPING, Problem, problem_of
 from app.errors import StoreUnavailable
 
 _LOG = logging.getLogger(__name__)
@@ -42,6 +42,12 @@ _RECORD_WITHIN_SECONDS = 5.0
 _UNRECORDED_FROM = 500
 _UNSERVED = 501
 _CLOSE: Final = (b"connection", b"close")
+_BROKEN_OFF: Final = Problem(
+    503,
+    STOPPING,
+    "The server stopped while it waited for the database. Whether a change was made is not known: look, or send it "
+    "again with the same Idempotency-Key.",
+)
 
 
 class Edge:
@@ -68,6 +74,12 @@ class Edge:
         answer = _Answering(self._context, call, routed, self._methods, send)
         try:
             await self._inner(cast("HTTPScope", cast("object", routed)), call.receive, answer)
+        except asyncio.CancelledError:
+            if answer.started or not self._context.stopping.is_set():
+                raise
+            # The time to stop is over. The caller has no other way to learn that its change may have been made. The
+            # task ends with this answer.
+            await _refuse(_BROKEN_OFF, answer)
         except Exception as error:
             if answer.started:
                 raise

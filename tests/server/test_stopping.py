@@ -27,11 +27,13 @@ WAITS = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @pytest.fixture
-async def server(dsn: str) -> AsyncIterator[ServerProcess]:
+async def server(dsn: str, request: pytest.FixtureRequest) -> AsyncIterator[ServerProcess]:
+    """It has as many seconds to stop as the test's parameter says."""
+    seconds = getattr(request, "param", 20)
     with tempfile.TemporaryDirectory(prefix="sandledger-server-") as folder:
         home = Path(folder)
         home.chmod(0o711)
-        made = ServerProcess(write_config(home, dsn, NONE, server="timeout_graceful_shutdown = 20"), role="api")
+        made = ServerProcess(write_config(home, dsn, NONE, server=f"timeout_graceful_shutdown = {seconds}"), role="api")
         try:
             yield await asyncio.to_thread(made.start)
         finally:
@@ -67,6 +69,21 @@ async def test_bodies_are_not_waited_for_and_work_on_the_database_is(server: Ser
         assert b"\r\nconnection: close" in head.lower()
         assert json.loads(said)["code"] == "GENERAL::SERVER_STOPPING"
         assert json.loads(said).keys() == {"code", "message"}
+    assert await asyncio.to_thread(server.wait, 10) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("server", [1], indirect=True)
+async def test_work_that_takes_too_long_is_broken_off_with_a_reason(server: ServerProcess, dsn: str):
+    async with server.client() as client:
+        made = (await client.post("/sandboxes", json=body("image:1"))).json()["id"]
+        async with held(dsn, UUID(made)) as hold:
+            deleting = asyncio.create_task(client.delete(f"/sandboxes/{made}"))
+            await until(hold.keeps_waiting(1), "the delete waits for its row")
+            server.send(signal.SIGTERM)
+            answer = await deleting
+    assert (answer.status_code, answer.json()["code"]) == (503, "GENERAL::SERVER_STOPPING")
+    assert "not known" in answer.json()["message"]
     assert await asyncio.to_thread(server.wait, 10) == 0
     assert "Traceback" not in server.log.read_text()
 
