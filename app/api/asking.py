@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import Final
 
 from app.api.call import Call
 from app.api.context import ApiContext
+from app.api.errors import Problem
 from app.api.waiting import READ_AGAIN_SECONDS, Ends
 from app.domain.sandbox.state import RuntimeState, Sandbox
 from app.errors import StoreUnavailable
-from app.store.diagnostics.requests import EngineRequests, Question, Reply
+from app.store.diagnostics.requests import MAX_OPEN, EngineRequests, Question, Reply
 from app.store.log.signal import Subscription
 
+TOO_MANY: Final = (
+    503,
+    "ENGINE::TOO_MANY_QUESTIONS",
+    f"{MAX_OPEN} reads of logs and inspections wait for the engine already; try again when some are answered.",
+)
 _ON_AN_ENGINE = (RuntimeState.CREATED, RuntimeState.RUNNING, RuntimeState.PAUSED, RuntimeState.EXITED)
 
 
@@ -26,7 +33,11 @@ def has_object(sandbox: Sandbox) -> bool:
 
 
 async def ask(context: ApiContext, call: Call, engine: str, question: Question) -> Reply | None:
-    """The answer of a worker. None = no worker has answered in time, or too many requests wait already."""
+    """The answer of a worker. None = no worker has answered in time, or too many requests wait already.
+
+    Raises:
+        Problem: 503, the tenant has too many open questions.
+    """
     engines = await context.service.engines.known()
     engine_id = next((each.id for each in engines if each.name == engine), None)
     if engine_id is None:
@@ -35,7 +46,8 @@ async def ask(context: ApiContext, call: Call, engine: str, question: Question) 
     with context.waiters.one_more() as may_wait, context.signal.subscribe(question.id) as news:
         if not may_wait:
             return None
-        await requests.ask(question, engine)
+        if not await requests.ask(question, engine):
+            raise Problem(*TOO_MANY, headers=[("retry-after", "2")])
         context.signal.poke(engine_id, work=False)
         return await _wait(context, call, requests, question, news)
 

@@ -20,7 +20,7 @@ from litestar.params import QueryParameter
 from msgspec import UNSET, Struct, UnsetType
 
 from app.api.answers import Answer
-from app.api.asking import ask, has_object
+from app.api.asking import TOO_MANY, ask, has_object
 from app.api.commands import sandbox_of
 from app.api.controller import ApiController
 from app.api.diagnostics_text import events_text, no_object_text
@@ -115,7 +115,7 @@ class Diagnostics(ApiController):
         summary="Read what a sandbox wrote",
         response_description="The last 100 lines; without `scope` the last lines as plain text.",
         response_headers=[header("Deprecation", "`true` on the plain text.")],
-        responses=may_refuse(_SCOPE, "DOCKER::SANDBOX_NOT_FOUND", "GENERAL::VALIDATION_ERROR", _NOT_ANSWERED),
+        responses=may_refuse(_SCOPE, "DOCKER::SANDBOX_NOT_FOUND", "GENERAL::VALIDATION_ERROR", _NOT_ANSWERED, TOO_MANY),
     )
     async def logs(
         self,
@@ -168,7 +168,7 @@ class Diagnostics(ApiController):
         operation_class=TextToo,
         summary="Read what the engine says of a sandbox",
         response_description="Plain text.",
-        responses=may_refuse("DOCKER::SANDBOX_NOT_FOUND", _NOT_ANSWERED),
+        responses=may_refuse("DOCKER::SANDBOX_NOT_FOUND", _NOT_ANSWERED, TOO_MANY),
     )
     async def inspect(self, request: ApiRequest, sandbox_id: SandboxId) -> Answer[str]:
         """State, limits, network, labels and environment. Values of the environment that a request gave are masked."""
@@ -181,7 +181,7 @@ class Diagnostics(ApiController):
         operation_class=TextToo,
         summary="Read inspection, events and log of a sandbox at once",
         response_description="Plain text.",
-        responses=may_refuse("DOCKER::SANDBOX_NOT_FOUND", "GENERAL::VALIDATION_ERROR", _NOT_ANSWERED),
+        responses=may_refuse("DOCKER::SANDBOX_NOT_FOUND", "GENERAL::VALIDATION_ERROR", _NOT_ANSWERED, TOO_MANY),
     )
     async def summary(
         self,

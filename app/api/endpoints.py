@@ -46,11 +46,18 @@ Port = Annotated[
         schema_extra={"type": "integer", "minimum": 1, "maximum": MAX_PORT},
     ),
 ]
+_WORDS: Final = {
+    **dict.fromkeys(("1", "on", "t", "true", "y", "yes"), True),
+    **dict.fromkeys(("0", "off", "f", "false", "n", "no"), False),
+}
+"""What the public server takes for a boolean, in small or capital letters."""
 UseServerProxy = Annotated[
-    bool,
+    str | None,
     QueryParameter(
         name="use_server_proxy",
-        description="An endpoint that leads through this server, for clients that reach no other.",
+        description="An endpoint that leads through this server, for clients that reach no other. `yes`, `on` and the "
+        "like are `true`.",
+        schema_extra={"type": "boolean", "default": False},
     ),
 ]
 Expires = Annotated[
@@ -111,11 +118,11 @@ class Endpoints(ApiController):
         request: ApiRequest,
         sandbox_id: SandboxId,
         port: Port,
-        use_server_proxy: UseServerProxy = False,
+        proxied: UseServerProxy = None,
         expires: Expires = None,
     ) -> Answer[EndpointBody]:
         """On a Pending sandbox the answer waits up to 20 s. `KUBERNETES::POD_IP_NOT_AVAILABLE` means: ask again."""
-        number = _port(port)
+        number, use_server_proxy = _port(port), _truth(proxied)
         _check_expires(expires, through_server=use_server_proxy)
         identity, view, ours = sandbox_of(sandbox_id), self.context.service.view, self.context.endpoints
         loaded = await view.load(identity, request.tenant)
@@ -144,6 +151,15 @@ def _port(text: str) -> int:
     if not 1 <= number <= MAX_PORT:
         raise Invalid("DOCKER::INVALID_PORT", f"port must be from 1 to {MAX_PORT}.")
     return number
+
+
+def _truth(text: str | None) -> bool:
+    if text is None:
+        return False
+    found = _WORDS.get(text.lower())
+    if found is None:
+        raise wrong("query", "use_server_proxy", rule="must be true or false")
+    return found
 
 
 def _check_expires(expires: str | None, *, through_server: bool) -> None:

@@ -99,6 +99,7 @@ _CODES: Final[Mapping[str, tuple[int, str]]] = {
         f"The image of snapshot {_ID} is on engine default, which cannot be used now.",
     ),
     "SNAPSHOT::INVALID_SOURCE_STATE": (409, "Sandbox is Paused; a snapshot can be made of a Running sandbox only."),
+    "SNAPSHOT::TOO_MANY": (409, "8 snapshots of this sandbox are Creating, and more are not taken meanwhile."),
     "SNAPSHOT::INVALID_STATE": (409, f"Snapshot {_ID} is being created; delete it when it is not."),
     "SNAPSHOT::DELETE_CONFLICT": (409, f"Sandboxes that were made from this snapshot still use it: {_ID}."),
     "SANDLEDGER::CURSOR_EXPIRED": (410, "The cursor belongs to another epoch of the log."),

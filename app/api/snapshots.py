@@ -65,7 +65,11 @@ class Snapshots(ApiController):
         response_description="Accepted.",
         response_headers=[header("Location", "Path of the new snapshot.")],
         responses=may_refuse(
-            "DOCKER::SANDBOX_NOT_FOUND", "SNAPSHOT::INVALID_SOURCE_STATE", "SNAPSHOT::NOT_IMPLEMENTED", *BODY
+            "DOCKER::SANDBOX_NOT_FOUND",
+            "SNAPSHOT::INVALID_SOURCE_STATE",
+            "SNAPSHOT::TOO_MANY",
+            "SNAPSHOT::NOT_IMPLEMENTED",
+            *BODY,
         ),
         opt=OPTIONAL_BODY,
     )

@@ -1,4 +1,4 @@
-"""`sandledger status`: engines, queue, deadlines, stuck sandboxes and the log, read from the database."""
+"""`sandledger status`: engines, queue, deadlines, what is stuck, and the log, read from the database."""
 
 from __future__ import annotations
 
@@ -68,4 +68,5 @@ def _deadlines(overview: Overview) -> Table:
 
 def _stuck(line: StuckLine) -> str:
     why = f"{line.reason or 'no reason yet'}: {line.message or ''}".rstrip(": ")
-    return f"{line.id} {line.phase} for {line.since_s:.0f} s, {line.attempts} attempts; {why}"
+    kind = "" if line.kind == "sandbox" else f"{line.kind} "
+    return f"{kind}{line.id} {line.phase} for {line.since_s:.0f} s, {line.attempts} attempts; {why}"

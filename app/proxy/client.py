@@ -89,6 +89,7 @@ class Answer:
         self.switched = response.status == _SWITCHING
         """Whether the connection speaks the other protocol now."""
         self.headers: Sequence[tuple[bytes, bytes]] = response.raw_headers
+        self._peeked = b""
 
     async def read(self) -> bytes:
         """What is there of the body, as soon as something is; empty at its end.
@@ -96,15 +97,30 @@ class Answer:
         Raises:
             Cut: the connection ended before the body did.
         """
+        if peeked := self._peeked:
+            self._peeked = b""
+            return peeked
         try:
             return await self._response.content.readany()
         except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
             raise Cut(str(error) or type(error).__name__) from error
 
+    async def peek(self, most: int) -> bytes:
+        """The beginning of the body, without taking it: so many bytes or more, or all.
+
+        Raises:
+            Cut: as `read`.
+        """
+        found = b""
+        while len(found) < most and (piece := await self.read()):
+            found += piece
+        self._peeked = found
+        return found
+
     @property
     def ended(self) -> bool:
         """Whether all of the body was read."""
-        return self._response.content.at_eof()
+        return not self._peeked and self._response.content.at_eof()
 
     def take(self) -> tuple[asyncio.Transport, bytes]:
         """The connection that has switched, which is the caller's from now on, and what came behind the head. It may

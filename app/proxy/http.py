@@ -21,6 +21,7 @@ way round.
 * **401**: the agent says that of a token that is not its own, so another sandbox may have the address by now. But the
   program in the sandbox may say it too. So the agent is asked by `/ping`, with the token, before such an answer is
   passed on.
+* **502** in the agent's words says that nothing listens on the port (`app.proxy.agent`). The caller gets our own words.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.agent.token import TOKEN_HEADER
+from app.proxy.agent import nothing_listens
 from app.proxy.client import Answer, AnswerFailed, Client, ConnectFailed, Cut, Outgoing
 from app.proxy.cors import PREFLIGHT, is_preflight, readable
 from app.proxy.heads import Headers, Passage, to_client, to_sandbox
@@ -211,6 +213,15 @@ class _Stream:
         answer = self._answer = await self._sent(outgoing)
         if answer.status == _UNAUTHORISED:
             await self._prove(target)
+        try:
+            silent = bool(target.path) and await nothing_listens(answer)
+        except Cut:
+            raise no_answer("The sandbox ended its answer in the middle.") from None
+        if silent:
+            raise not_connected(
+                f"Nothing answers on port {passage.port} inside the sandbox: no program listens there, or it closed "
+                "the connection without an answer."
+            )
         return answer, passage
 
     def _prefix(self) -> str:
@@ -309,7 +320,7 @@ async def _refuse(refusal: Refusal, inbound: Inbound, send: Send, *, cors: bool)
 
 async def _answer(status: int, headers: Headers, body: bytes, inbound: Inbound, send: Send) -> None:
     """A whole answer of ours. What is left of the request's body is thrown away."""
-    headers = [*headers, (b"x-request-id", inbound.request_id.encode())]
+    headers = [*inbound.exchange.own_headers, *headers, (b"x-request-id", inbound.request_id.encode())]
     if not inbound.ended:
         headers.append(_CLOSE)
     await send({"type": "http.response.start", "status": status, "headers": headers})

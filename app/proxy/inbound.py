@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -52,6 +52,11 @@ class Exchange(Protocol):
         """Send the head of the answer that accepts. The connection leaves the server with what the client sent behind
         its own head.
         """
+        ...
+
+    @property
+    def own_headers(self) -> Sequence[tuple[bytes, bytes]]:
+        """What every answer of the server itself has. Those of a program have none of it."""
         ...
 
     @property

@@ -156,6 +156,7 @@ def work_policy(settings: Settings) -> WorkPolicy:
         orphan_dry_run=worker.orphan_dry_run,
         expiry_lease=worker.expiry_lease_seconds,
         keep_days=settings.sandledger.diagnostics.keep_days,
+        metrics_days=settings.sandledger.metrics.keep_days,
     )
 
 

@@ -35,7 +35,7 @@ import socket
 import sys
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, cast
 
 import httptools
@@ -215,7 +215,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._streams[self] = None  # now: its task, which is counted already, begins later
         super().on_headers_complete()
         cycle = self.cycle
-        cycle.default_headers = []  # the program in the sandbox has its own Date
+        if self.app == self._stream:
+            cycle.default_headers = []  # the program in the sandbox has its own Date
         cycle.keep_alive = cycle.keep_alive and self.ahead is None
         cast("Any", self.scope)["extensions"] = {EXTENSION: _Exchange(found, self, cycle)}
 
@@ -307,6 +308,11 @@ class _Exchange:
         self._protocol = protocol
         self._transport = protocol.transport
         self._cycle = cycle
+
+    @property
+    def own_headers(self) -> Sequence[tuple[bytes, bytes]]:
+        """`Date` and `Server`."""
+        return self._protocol.server_state.default_headers
 
     @property
     def gone(self) -> bool:

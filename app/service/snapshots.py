@@ -1,5 +1,6 @@
 """The write path of snapshots: the same append as for sandboxes, with another aggregate.
 
+Requests for snapshots of one sandbox are taken one after the other, so that the bound on their number is exact.
 A delete and a create from the snapshot exclude each other. The create reads the row with a shared lock in the
 transaction of its append (`app.service.sandboxes`), the delete takes the row for itself before it looks for users.
 """
@@ -73,28 +74,30 @@ class Snapshots:
 
         Raises:
             NotFound: this tenant has no such sandbox.
-            Conflict: it is not Running.
+            Conflict: it is not Running, or too many of it are Creating.
             Unsupported: its engine cannot make snapshots.
         """
         loaded = await self._sources.load(sandbox_id, tenant)
         if loaded is None:
             raise unknown_sandbox(sandbox_id)
         source = visible_sandbox(loaded[0], sandbox_id)
-        events = begin(source, name)
+        begin(source, name)  # most refusals need no connection of their own
         await self._check_abilities(source.engine)
-        draft = Draft(snapshot_id, tenant, 0, events, meta)
-        after = advance(evolve, None, draft.recorded())
-        written = await append(
-            self._database,
-            _CREATE,
-            snapshot_id,
-            [ev.REGISTRY.encode(event) for event in events],
-            after=0,
-            meta=meta,
-            engine_queue=after.engine,
-            **deadlines.parameters(changes(None, after, self._limits)),
-            **snapshots.values(after),
-        )
+        async with self._database.transaction() as connection:
+            events = begin(source, name, await snapshots.creating_of(connection, sandbox_id))
+            draft = Draft(snapshot_id, tenant, 0, events, meta)
+            after = advance(evolve, None, draft.recorded())
+            written = await append(
+                connection,
+                _CREATE,
+                snapshot_id,
+                [ev.REGISTRY.encode(event) for event in events],
+                after=0,
+                meta=meta,
+                engine_queue=after.engine,
+                **deadlines.parameters(changes(None, after, self._limits)),
+                **snapshots.values(after),
+            )
         assert written is not None, "the guard of a new stream always has its row"
         self._signal.poke(snapshot_id, work=True)
         return SnapshotOutcome(advance(evolve, None, draft.recorded(written)), events, written.position)

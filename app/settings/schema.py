@@ -334,6 +334,13 @@ class DiagnosticsSettings(Table, frozen=True):
     is kept."""
 
 
+class MetricsSettings(Table, frozen=True):
+    """`[sandledger.metrics]`: what SDKs report about their own calls."""
+
+    keep_days: Annotated[int, Meta(ge=1, le=3650)] = 400
+    """Days that their counts are kept."""
+
+
 class SnapshotSettings(Table, frozen=True):
     """`[sandledger.snapshots]`: how long snapshots may take."""
 
@@ -371,6 +378,7 @@ class SandledgerSettings(Table, frozen=True):
     deadlines: DeadlineSettings = DeadlineSettings()
     agent: AgentSettings = AgentSettings()
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
+    metrics: MetricsSettings = MetricsSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
     api: ApiSettings = ApiSettings()
 

@@ -321,3 +321,14 @@ client_metrics = Table(
     Column("count", BigInteger, nullable=False),
     Column("duration_ms_sum", BigInteger, nullable=False, comment="A report counts with one day at most."),
 )
+
+stations = Table(
+    "stations",
+    metadata,
+    Column("worker_id", Text, primary_key=True),
+    Column("engine", Text, primary_key=True, comment="As the worker's settings name it; it may never have answered."),
+    Column("name", Text, nullable=False, comment="Of the worker, for people: its host."),
+    Column("trouble", Text, nullable=False, comment="Why it cannot use the engine."),
+    Column("since", DateTime(timezone=True), nullable=False),
+    Column("said_at", DateTime(timezone=True), nullable=False, comment="Rows that are not written again are deleted."),
+)

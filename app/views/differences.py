@@ -1,4 +1,4 @@
-"""What a sweep asks the database: open sandboxes, and the three things that must not be there."""
+"""What a sweep asks the database: open sandboxes, and the things that must not be there."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from app.domain.engine.state import EngineState
 from app.domain.sandbox.state import Desired, Phase, Runtime, RuntimeState
+from app.domain.snapshot.state import SnapshotState
 from app.store.database.statement import Connections, Statement
-from app.store.tables import deadlines, engines, reconcile_queue, sandboxes
+from app.store.tables import deadlines, engines, reconcile_queue, sandboxes, snapshots
 
 _OVERDUE_SECONDS = 120.0
 _decode_runtime = msgspec.json.Decoder(Runtime).decode
 _MAX_STRANDED_ROWS = 500
-_S, _E, _Q = sandboxes.c, engines.c, reconcile_queue.c
+_S, _E, _Q, _N = sandboxes.c, engines.c, reconcile_queue.c, snapshots.c
 _SECOND = literal_column("interval '1 second'", Interval)
 _NOW = select(func.clock_timestamp()).scalar_subquery()
 _OBJECT = func.coalesce(_S.object_id, _S.id)
@@ -84,6 +85,18 @@ _STRANDED = Statement(
         _WANTS_WORK,
         _Q.stream_id.is_(None),
         _S.changed_at < _ago(bindparam("age", type_=Double)),
+    )
+    .limit(_MAX_STRANDED_ROWS)
+)
+_STRANDED_SNAPSHOTS = Statement(
+    select(_N.id)
+    .select_from(snapshots.outerjoin(reconcile_queue, _Q.stream_id == _N.id))
+    .where(
+        _N.engine == bindparam("engine", type_=Text),
+        _N.removed_at.is_(None),
+        or_(*(_N.state == state for state in (SnapshotState.CREATING, SnapshotState.DELETING))),
+        _Q.stream_id.is_(None),
+        _N.changed_at < _ago(bindparam("age", type_=Double)),
     )
     .limit(_MAX_STRANDED_ROWS)
 )
@@ -161,6 +174,12 @@ async def clock(connections: Connections) -> datetime:
 async def stranded(connections: Connections, engine: str, age_s: float) -> list[UUID]:
     """Open sandboxes that have wanted work for so long and have no queue row."""
     rows = await connections.fetch(_STRANDED, engine=engine, age=age_s)
+    return [UUID(int=row["id"].int) for row in rows]
+
+
+async def stranded_snapshots(connections: Connections, engine: str, age_s: float) -> list[UUID]:
+    """Snapshots that have been Creating or Deleting for so long and have no queue row."""
+    rows = await connections.fetch(_STRANDED_SNAPSHOTS, engine=engine, age=age_s)
     return [UUID(int=row["id"].int) for row in rows]
 
 

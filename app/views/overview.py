@@ -21,10 +21,13 @@ from msgspec import Struct
 from sqlalchemy import Double, Integer, Text, any_, bindparam, case, extract, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
 
+from app.domain.snapshot.plan import SOURCE_FREEZING
+from app.domain.snapshot.state import SnapshotState
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
 from app.store.log.store import EventLog
-from app.store.tables import deadlines, engines, reconcile_queue, sandboxes
+from app.store.stations import SAID_SECONDS
+from app.store.tables import deadlines, engines, reconcile_queue, sandboxes, snapshots, stations
 
 DARK_AFTER_SECONDS = 15.0
 LATE_AFTER_SECONDS = 15.0
@@ -50,6 +53,7 @@ USERS_REASONS = (
 _now = func.clock_timestamp()
 _USERS = literal(list(USERS_REASONS), ARRAY(Text))
 _Q, _D, _S, _E = reconcile_queue.c, deadlines.c, sandboxes.c, engines.c
+_N, _W = snapshots.c, stations.c
 
 
 def _seconds(earlier: Any) -> Any:
@@ -97,11 +101,12 @@ class DeadlineLine(Struct, frozen=True):
 
 
 class StuckLine(Struct, frozen=True):
-    """A sandbox that stays in a transitional phase, or whose attempts fail."""
+    """A sandbox or snapshot that stays in a transitional phase, or whose attempts fail."""
 
     id: UUID
     tenant: str
     phase: str
+    """Of a snapshot its state."""
     engine: str | None
     since_s: float
     attempts: int
@@ -109,6 +114,16 @@ class StuckLine(Struct, frozen=True):
     message: str | None
     users: bool = False
     """Pending for a reason that only its user can mend. No problem of the operator's."""
+    kind: str = "sandbox"
+
+
+class StationLine(Struct, frozen=True):
+    """A worker that cannot use its engine, as it said itself."""
+
+    name: str
+    engine: str
+    trouble: str
+    since_s: float
 
 
 class LogLine(Struct, frozen=True):
@@ -134,6 +149,8 @@ class Overview(Struct, frozen=True):
     log: LogLine
     phases: dict[str, int]
     """Sandboxes that are not closed, by phase."""
+    stations: tuple[StationLine, ...] = ()
+    """Workers that cannot use their engines."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -150,6 +167,10 @@ class Overview(Struct, frozen=True):
             elif engine.seen_s is None or engine.seen_s > DARK_AFTER_SECONDS:
                 ago = "never" if engine.seen_s is None else f"{engine.seen_s:.0f} s ago"
                 found.append(f"no worker serves engine {engine.name}: last seen {ago}")
+        found += [
+            f"worker {line.name} cannot use engine {line.engine} for {line.since_s:.0f} s: {line.trouble}"
+            for line in self.stations
+        ]
         return found
 
     def _work_problems(self) -> list[str]:
@@ -163,10 +184,11 @@ class Overview(Struct, frozen=True):
             for line in self.deadlines
             if line.oldest_overdue_s > LATE_AFTER_SECONDS
         ]
-        stuck = sum(not line.users for line in self.stuck)
-        if stuck:
-            bound = "at least " if stuck == MAX_SHOWN else ""
-            found.append(f"{bound}{stuck} sandboxes are stuck or failing; they are listed below")
+        for kind, kinds in (("sandbox", "sandboxes"), ("snapshot", "snapshots")):
+            stuck = sum(line.kind == kind and not line.users for line in self.stuck)
+            if stuck:
+                bound = "at least " if stuck == MAX_SHOWN else ""
+                found.append(f"{bound}{stuck} {kinds} are stuck or failing; they are listed below")
         return found
 
     def _log_problems(self) -> list[str]:
@@ -229,6 +251,12 @@ _DEADLINES = Statement(
     .group_by(_D.name)
     .order_by(_D.name)
 )
+_STATIONS = Statement(
+    select(_W.name, _W.engine, _W.trouble, _seconds(_W.since).label("since_s"))
+    .where(_seconds(_W.said_at) < bindparam("last_s", type_=Double))
+    .order_by(_W.engine, _W.name)
+    .limit(MAX_SHOWN)
+)
 _PHASES = Statement(select(_S.phase, func.count()).where(_S.closed_at.is_(None)).group_by(_S.phase))
 
 
@@ -261,7 +289,32 @@ def _stuck_statement() -> Statement:
     )
 
 
+def _stuck_snapshots_statement() -> Statement:
+    since_s = _seconds(_N.changed_at)
+    # While it is Creating, each question to its source counts like an attempt; the deadline ends what lasts too long.
+    fails = (_Q.attempts >= FAILING_ATTEMPTS) & (_Q.last_reason != SOURCE_FREEZING)
+    too_long = (_N.state == SnapshotState.DELETING) & (since_s > bindparam("stopping_s", type_=Double))
+    return Statement(
+        select(
+            _N.id,
+            _N.tenant,
+            _N.state,
+            _N.engine,
+            since_s.label("since_s"),
+            func.coalesce(_Q.attempts, 0).cast(Integer).label("attempts"),
+            _Q.last_reason,
+            _Q.last_error,
+        )
+        .select_from(snapshots)
+        .outerjoin(reconcile_queue, _Q.stream_id == _N.id)
+        .where(_N.removed_at.is_(None), fails | too_long)
+        .order_by(_N.changed_at)
+        .limit(MAX_SHOWN)
+    )
+
+
 _STUCK = _stuck_statement()
+_STUCK_SNAPSHOTS = _stuck_snapshots_statement()
 
 
 class OverviewReader:
@@ -285,7 +338,16 @@ class OverviewReader:
             await self.engines(),
             tuple(QueueLine(*row) for row in await fetch(_QUEUE)),
             tuple(DeadlineLine(*row) for row in await fetch(_DEADLINES)),
-            tuple(StuckLine(UUID(int=row[0].int), *row[1:]) for row in await fetch(_STUCK, **self._limits)),
+            (*await self._stuck(), *await self._stuck_snapshots()),
             LogLine(identity.last_position, await self._log.horizon(), await self._log.partitions_ahead()),
             {row[0]: row[1] for row in await fetch(_PHASES)},
+            tuple(StationLine(*row) for row in await fetch(_STATIONS, last_s=SAID_SECONDS)),
         )
+
+    async def _stuck(self) -> list[StuckLine]:
+        rows = await self._database.fetch(_STUCK, **self._limits)
+        return [StuckLine(UUID(int=row[0].int), *row[1:]) for row in rows]
+
+    async def _stuck_snapshots(self) -> list[StuckLine]:
+        rows = await self._database.fetch(_STUCK_SNAPSHOTS, stopping_s=self._limits["stopping_s"])
+        return [StuckLine(UUID(int=row[0].int), *row[1:], kind="snapshot") for row in rows]

@@ -110,6 +110,18 @@ _OF_ENGINE = Statement(
 _TROUBLE = Statement(
     select(reconcile_queue.c.last_error).where(reconcile_queue.c.stream_id == bindparam("id", type_=Uuid))
 )
+_LOCK_SOURCE = Statement(
+    select(sandboxes.c.id).where(sandboxes.c.id == bindparam("id", type_=Uuid)).with_for_update(key_share=True)
+)
+_CREATING = Statement(
+    select(func.count().label("creating"))
+    .select_from(snapshots)
+    .where(
+        _S.sandbox_id == bindparam("sandbox_id", type_=Uuid),
+        _S.removed_at.is_(None),
+        _S.state == SnapshotState.CREATING,
+    )
+)
 _SOME = Statement(select(*_COLUMNS).where(_S.id == any_(bindparam("ids", type_=ARRAY(Uuid)))))
 
 
@@ -226,6 +238,13 @@ async def users(on: Any, snapshot_id: UUID, tenant: str) -> tuple[UUID, ...]:
     """Sandboxes of this tenant that were made from it and may still have a container; at most a hundred."""
     rows = await on.fetch(_USERS, snapshot_id=str(snapshot_id), tenant=tenant)
     return tuple(UUID(int=row["id"].int) for row in rows)
+
+
+async def creating_of(on: Any, sandbox_id: UUID) -> int:
+    """How many of this sandbox are Creating. Until the end of the transaction no other request counts them."""
+    await on.fetch_one(_LOCK_SOURCE, id=sandbox_id)
+    row = await on.fetch_one(_CREATING, sandbox_id=sandbox_id)
+    return int(row["creating"])
 
 
 def is_newer(snapshot: Snapshot) -> bool:

@@ -2,7 +2,7 @@
 
 **Protocol.** Woken by the engine's id, or after `poll` seconds anyway, it claims as many questions as it may answer at
 once, and answers each in a task of its own: outside of the slots, because a reader must not wait for a create, nor a
-create for a reader. While the engine cannot be used nothing is claimed.
+create for a reader. One tenant has `_SHARE` of those places. While the engine cannot be used nothing is claimed.
 
 **How it fails.** An engine that does not answer in time is an answer, too. A worker that dies leaves its questions to
 another one when their lease ends. A question about a sandbox that this engine does not have, or of another tenant, is
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
@@ -31,7 +32,9 @@ from app.work.station import Station
 from app.work.watchdog import Watchdog
 
 LOOP = "answers"
-_AT_ONCE = 4
+_AT_ONCE = 6
+_SHARE = 4
+"""Of them, those of one tenant."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -59,7 +62,8 @@ class Answers:
         self._signal = signal
         self._policy = policy
         self._watchdog = watchdog
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], str] = {}
+        """With the tenant of each."""
 
     async def run(self) -> None:
         """Answer until cancelled. No error ends it."""
@@ -82,7 +86,10 @@ class Answers:
         if self._station.open or free <= 0:
             return False
         try:
-            found = await self.requests.claim(self._station.name, free, self._policy.answer_lease)
+            held = Counter(self._tasks.values())
+            found = await self.requests.claim(
+                self._station.name, free, self._policy.answer_lease, share=_SHARE, held=held
+            )
         except StoreUnavailable as error:
             _LOG.info("no questions can be claimed: %s", error)
             return False
@@ -91,8 +98,8 @@ class Answers:
             return False
         for question in found:
             task = asyncio.create_task(self._answer(question), name=f"answer-{question.id}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = question.tenant
+            task.add_done_callback(self._tasks.pop)
             task.add_done_callback(lambda _: when_free())
         return len(found) == free
 

@@ -4,6 +4,8 @@
 source, has the engine commit it, looks again, and records `snapshot.committed` only if the source was at rest at both
 times and the log says that the same freeze lasted. Then it lets the source go on and wakes the snapshot, which is
 cleaned while the source runs. Meanwhile the row of the snapshot is kept waiting, so that no other worker begins too.
+A worker makes `policy.commits` at once, `policy.tenant_commits` of one tenant (`app.work.turns`); each packs what the
+source has written, which takes a processor and the disk of the engine.
 
 **Invariants.** An image whose commit was not watched from its beginning to its end is never used: it is removed, and
 the commit is repeated. The source still stands still, so the content is the same. Of two workers that both have made
@@ -42,6 +44,7 @@ from app.work.reconcile.actors import Actors
 from app.work.reconcile.troubles import UNAVAILABLE, describe
 from app.work.reconcile.workloads import ref_of
 from app.work.station import Station
+from app.work.turns import Turns
 
 MOVED = "SOURCE_MOVED"
 _PROGRESS = "The files are being copied."
@@ -78,6 +81,8 @@ class Commits:
         self._policy = policy
         self._actors = actors
         self._tasks: dict[UUID, asyncio.Task[None]] = {}
+        self._waking: set[asyncio.Task[None]] = set()
+        self.turns = Turns(policy.commits, policy.tenant_commits, self._has_turn)
         self._closed = False
 
     @property
@@ -89,19 +94,36 @@ class Commits:
         """Have it committed. Its row waits from before this call."""
         if self._closed or snapshot.id in self._tasks:
             return
+        self.turns.begin(snapshot.id, snapshot.tenant)
         task = asyncio.create_task(self._run(snapshot, cause), name=f"commit-{snapshot.id}")
         self._tasks[snapshot.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(snapshot.id, None))
+        task.add_done_callback(lambda _: self._ended(snapshot.id))
 
     async def close(self) -> None:
         """Wait for none of them; other workers begin again at once. The engine ends what it has begun."""
         self._closed = True
+        self.turns.close()
         left = dict(self._tasks)
         for task in left.values():
             task.cancel()
-        await asyncio.gather(*left.values(), return_exceptions=True)
+        await asyncio.gather(*left.values(), *self._waking, return_exceptions=True)
         with suppress(StoreUnavailable):
             await self._wake(*left)
+
+    def _ended(self, snapshot_id: UUID) -> None:
+        self._tasks.pop(snapshot_id, None)
+        self.turns.leave(snapshot_id)
+
+    def _has_turn(self, snapshot_id: UUID) -> None:
+        """Its row waits; without this it would until its time is over."""
+
+        async def wake() -> None:
+            with suppress(StoreUnavailable):
+                await self._wake(snapshot_id)
+
+        task = asyncio.create_task(wake(), name=f"turn-{snapshot_id}")
+        self._waking.add(task)
+        task.add_done_callback(self._waking.discard)
 
     async def _run(self, snapshot: Snapshot, cause: int | None) -> None:
         keeping = asyncio.create_task(self._keep_waiting(snapshot.id))

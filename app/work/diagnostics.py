@@ -9,8 +9,9 @@ read.
 be repeated by any worker after a crash at any point: what has been kept stays.
 
 **How it fails.** An engine that does not answer within `keep_end` seconds gives a row that says so, and the removal
-goes on: a container that stays for the sake of its log would cost its owner money. A database that is away ends the
-run, as it would end the removal.
+goes on: a container that stays for the sake of its log would cost its owner money. A removal that fails is tried again
+and again, and the log with it, but only for `keep_patience` seconds: later attempts must be cheap. A database that is
+away ends the run, as it would end the removal.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Diagnostics:
         if runtime is None or runtime.main is None or self._policy.keep_days <= 0:
             return
         run = Run(sandbox.id, sandbox.generation, sandbox.run)
-        if await self.kept.has_log(run):
+        if await self.kept.is_done(run, self._policy.keep_patience):
             return
         inspection: Inspection | None = None
         logs: LogText | None = None
@@ -116,6 +117,8 @@ class Diagnostics:
         except asyncpg.DataError as error:
             # A removal must not depend on what an image or a program has written.
             _LOG.error("the end of sandbox %s cannot be stored: %s", sandbox.id, type(error).__name__)
+            lost = End(None, None, "What the engine showed cannot be stored.")
+            await self.kept.keep(run, sandbox.tenant, lost, days=self._policy.keep_days)
 
     async def _read(
         self, ref: Ref, masker: Masker, tail: int, most: int, since: datetime | None = None

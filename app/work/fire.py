@@ -21,7 +21,7 @@ from datetime import datetime, timedelta
 from typing import TypeAlias
 
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.deadlines import EXPIRY, FREEZE, READY, TRANSITION, Limits
+from app.domain.sandbox.deadlines import EXPIRY, FREEZE, READY, TRANSITION, Limits, longest
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.snapshot.decide import COMMIT, EndCommit, RecordFailed
 from app.domain.snapshot.state import SnapshotState
@@ -46,7 +46,7 @@ def next_due(sandbox: Sandbox, name: str, now: datetime, limits: Limits) -> date
     if name == FREEZE:
         asked = sandbox.freeze_at if sandbox.holds_still else None
         return None if asked is None else asked + timedelta(seconds=limits.freeze_s)
-    limit = limits.of(sandbox.phase) if name == TRANSITION else None
+    limit = longest(sandbox, limits) if name == TRANSITION else None
     if limit is None:
         return None
     if sandbox.phase is not Phase.STOPPING:

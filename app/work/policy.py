@@ -63,6 +63,10 @@ class WorkPolicy(Struct, frozen=True):
     """Images that one worker has pulled at once."""
     tenant_pulls: int = 6
     """Pulls of them that one tenant may have."""
+    commits: int = 4
+    """Snapshots that one worker has the engine make at once."""
+    tenant_commits: int = 3
+    """Of them, those that one tenant may have."""
     progress_every: float = 1
     """How often the progress of a pull is written, and its sandboxes are kept waiting."""
     stall_after: float = 60
@@ -79,8 +83,12 @@ class WorkPolicy(Struct, frozen=True):
     """How long a stop waits for creates under way, which are not cut; an engine that hangs must not hold it up."""
     keep_days: float = 7
     """How long the end of a sandbox's log is kept after its removal; 0 = nothing is kept."""
+    metrics_days: int = 400
+    """How long the counts of what SDKs report are kept."""
     keep_end: float = 5
     """How long a removal waits for an engine that does not show what is to be kept."""
+    keep_patience: float = 20
+    """For how long that is tried again, when a removal that fails is tried again."""
     answer_within: float = 6
     """How long an engine may take for a question of an API process."""
     answer_lease: float = 7

@@ -282,7 +282,11 @@ class Sweeper:
         if ids:
             _LOG.warning("sandboxes that wanted work had no queue row, which is a bug; they have one now: %s", ids)
             await self._queue.enqueue(ids, USER)
-        return len(ids)
+        found = await differences.stranded_snapshots(self._connections, self._driver.name, self._policy.stranded_after)
+        if found:
+            _LOG.warning("snapshots that wanted work had no queue row, which is a bug; they have one now: %s", found)
+            await self._queue.enqueue_snapshots(found, USER)
+        return len(ids) + len(found)
 
     async def _count_overdue(self) -> int:
         overdue = await differences.overdue_deadlines(self._connections)

@@ -36,11 +36,13 @@ from uuid import UUID
 from app import __version__
 from app.domain.sandbox.deadlines import Limits
 from app.domain.stream import Actor, ActorKind, Meta
+from app.domain.text import storable
 from app.errors import StoreUnavailable
 from app.runtime.driver import Driver
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.service.snapshots import KIND as SNAPSHOT
+from app.store import metrics
 from app.store.database.pool import Database
 from app.store.database.statement import Connections
 from app.store.deadlines.rows import DeadlineRows
@@ -49,6 +51,7 @@ from app.store.diagnostics.requests import EngineRequests
 from app.store.log.signal import Signal, Subscription
 from app.store.queue.reconcile import UNPLACED, Claim, Queue
 from app.store.queue.waiting import WaitingRows
+from app.store.stations import Stations
 from app.store.vault.seal import Sealer
 from app.work.agents import AgentPolicy, Agents
 from app.work.answers import Answers
@@ -101,6 +104,7 @@ class Worker:
         """`worker_id` is unique among workers; `name` is for people, by default the host's. `limits`: the service's.
         `agent` None = sandboxes without one.
         """
+        self._database = database
         self._service = service
         self._signal = signal
         self._policy = policy
@@ -108,6 +112,7 @@ class Worker:
         self.watchdog = Watchdog(policy.stall_after)
         worker = Actor(ActorKind.RECONCILER, worker_id, name or socket.gethostname())
         self._actors = Actors(__version__, worker, Actor(ActorKind.RUNTIME, driver.name, driver.name))
+        self._stations = Stations(database, worker_id, worker.name, driver.name)
         meta = self._actors.meta(worker, None)
         self.queue = Queue(database, driver.name)
         self.station = Station(driver=driver, engines=engines, connections=database, policy=policy, meta=meta)
@@ -276,8 +281,15 @@ class Worker:
             timers.every(_AGENTS_S, self.agents.look_around)
         timers.every(_FORGET_S, self.answers.requests.purge)
         timers.every(_PURGE_S, self.diagnostics.kept.purge)
+        timers.every(_PURGE_S, lambda: metrics.purge(self._database, policy.metrics_days))
+        timers.every(policy.engine_beat, self._say_trouble)
         timers.every(min(policy.sweep_tick, policy.sweep_every), self.sweeper.tick)
         return timers
+
+    async def _say_trouble(self) -> None:
+        """For `sandledger status`."""
+        trouble = self.station.trouble or "no contact yet"
+        await self._stations.say(storable(trouble) if self.station.open else None)
 
     async def _ensure_partitions(self) -> None:
         made = await self._service.log.ensure_partitions()

@@ -540,6 +540,8 @@ CREATE TABLE engine_requests (
 COMMENT ON TABLE engine_requests IS
     'Questions of processes without an engine to the workers beside it. A row lives for a minute at most.';
 
+CREATE INDEX engine_requests_open ON engine_requests (engine, asked_at) WHERE answered_at IS NULL;
+
 CREATE TABLE client_metrics (
     tenant text NOT NULL,
     day date NOT NULL,
@@ -551,8 +553,18 @@ CREATE TABLE client_metrics (
     PRIMARY KEY (tenant, day, event, sdk, success)
 ) WITH (fillfactor = 70);
 COMMENT ON TABLE client_metrics IS 'What the SDKs report about their own calls, counted by day.';
-GRANT SELECT, INSERT, UPDATE, DELETE ON kept_ends, engine_requests TO :app_role;
-GRANT SELECT, INSERT, UPDATE ON client_metrics TO :app_role;
+
+CREATE TABLE stations (
+    worker_id text NOT NULL,
+    engine text NOT NULL,
+    name text NOT NULL,
+    trouble text NOT NULL,
+    since timestamptz NOT NULL,
+    said_at timestamptz NOT NULL,
+    PRIMARY KEY (worker_id, engine)
+);
+COMMENT ON TABLE stations IS 'Workers that cannot use their engines. A row counts for half a minute.';
+GRANT SELECT, INSERT, UPDATE, DELETE ON kept_ends, engine_requests, client_metrics, stations TO :app_role;
 """
 
 # For people who read the tables with other tools.
@@ -568,6 +580,10 @@ COMMENT ON COLUMN client_metrics.day IS 'UTC, by the database''s clock.';
 COMMENT ON COLUMN client_metrics.event IS 'sandbox.create.';
 COMMENT ON COLUMN client_metrics.sdk IS 'Language and version, e.g. python/1.1.1.';
 COMMENT ON COLUMN client_metrics.duration_ms_sum IS 'A report counts with one day at most.';
+COMMENT ON COLUMN stations.engine IS 'As the worker''s settings name it; it may never have answered.';
+COMMENT ON COLUMN stations.name IS 'Of the worker, for people: its host.';
+COMMENT ON COLUMN stations.trouble IS 'Why it cannot use the engine.';
+COMMENT ON COLUMN stations.said_at IS 'Rows that are not written again are deleted.';
 COMMENT ON COLUMN engine_requests.engine IS 'Whose workers answer.';
 COMMENT ON COLUMN engine_requests.what IS 'logs, inspect.';
 COMMENT ON COLUMN engine_requests.lease_until IS 'Until then a worker is at it.';

@@ -244,8 +244,11 @@ async def test_a_connection_is_good_for_the_next_request_unless_its_answer_says_
 
 
 async def test_proxy_to_nobody(session: aiohttp.ClientSession):
+    """The server knows it by exactly this."""
     async with session.get("/proxy/3001/") as answer:
-        assert answer.status == 502
+        assert (answer.status, await answer.read()) == (502, b"Bad Gateway\n")
+        assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+        assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 async def test_proxy_streams(session: aiohttp.ClientSession, endpoint: tuple[ConnectionConfig, SandboxEndpoint]):

@@ -20,6 +20,7 @@ from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeUnavailable
 from app.service.sandboxes import Service
 from app.store.database.pool import Database
+from app.store.diagnostics.requests import MAX_OPEN, Arguments, EngineRequests, logs_question
 from app.store.log.signal import Signal
 from app.store.vault.seal import Sealer
 from tests.api.conftest import KEY, MakeContext, client, create, observe
@@ -272,3 +273,18 @@ async def test_a_stop_takes_the_questions_back(
     assert (await asking).status_code == 503
     assert context.waiters.count == 0
     assert not await stage.sql("SELECT 1 FROM sandledger.engine_requests")
+
+
+async def test_a_tenant_with_too_many_open_reads_is_told_when_to_ask_again(http: httpx.AsyncClient, stage: Stage):
+    """No worker answers here, so all of them stay open."""
+    worker = stage.worker()
+    sandbox_id = await stage.running(worker)
+    requests = EngineRequests(stage.database)
+    for _ in range(MAX_OPEN):
+        assert await requests.ask(logs_question("default", sandbox_id, Arguments()), "default")
+    for kind in ("logs?scope=container", "logs", "inspect", "summary"):
+        answer = await http.get(f"/v1/sandboxes/{sandbox_id}/diagnostics/{kind}")
+        assert (answer.status_code, answer.json()["code"]) == (503, "ENGINE::TOO_MANY_QUESTIONS")
+        assert int(answer.headers["retry-after"]) > 0
+    assert (await http.get(f"/v1/sandboxes/{sandbox_id}/diagnostics/events?scope=runtime")).status_code == 200
+    assert len(await stage.sql("SELECT 1 FROM sandledger.engine_requests")) == MAX_OPEN

@@ -173,6 +173,10 @@ class TestBadInput:
             ("expires=1e9", 422, "GENERAL::VALIDATION_ERROR"),
             ("expires=1&expires=2", 422, "GENERAL::VALIDATION_ERROR"),
             ("use_server_proxy=maybe", 422, "GENERAL::VALIDATION_ERROR"),
+            ("use_server_proxy=", 422, "GENERAL::VALIDATION_ERROR"),
+            ("use_server_proxy=2", 422, "GENERAL::VALIDATION_ERROR"),
+            ("use_server_proxy=%20true", 422, "GENERAL::VALIDATION_ERROR"),
+            ("use_server_proxy=yes&expires=1900000000", 400, "SANDBOX::INVALID_PARAMETER"),
             ("use_server_proxy=true&use_server_proxy=true", 422, "GENERAL::VALIDATION_ERROR"),
         ],
     )

@@ -14,7 +14,7 @@ from app.api.auth import Principal
 from app.api.metrics import sdk_in
 from app.domain.stream import Actor, ActorKind
 from app.store.database.pool import Database
-from app.store.metrics import MAX_SDKS, ClientMetrics, Report
+from app.store.metrics import MAX_SDKS, ClientMetrics, Report, purge
 from tests.api.conftest import MakeContext, client
 from tests.conftest import as_server
 
@@ -78,6 +78,39 @@ async def test_made_up_names_make_no_more_rows(http: httpx.AsyncClient, dsn: str
     found = await rows(dsn)
     assert len(found) == MAX_SDKS + 1
     assert [row[4] for row in found if row[2] == "other"] == [20]
+
+
+async def test_made_up_names_take_none_from_other_tenants_or_processes(dsn: str):
+    """The naive way, a bound in each process for all tenants, has one caller turn all others into `other`."""
+    database = Database(as_server(dsn))
+    try:
+        for process in range(3):
+            metrics = ClientMetrics()  # as after a restart
+            made_up = [Report("acme", "sandbox.create", f"x/{process}-{n}", success=True) for n in range(MAX_SDKS)]
+            await asyncio.gather(*(metrics.count(database, each, 1) for each in made_up))
+            await metrics.count(database, Report("other", "sandbox.create", "python/1", success=True), 1)
+    finally:
+        await database.close()
+    found = await rows(dsn)
+    mine = {row[2]: row[4] for row in found if row[0] == "acme"}
+    assert (len(mine), mine["other"], sum(mine.values())) == (MAX_SDKS + 1, 2 * MAX_SDKS, 3 * MAX_SDKS)
+    assert [row[2:5] for row in found if row[0] == "other"] == [("python/1", True, 3)]
+
+
+async def test_old_counts_go(dsn: str):
+    database = Database(as_server(dsn))
+    try:
+        await ClientMetrics().count(database, Report("acme", "sandbox.create", "python/1", success=True), 1)
+        connection = await asyncpg.connect(dsn)
+        await connection.execute(
+            "INSERT INTO sandledger.client_metrics SELECT tenant, day - age, event, sdk, success, 1, 1"
+            " FROM sandledger.client_metrics, generate_series(1, 1400) AS age"
+        )
+        assert await purge(database, 100) == 1300
+        assert await connection.fetchval("SELECT count(*) FROM sandledger.client_metrics") == 101
+        await connection.close()
+    finally:
+        await database.close()
 
 
 @pytest.mark.parametrize(

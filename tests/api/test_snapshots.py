@@ -17,6 +17,7 @@ from app.domain.engine.decide import RecordSighting, RecordSilence
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.observed import Power
 from app.domain.snapshot.decide import (
+    MAX_CREATING,
     Command,
     RecordArtifact,
     RecordCommitted,
@@ -336,3 +337,15 @@ async def test_the_message_says_why_the_last_attempt_failed(http: httpx.AsyncCli
     assert message == "Snapshot creation accepted. The last attempt failed: no space left\\x1b on device"
     await told(service, made, RecordCommitted("sha256:raw", "sha256:l"), RecordReady(IMAGE_ID, 1))
     assert (await http.get(f"/v1/snapshots/{made}")).json()["status"]["message"] == "Snapshot is ready."
+
+
+async def test_of_one_sandbox_only_some_are_made_at_once(http: httpx.AsyncClient, service: Service):
+    """All come at once: who counted first and inserted then would take them all."""
+    sandbox_id, other = await running(http, service), await running(http, service)
+    answers = await asyncio.gather(*(http.post(f"/v1/sandboxes/{sandbox_id}/snapshots") for _ in range(20)))
+    assert [answer.status_code for answer in answers].count(202) == MAX_CREATING
+    assert {code(answer) for answer in answers if answer.status_code != 202} == {(409, "SNAPSHOT::TOO_MANY")}
+    await taken(http, other)
+    made = next(answer.json()["id"] for answer in answers if answer.status_code == 202)
+    await told(service, made, RecordFailed("snapshot_runtime_failed", ""))
+    await taken(http, sandbox_id)

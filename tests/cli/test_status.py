@@ -18,7 +18,9 @@ from app.cli import status
 from app.domain.engine.decide import RecordLogWentBack, RecordSighting, RecordSilence
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.observed import Observed, Part, Power
 from app.domain.sandbox.spec import SandboxSpec
+from app.domain.snapshot.decide import RecordCommitted, RecordReady
 from app.domain.stream import Actor, ActorKind, Meta
 from app.domain.tenants import ANY_TENANT
 from app.service.engines import Engines
@@ -27,6 +29,7 @@ from app.settings import Settings
 from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.queue.reconcile import Failed, Queue
+from app.store.stations import Stations
 from app.views.overview import MAX_HELD_POSITIONS, MAX_SHOWN
 from tests.cli.test_commands import run
 from tests.conftest import INSTALLATION, SIGHTING, STATION
@@ -211,6 +214,47 @@ async def hanging(world: World) -> AsyncGenerator[None]:
         await slow.rollback()
 
 
+async def snapshot(world: World, *, ready: bool) -> UUID:
+    """One that is Creating, or was deleted and is Deleting."""
+    sandbox_id = await world.create()
+    seen = Observed(sandbox_id, (Part("main", "r1", "x"),), Power.RUNNING)
+    await world.service.execute(sandbox_id, ANY_TENANT, cmd.RecordSeen(seen), META)
+    snapshots, snapshot_id = world.service.snapshots, uuid_utils.compat.uuid7()
+    await snapshots.create(snapshot_id, "default", sandbox_id, None, META)
+    if ready:
+        for command in (RecordCommitted("sha256:raw", "sha256:l"), RecordReady("sha256:c", 1)):
+            await snapshots.execute(snapshot_id, ANY_TENANT, command, META)
+        await snapshots.delete(snapshot_id, "default", META)
+    await world.owner(
+        f"UPDATE reconcile_queue SET attempts = 3, last_reason = 'COMMIT_FAILED', last_error = 'no space left \x1b[31m'"
+        f" WHERE stream_id = '{snapshot_id}'",
+        f"DELETE FROM reconcile_queue WHERE stream_id = '{sandbox_id}'",
+    )
+    return snapshot_id
+
+
+@asynccontextmanager
+async def snapshot_failing(world: World) -> AsyncGenerator[None]:
+    await snapshot(world, ready=False)
+    yield
+
+
+@asynccontextmanager
+async def snapshot_deleting(world: World) -> AsyncGenerator[None]:
+    await snapshot(world, ready=True)
+    await world.owner("UPDATE reconcile_queue SET attempts = 0")
+    yield
+
+
+@asynccontextmanager
+async def deaf(world: World) -> AsyncGenerator[None]:
+    """A worker whose engine has never answered. Nothing of it is in the log."""
+    said = Stations(world.database, "w9", "host-9", "other")
+    await said.say("no permission for the socket \x1b[31m")
+    yield
+    await said.say(None)
+
+
 TROUBLES: list[tuple[Trouble, str]] = [
     (dark, f"engine {ENGINE} is dark: cannot connect [/run/x.sock] "),
     (another, f"engine {ENGINE} is mismatch: MARK_OTHER"),
@@ -224,6 +268,9 @@ TROUBLES: list[tuple[Trouble, str]] = [
     (failing_among_those_of_users, "1 sandboxes are stuck or failing"),
     (many_stopping, f"at least {MAX_SHOWN} sandboxes are stuck or failing"),
     (last_partition, "no spare partition of the log is left"),
+    (snapshot_failing, "1 snapshots are stuck or failing"),
+    (snapshot_deleting, "1 snapshots are stuck or failing"),
+    (deaf, "worker host-9 cannot use engine other for 0 s: no permission for the socket "),
     (hanging, "the log's horizon is 1"),
 ]
 
@@ -327,6 +374,36 @@ async def test_a_stopping_sandbox_has_the_operators_time(
     async with stopping(world):
         well, found, _ = await told(settings, capsys)
     assert (well, found["stuck"]) == (True, [])
+
+
+async def test_a_stuck_snapshot_is_listed_with_why(
+    world: World, settings: Settings, capsys: pytest.CaptureFixture[str]
+):
+    snapshot_id = await snapshot(world, ready=False)
+    _, found, text = await told(settings, capsys)
+    (line,) = found["stuck"]
+    assert (line["kind"], line["id"], line["phase"], line["reason"]) == (
+        "snapshot",
+        str(snapshot_id),
+        "Creating",
+        "COMMIT_FAILED",
+    )
+    assert f"snapshot {snapshot_id} Creating for " in text
+    await world.owner("UPDATE reconcile_queue SET last_reason = 'SOURCE_FREEZING'")
+    well, found, _ = await told(settings, capsys)
+    assert (well, found["stuck"]) == (True, []), "it takes its turn"
+
+
+async def test_what_a_worker_said_is_forgotten_when_it_is_gone(
+    world: World, settings: Settings, capsys: pytest.CaptureFixture[str]
+):
+    await Stations(world.database, "w9", "host-9", "other").say("no contact yet")
+    assert not (await told(settings, capsys))[0]
+    await world.owner("UPDATE stations SET said_at = said_at - interval '31 seconds'")
+    assert (await told(settings, capsys))[0]
+    await Stations(world.database, "w8", "host-8", "other").say(None)
+    async with connected(world.dsn, owner=True) as owner:
+        assert await owner.fetchval("SELECT count(*) FROM stations") == 0
 
 
 async def test_no_engine_is_a_problem(dsn: str, settings: Settings, capsys: pytest.CaptureFixture[str]):

@@ -31,6 +31,7 @@ class Fleet(Struct, frozen=True):
     async def kill_one_of_each(self) -> None:
         for process in (self.apis[0], self.workers[0]):
             await asyncio.to_thread(process.kill)
+        self.front.leave_out(self.apis[0].base)
 
 
 @pytest.fixture

@@ -27,12 +27,17 @@ class Front:
         self.served = dict.fromkeys(servers, 0)
         """How many requests each server has answered."""
         self._turn = 0
+        self._left_out: set[str] = set()
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.ServerRunner | None = None
 
     @property
     def domain(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    def leave_out(self, server: str) -> None:
+        """It was killed. The engine may give its port to a sandbox, which would answer in its place."""
+        self._left_out.add(server)
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -58,7 +63,7 @@ class Front:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         assert self._session is not None
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP]
-        servers, troubles = list(self.served), list[str]()
+        servers, troubles = [each for each in self.served if each not in self._left_out], list[str]()
         self._turn += 1
         first = self._turn % len(servers)
         for server in (*servers[first:], *servers[:first]):

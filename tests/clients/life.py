@@ -18,7 +18,7 @@ from opensandbox.models.filesystem import (
     SetPermissionEntry,
     WriteEntry,
 )
-from opensandbox.models.sandboxes import SandboxFilter
+from opensandbox.models.sandboxes import SandboxFilter, SnapshotFilter
 
 from app.agent import AGENT_PORT
 from tests.clients.kinds import Kind, pieces
@@ -192,6 +192,48 @@ class Life:
             await self.sandbox.get_signed_endpoint(3000, 2_000_000_000)
         assert caught.value.status_code == 400
 
+    async def snapshots(self) -> None:
+        """Copy the files, and go on with a sandbox of the copy."""
+        await self.sandbox.files.write_file("/kept", self.tag)
+        manager = await self.kind.manager.create(self.config())
+        try:
+            made = await manager.create_snapshot(self.sandbox.id, name=f"of-{self.tag}")
+            assert (made.sandbox_id, made.name) == (self.sandbox.id, f"of-{self.tag}")
+
+            async def ready() -> bool:
+                state = (await manager.get_snapshot(made.id)).status.state
+                assert state in ("Creating", "Ready"), state
+                return state == "Ready"
+
+            await until(ready, "the snapshot is ready")
+            page = await manager.list_snapshots(SnapshotFilter(sandbox_id=self.sandbox.id, states=["Ready"]))
+            assert [each.id for each in page.snapshot_infos] == [made.id]
+            copy = await self.kind.sandbox.create(
+                snapshot_id=made.id, entrypoint=["sleep", "3600"], resource=RESOURCE, connection_config=self.config()
+            )
+            assert await copy.files.read_file("/kept") == self.tag
+            with pytest.raises(SandboxApiException) as caught:
+                await manager.delete_snapshot(made.id)
+            assert (caught.value.status_code, caught.value.error.code) == (409, "SNAPSHOT::DELETE_CONFLICT")
+            await copy.destroy()
+
+            async def deleted() -> bool:
+                try:
+                    await manager.delete_snapshot(made.id)
+                except SandboxApiException as error:
+                    return error.status_code == 404
+                return False
+
+            await until(deleted, "the copy is gone, and the snapshot after it")
+        finally:
+            await manager.close()
+
+    async def _diagnosed(self, manager: Any) -> None:
+        logs = await manager.get_diagnostic_logs(self.sandbox.id, "container")
+        assert (logs.kind, logs.scope, logs.delivery) == ("logs", "container", "inline")
+        events = await manager.get_diagnostic_events(self.sandbox.id, "runtime")
+        assert "requested" in events.content
+
     async def third_act(self) -> None:
         """Renew, patch, pause, resume, connect, kill."""
         renewed = await self.sandbox.renew(timedelta(hours=2))
@@ -225,6 +267,7 @@ class Life:
             assert [each.id for each in page.sandbox_infos] == [self.sandbox.id]
             assert page.pagination.total_items == 1
             assert (await manager.get_sandbox_info(self.sandbox.id)).status.state == "Running"
+            await self._diagnosed(manager)
             await manager.renew_sandbox(self.sandbox.id, timedelta(hours=1))
             await manager.patch_sandbox_metadata(self.sandbox.id, {"more": "x"})
             await manager.pause_sandbox(self.sandbox.id)

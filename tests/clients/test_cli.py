@@ -18,13 +18,14 @@ from tests.clients.life import until
 pytestmark = [pytest.mark.engine, pytest.mark.proof, pytest.mark.timeout(300)]
 TABLE = ("-o", "table")
 JSON = ("-o", "json")
+ENTRYPOINT = ("--entrypoint", "sleep", "--entrypoint", "3600")
 
 
 async def sandboxes(osb: Osb, image: str) -> str:
     """Create one and look at it."""
     asked = ("--image", image, "--timeout", "10m", "--env", "COLOUR=red", "--metadata", "by=cli")
     limits = ("--resource", "cpu=250m", "--resource", "memory=128Mi")
-    made = await osb("sandbox", "create", *asked, *limits, "--entrypoint", "sleep", "--entrypoint", "3600", *JSON)
+    made = await osb("sandbox", "create", *asked, *limits, *ENTRYPOINT, *JSON)
     one: str = made.json["id"]
     assert (await osb("sandbox", "get", one, *JSON)).json["status"]["state"] == "Running"
     assert one in (await osb("sandbox", "list", "-m", "by=cli", "-s", "Running", *JSON)).out
@@ -83,6 +84,47 @@ async def move_files(osb: Osb, one: str) -> None:
     await osb("file", "rmdir", one, "/tmp/f")
 
 
+async def take_snapshots(osb: Osb, one: str) -> None:
+    await osb("command", "run", one, "--", "sh", "-c", "echo kept > /kept")
+    made = (await osb("snapshot", "create", one, "--name", "first", *JSON)).json
+    taken: str = made["id"]
+    assert (made["sandbox_id"], made["name"]) == (one, "first")
+
+    async def ready() -> bool:
+        state = (await osb("snapshot", "get", taken, *JSON)).json["status"]["state"]
+        assert state in ("Creating", "Ready"), state
+        return state == "Ready"
+
+    await until(ready, "the snapshot is ready")
+    listed = await osb("snapshot", "list", "--sandbox-id", one, "--state", "Ready", *JSON)
+    assert taken in listed.out
+    copy: str = (await osb("sandbox", "create", "--snapshot-id", taken, "--timeout", "10m", *ENTRYPOINT, *JSON)).json[
+        "id"
+    ]
+    assert (await osb("command", "run", copy, "--", "cat", "/kept")).out.strip() == "kept"
+    in_use = await osb("snapshot", "delete", taken, code=1)
+    assert "SNAPSHOT::DELETE_CONFLICT" in in_use.out + in_use.err
+    await osb("sandbox", "kill", copy)
+
+    async def deleted() -> bool:
+        return "DELETE_CONFLICT" not in str(await osb("snapshot", "delete", taken, code=None))
+
+    await until(deleted, "the copy is gone, and the snapshot after it")
+    gone = await osb("snapshot", "get", taken, code=1)
+    assert "SNAPSHOT::NOT_FOUND" in gone.out + gone.err
+
+
+async def diagnose(osb: Osb, one: str) -> None:
+    logs = (await osb("diagnostics", "logs", one, "--scope", "container", *JSON)).json
+    assert (logs["kind"], logs["scope"]) == ("logs", "container")
+    assert "requested" in (await osb("diagnostics", "events", one, "--scope", "runtime", "-o", "raw")).out
+    assert await osb("devops", "logs", one, "--tail", "5")
+    assert "requested" in (await osb("devops", "events", one)).out
+    inspected = (await osb("devops", "inspect", one)).out
+    assert one in inspected and "COLOUR=" in inspected and "COLOUR=red" not in inspected
+    assert "SANDBOX DIAGNOSTICS SUMMARY" in (await osb("devops", "summary", one)).out
+
+
 async def stop(osb: Osb, one: str) -> None:
     await osb("sandbox", "pause", one)
 
@@ -124,6 +166,8 @@ async def test_whole_lives_while_servers_die(fleet: Fleet, image: str, tmp_path:
         await asyncio.gather(*(run_commands(osb, one) for osb, one in zip(both, made, strict=True)))
         await fleet.kill_one_of_each()
         await asyncio.gather(*(move_files(osb, one) for osb, one in zip(both, made, strict=True)))
+        await take_snapshots(direct, made[0])
+        await asyncio.gather(*(diagnose(osb, one) for osb, one in zip(both, made, strict=True)))
         await asyncio.gather(*(watch_metrics(osb, one) for osb, one in zip(both, made, strict=True)))
         await asyncio.gather(*(stop(osb, one) for osb, one in zip(both, made, strict=True)))
         not_run = set(commands()) - direct.ran

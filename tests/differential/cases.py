@@ -165,7 +165,25 @@ def endpoints() -> Iterator[Case]:
     ):
         yield Case(f"port {port}", "GET", f"{one}/{port}")
         yield Case(f"port {port} proxied", "GET", f"{one}/{port}?use_server_proxy=true")
-    for value in ("true", "false", "1", "0", "yes", "TRUE", "", "maybe"):
+    for value in (
+        "true",
+        "false",
+        "1",
+        "0",
+        "yes",
+        "NO",
+        "on",
+        "Off",
+        "t",
+        "F",
+        "y",
+        "n",
+        "TRUE",
+        "",
+        "maybe",
+        "2",
+        "%20true",
+    ):
         yield Case(f"use_server_proxy={value}", "GET", f"{one}/8080?use_server_proxy={value}")
     for value in ("0", "1", "9999999999", "-1", "x", "", "99999999999999999999999"):
         yield Case(f"expires={value}", "GET", f"{one}/8080?expires={value}")

@@ -213,7 +213,7 @@ TYPES = {
 
 async def test_column_by_column(dsn: str):
     tables = list(metadata.sorted_tables)
-    assert len(tables) == 15
+    assert len(tables) == 16
     async with connected(dsn, owner=True) as owner:
         for table in tables:
             dialect = PGDialect_asyncpg()
@@ -224,7 +224,7 @@ async def test_column_by_column(dsn: str):
 
 PRIVILEGES = {
     "alembic_version": "SELECT",
-    "client_metrics": "INSERT SELECT UPDATE",
+    "client_metrics": "DELETE INSERT SELECT UPDATE",
     "deadlines": "DELETE INSERT SELECT UPDATE",
     "engine_requests": "DELETE INSERT SELECT UPDATE",
     "engines": "INSERT SELECT UPDATE",
@@ -240,6 +240,7 @@ PRIVILEGES = {
     "sandboxes": "INSERT SELECT UPDATE",
     "sealed_values": "DELETE INSERT SELECT",
     "snapshots": "INSERT SELECT UPDATE",
+    "stations": "DELETE INSERT SELECT UPDATE",
 }
 
 

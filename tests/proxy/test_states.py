@@ -182,6 +182,62 @@ async def test_nothing_listens(rig: Rig, agent: Agent, sandbox: UUID):
     assert refused(await ask(rig, sandbox)) == (502, "BACKEND_CONNECTION_FAILED")
 
 
+AGENTS_502 = "Content-Type: text/plain; charset=utf-8\r\nX-Content-Type-Options: nosniff\r\n"
+
+
+def bad_gateway(body: bytes = b"Bad Gateway\n", headers: str = AGENTS_502, *, whole: bool = True) -> parts.Handler:
+    async def answers(request: parts.Request, _reader: object, writer: asyncio.StreamWriter) -> None:
+        sent = parts.answer(body, "502 Bad Gateway", headers)
+        writer.write(sent[: -len(body)] if request.method == "HEAD" else sent if whole else sent[:-3])
+        if not whole:
+            writer.close()
+
+    return answers
+
+
+async def test_nothing_listens_on_the_port(rig: Rig, agent: Agent, sandbox: UUID):
+    """The agent says that in words of its own, which no client of the public server knows."""
+    agent.handlers["/proxy/3000/a"] = bad_gateway()
+    for method in ("GET", "DELETE"):
+        reply = await ask(rig, sandbox, method=method)
+        assert refused(reply) == (502, "BACKEND_CONNECTION_FAILED")
+        assert b"port 3000 inside the sandbox" in reply.body
+    head = await say(rig.port, request(f"/v1/sandboxes/{sandbox}/proxy/3000/a", method="HEAD"), bodiless=True)
+    assert (head.status, head.one("sandledger-error")) == (502, "BACKEND_CONNECTION_FAILED")
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"Bad gateway\n", AGENTS_502),
+        (b"Bad Gateway\n", "Content-Type: text/plain; charset=utf-8\r\n"),
+        (b"Bad Gateway\n", "Content-Type: application/json\r\nX-Content-Type-Options: nosniff\r\n"),
+        (b"Bad Gateway..", AGENTS_502),
+        (b"{}", AGENTS_502),
+    ],
+)
+async def test_the_programs_own_502_is_its_own(rig: Rig, agent: Agent, sandbox: UUID, body: bytes, headers: str):
+    agent.handlers["/proxy/3000/a"] = bad_gateway(body, headers)
+    reply = await ask(rig, sandbox)
+    assert (reply.status, reply.body, reply.one("sandledger-error")) == (502, body, None)
+
+
+async def test_a_502_that_ends_in_its_middle(rig: Rig, agent: Agent, sandbox: UUID):
+    agent.handlers["/proxy/3000/a"] = bad_gateway(whole=False)
+    assert refused(await ask(rig, sandbox)) == (502, "BACKEND_RESPONSE_FAILED")
+
+
+async def test_errors_of_the_proxy_have_the_heads_of_all_our_answers(rig: Rig, agent: Agent, sandbox: UUID):
+    ours = await say(rig.port, request("/v1/sandboxes"))
+    error = await ask(rig, sandbox, port=0)
+    assert error.status == 400
+    for name in ("date", "server"):
+        assert error.one(name), name
+        assert bool(error.one(name)) == bool(ours.one(name))
+    passed = await ask(rig, sandbox)
+    assert (passed.status, passed.all("date")) == (200, []), "those of a program are its own"
+
+
 async def test_a_pending_sandbox_is_waited_for(rig: Rig, agent: Agent):
     sandbox = await rig.pending()
     asking = asyncio.create_task(ask(rig, sandbox))

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.deadlines import EXPIRY, FREEZE, READY, TRANSITION
+from app.domain.sandbox.deadlines import EXPIRY, FREEZE, READY, TRANSITION, longest
 from app.domain.sandbox.decide import LATEST, Events, decide
 from app.domain.sandbox.observed import Answer, Exit, Observed, Part, Power, Verdict, Waiting
 from app.domain.sandbox.plan import Absence, plan
@@ -156,7 +156,7 @@ def assert_deadlines(stream: Stream) -> None:
     """What the differences have added up to is what the state demands."""
     sandbox, found = stream.sandbox, dict(stream.deadlines)
     assert found.pop(EXPIRY, None) == (None if sandbox.ending is not None else sandbox.expires_at)
-    limit = LIMITS.of(sandbox.phase)
+    limit = longest(sandbox, LIMITS)
     fires_at = found.pop(TRANSITION, None)
     assert (fires_at is None) == (limit is None), sandbox.phase
     if fires_at is not None and sandbox.phase is not Phase.STOPPING:

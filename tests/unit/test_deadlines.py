@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from uuid import UUID
 
 import pytest
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.deadlines import EXPIRY, TRANSITION, Due, Limits, changes
+from app.domain.sandbox.deadlines import EXPIRY, TRANSITION, Due, Limits, changes, longest
 from app.domain.sandbox.observed import Exit, Power
 from app.domain.sandbox.state import Desired, Phase
 from tests.support.stream import BEGIN, LIMITS, PLACED, SECOND, Stream, in_phase, requested, seen
 
+SNAPSHOT = UUID(int=9)
 HOUR = timedelta(hours=1)
 CREATED, RUNNING, PAUSED = (cmd.RecordSeen(seen(power)) for power in (Power.CREATED, Power.RUNNING, Power.PAUSED))
 EXITED = cmd.RecordSeen(seen(Power.EXITED, end=Exit(0)))
@@ -232,3 +234,28 @@ def test_the_operators_limits_hold():
     (event,) = stream.pass_time(1).do(cmd.EndTransition(Limits(pausing_s=61)))
     assert isinstance(event, ev.PauseFailed)
     assert "longer than 61 s" in event.message
+
+
+def test_a_resume_has_its_time_after_the_end_of_a_freeze():
+    stream = in_phase(Phase.RUNNING)
+    stream.do(cmd.Freeze(SNAPSHOT))
+    stream.do(cmd.Pause())
+    stream.do(PAUSED)
+    stream.now += SECOND
+    stream.do(cmd.Resume())
+    sandbox = stream.sandbox
+    assert sandbox.phase is Phase.RESUMING
+    assert sandbox.freeze_at is not None
+    whole = longest(sandbox, LIMITS)
+    assert whole is not None
+    assert sandbox.changed_at + timedelta(seconds=whole) == sandbox.freeze_at + timedelta(
+        seconds=LIMITS.freeze_s + LIMITS.resuming_s
+    )
+    assert stream.deadlines[TRANSITION] == sandbox.changed_at + timedelta(seconds=whole)
+    stream.now = sandbox.changed_at + timedelta(seconds=LIMITS.resuming_s)
+    assert not stream.do(cmd.EndTransition(LIMITS)), "the snapshot holds it still, and its own deadline ends that"
+    stream.now = sandbox.changed_at + timedelta(seconds=whole)
+    (failed,) = stream.do(cmd.EndTransition(LIMITS))
+    assert isinstance(failed, ev.ResumeFailed)
+    late = Limits(freeze_s=0)
+    assert longest(sandbox, late) == late.resuming_s

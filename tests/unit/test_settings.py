@@ -437,6 +437,7 @@ worker.orphan_dry_run = true
 deadlines = { pending_seconds = 1, pausing_seconds = 1, resuming_seconds = 1, stopping_seconds = 1 }
 agent = { ready_seconds = 1 }
 diagnostics = { keep_days = 0 }
+metrics = { keep_days = 1 }
 snapshots = { freeze_seconds = 1, commit_seconds = 1 }
 api = { wait_seconds_max = 0, body_limit_bytes = 1024, metadata_max_entries = 0 }
 """

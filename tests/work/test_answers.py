@@ -12,6 +12,7 @@ from app.domain.sandbox.diagnostics import Inspection, LogText
 from app.domain.sandbox.masking import MASK
 from app.store.diagnostics.requests import (
     ABSENT,
+    MAX_OPEN,
     Arguments,
     EngineRequests,
     Question,
@@ -169,3 +170,55 @@ async def test_more_questions_than_are_answered_at_once(stage: Stage):
             *(ask(stage, logs_question("default", sandbox_id, Arguments())) for _ in range(30))
         )
     assert all(reply.answer is not None for reply in replies)
+
+
+async def asked(stage: Stage, tenant: str, count: int, most: int = MAX_OPEN) -> int:
+    """Questions about nothing. Says how many were taken."""
+    requests = EngineRequests(stage.database)
+    questions = [logs_question(tenant, UUID(int=7), Arguments()) for _ in range(count)]
+    return sum(await asyncio.gather(*(requests.ask(each, "default", most) for each in questions)))
+
+
+async def test_a_tenant_has_so_many_open_questions(stage: Stage):
+    for _ in range(3):
+        await asked(stage, "hostile", 50, 64)
+    mine = len([row for row in await left(stage) if row["tenant"] == "hostile"])
+    assert 64 <= mine <= 64 + 10, "those of one instant may exceed it, and no more than there are connections"
+    assert await asked(stage, "default", 1) == 1
+    requests = EngineRequests(stage.database)
+    assert not await requests.ask(logs_question("hostile", UUID(int=7), Arguments()), "default")
+    await stage.sql("UPDATE sandledger.engine_requests SET answered_at = clock_timestamp() WHERE tenant = 'hostile'")
+    assert await asked(stage, "hostile", 1) == 1, "answered ones are not open"
+
+
+async def test_the_next_question_is_that_of_the_tenant_with_the_fewest(stage: Stage):
+    """The oldest first, the naive way, has another tenant wait for all of the one that asks most."""
+    await asked(stage, "hostile", 1000, 1000)
+    await asked(stage, "default", 2)
+    requests = EngineRequests(stage.database)
+    oldest = await stage.sql("SELECT tenant FROM sandledger.engine_requests ORDER BY asked_at LIMIT 6")
+    assert {row["tenant"] for row in oldest} == {"hostile"}
+    found = await requests.claim("default", 6, 60, share=4)
+    assert sorted(each.tenant for each in found) == ["default"] * 2 + ["hostile"] * 4
+    assert await requests.claim("default", 2, 60, share=4, held={"hostile": 4}) == [], "its share is used up"
+    (one,) = await requests.claim("default", 2, 60, share=4, held={"hostile": 3})
+    assert one.tenant == "hostile"
+    await asked(stage, "default", 1)
+    ours, theirs = await requests.claim("default", 2, 60, share=4, held={"hostile": 1})
+    assert (ours.tenant, theirs.tenant) == ("default", "hostile")
+
+
+async def test_a_thousand_reads_that_hang_leave_another_tenants_one_alone(stage: Stage):
+    maker, gate = stage.worker(), Gate("logs")
+    theirs = await talking(stage, maker, "one", tenant="hostile")
+    mine = await talking(stage, maker, "two")
+    worker = stage.worker(stage.driver(gate), answer_within=3600)
+    requests = EngineRequests(stage.database)
+    for _ in range(1000):
+        await requests.ask(logs_question("hostile", theirs, Arguments()), "default", 1000)
+    async with stage.working(worker):
+        stage.signal.poke(stage.engines.stream_id("default"), work=False)
+        await gate.reached.wait()
+        reply = await ask(stage, inspect_question("default", mine))
+        assert reply.answer is not None
+        gate.open.set()

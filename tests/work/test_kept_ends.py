@@ -15,6 +15,7 @@ from app.domain.sandbox.diagnostics import LogText
 from app.domain.sandbox.masking import MASK
 from app.domain.sandbox.state import Phase
 from app.errors import RuntimeUnavailable
+from app.runtime.faults import AttemptFailed
 from app.runtime.workload import Agent
 from app.store.diagnostics.kept import End, KeptEnds, Run
 from app.store.vault.seal import Secrets
@@ -127,9 +128,9 @@ async def test_what_is_kept_is_not_written_over(stage: Stage):
 async def test_an_end_without_a_log_is_completed_by_one_that_has_it(stage: Stage):
     store, run = KeptEnds(stage.database), Run(await stage.create(), 1, 1)
     await store.keep(run, "default", End(None, None, "in trouble"), days=7)
-    assert not await store.has_log(run)
+    assert not await store.is_done(run, 60)
     await store.keep(run, "default", End(LogText("line\n", more=True), None), days=7)
-    assert await store.has_log(run)
+    assert await store.is_done(run, 60)
     assert await store.read(run.stream_id, "default") == End(LogText("line\n", more=True), None)
 
 
@@ -171,6 +172,37 @@ async def test_an_engine_that_hangs_holds_no_removal_up(stage: Stage, call: str)
     await stage.settle(hasty)
     assert (await stage.told(sandbox_id))[-3:] == ENDED
     assert (await kept(stage, sandbox_id))["logs"], "the removal was asked for again, and the engine answers"
+
+
+async def test_a_removal_that_fails_for_long_asks_no_more_for_the_log(stage: Stage):
+    """Each attempt would else hold a slot until the engine does not answer for that, too."""
+    worker = stage.worker()
+    sandbox_id = await talking(stage, worker)
+    await stage.ask(sandbox_id, cmd.Terminate())
+    trouble = Raiser(lambda: AttemptFailed("REMOVE_FAILED", "device or resource busy"), "remove")
+    silent = Raiser(lambda: RuntimeUnavailable("the engine would not show a log (500)"), "logs")
+
+    async def both(call: str) -> None:
+        await trouble(call)
+        await silent(call)
+
+    async def attempts(worker: Any, count: int) -> int:
+        before = silent.raised
+        for _ in range(count):
+            await stage.make_due(sandbox_id)
+            await stage.turn(worker)
+        return silent.raised - before
+
+    patient = stage.worker(stage.driver(both), keep_patience=3600)
+    assert await attempts(patient, 3) == 3, "the naive way asks in every attempt"
+    done = stage.worker(stage.driver(both), keep_patience=0)
+    assert await attempts(done, 3) == 0
+    assert trouble.raised == 6
+    assert "the engine would not show a log" in (await kept(stage, sandbox_id))["error"]
+    trouble.armed = False
+    await stage.make_due(sandbox_id)
+    await stage.settle(done)
+    assert (await stage.told(sandbox_id))[-3:] == ["reconcile_failed", *ENDED[1:]]
 
 
 async def test_an_engine_in_trouble_holds_no_removal_up(stage: Stage):

@@ -25,6 +25,7 @@ from app.service.sandboxes import Service
 from app.store.database.pool import Database
 from app.store.log.signal import Signal
 from app.store.vault.seal import Secrets
+from app.views.differences import stranded
 from app.work.worker import Worker
 from tests.work.stage import CLIENT, Raiser, Stage
 
@@ -506,3 +507,54 @@ async def test_a_thaw_whose_queue_row_was_lost_is_found_by_a_sweep(stage: Stage,
 
 class Killed(Exception):
     """Stands for the death of the process."""
+
+
+async def test_a_resume_waits_for_the_copy_however_long_it_takes(
+    stage: Stage, database: Database, signal: Signal, until: Any
+):
+    """Its deadline would else end it while nothing could be done, and a sweep would find it forgotten."""
+    stage.limits = Limits(resuming_s=0.1)
+    stage.service = Service(database, signal, stage.limits)
+    stage.engine.commit_gate = asyncio.Event()
+    async with stage.working(stage.worker()):
+        source = await source_of(stage, until)
+        snapshot_id = await stage.take(source)
+        await until(copies(stage))
+        await stage.ask(source, cmd.Pause())
+        await until(stage.is_phase(Phase.PAUSED, source))
+        await stage.ask(source, cmd.Resume())
+        looks = stage.engine.calls["inspect"]
+
+        async def rests() -> bool:
+            row = await stage.row(source)
+            return row is None or (row["lease_owner"] is None and stage.engine.calls["inspect"] > looks)
+
+        await until(rests)
+        (row,) = await stage.sql(
+            "SELECT fires_at - clock_timestamp() AS left FROM deadlines WHERE stream_id = $1 AND name = 'transition'",
+            source,
+        )
+        assert row["left"].total_seconds() > 10, "not before the deadline of the freeze"
+        assert await stranded(database, stage.engine_name, 0) == []
+        assert (await stage.sandbox(source)).phase is Phase.RESUMING
+        stage.engine.commit_gate.set()
+        await until(stage.is_snapshot(READY, snapshot_id))
+        await until(stage.is_phase(Phase.RUNNING, source))
+        await until(stage.is_idle())
+    assert "resume_failed" not in await stage.told(source)
+
+
+async def test_a_snapshot_whose_queue_row_was_lost_is_found_by_a_sweep(
+    stage: Stage, until: Any, caplog: pytest.LogCaptureFixture
+):
+    """That would be a bug; it must not be Creating until its deadline."""
+    worker = stage.worker(stranded_after=0)
+    source = await stage.create()
+    await stage.settle(worker)
+    snapshot_id = await stage.take(source)
+    await stage.sql("DELETE FROM reconcile_queue")
+    async with stage.working(worker):
+        await worker.sweeper.sweep()
+        await until(stage.is_snapshot(READY, snapshot_id))
+        await until(stage.is_idle())
+    assert str(snapshot_id) in caplog.text

@@ -11,7 +11,8 @@ name            exists while                            when it fires
 `freeze`        it stands still for a snapshot          `sandbox.thaw_requested`, after the snapshot has failed
 =============== ======================================= =========================================================
 
-`transition` counts from `changed_at`, `ready` from the record of the run's start, `freeze` from `freeze_at`. The append
+`transition` counts from `changed_at`, and a resume while the sandbox stands still for a snapshot from the latest end of
+that (`longest`), `ready` from the record of the run's start, `freeze` from `freeze_at`. The append
 writes the difference between the deadlines before and after, with its own reading of the clock, so a deadline is as
 exact as the event that sets it. Reasons that a deadline gives itself: `PROVISIONING_TIMEOUT`, `PAUSE_TIMEOUT`,
 `RESUME_TIMEOUT`.
@@ -20,7 +21,7 @@ exact as the event that sets it. Reasons that a deadline gives itself: `PROVISIO
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from msgspec import Struct
 
@@ -69,6 +70,14 @@ class Limits(Struct, frozen=True):
         return times, due - elapsed_s
 
 
+def longest(sandbox: Sandbox, limits: Limits) -> float | None:
+    """Seconds after `changed_at` in which its transition has to end. None = its phase may last."""
+    limit, frozen_at = limits.of(sandbox.phase), sandbox.freeze_at
+    if limit is None or sandbox.phase is not Phase.RESUMING or frozen_at is None:
+        return limit
+    return limit + max(0.0, limits.freeze_s - (sandbox.changed_at - frozen_at).total_seconds())
+
+
 class Due(Struct, frozen=True):
     """When a deadline fires: at an instant, or so many seconds after the append."""
 
@@ -92,11 +101,16 @@ def changes(
         found[EXPIRY] = Due(at=after.expires_at)
     if before is None or (before.phase, before.changed_at) != (after.phase, after.changed_at):
         # The phase may be the same: a restart from outside while Pausing begins the phase again.
-        limit = limits.of(after.phase)
+        limit = longest(after, limits)
         if limit is not None:
             found[TRANSITION] = Due(after_s=limit)
         elif before is not None and limits.of(before.phase) is not None:
             found[TRANSITION] = None
+    elif (limit := longest(after, limits)) != (was := longest(before, limits)) and limit is not None:
+        # It is resumed, and stands still for a snapshot since now, or not any more.
+        longer = was is None or limit > was
+        end = after.changed_at + timedelta(seconds=limit)
+        found[TRANSITION] = Due(at=end) if longer else Due(after_s=limits.resuming_s)
     elif any(isinstance(event, ev.Overdue) for event in events):
         _, wait = limits.report((now - after.changed_at).total_seconds())
         found[TRANSITION] = Due(after_s=wait)

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.deadlines import longest
 from app.domain.sandbox.observe import seen
 from app.domain.sandbox.observed import Power, Waiting
 from app.domain.sandbox.spec import check_metadata
@@ -301,7 +302,7 @@ def _run_ms(sandbox: Sandbox, now: datetime) -> int:
 
 
 def _end_transition(sandbox: Sandbox, command: cmd.EndTransition, now: datetime) -> Events:
-    limit = command.limits.of(sandbox.phase)
+    limit = longest(sandbox, command.limits)
     elapsed = (now - sandbox.changed_at).total_seconds()
     if limit is None or elapsed < limit:
         return ()

@@ -17,7 +17,7 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from app.domain.sandbox.observed import Answer, Power, Waiting
-from app.domain.sandbox.state import PROBE, Desired, RuntimeState, Sandbox
+from app.domain.sandbox.state import PROBE, Desired, Phase, RuntimeState, Sandbox
 
 WAIT_INTERVAL = timedelta(seconds=5)
 """How long a waiting stream rests when no hint wakes it."""
@@ -172,7 +172,12 @@ def _keep(sandbox: Sandbox, answer: Answer | None, absence: Absence) -> Step:
     if freeze is not None:
         if answer.observed.power is not wanted:
             return SetPower(wanted)
-        return Settled() if freeze.thaw is None else Observe()  # what is wanted changed after the look
+        if freeze.thaw is not None:
+            return Observe()  # what is wanted changed after the look
+        if sandbox.phase is Phase.RESUMING:
+            # It is to run as soon as the snapshot lets it. Without a row nobody would know that it wants to.
+            return Wait(absence.now + WAIT_INTERVAL, Waiting(STEP_NAMES[SetPower], "SNAPSHOT_IN_PROGRESS"))
+        return Settled()
     if sandbox.desired is Desired.PAUSED and sandbox.observed is RuntimeState.RUNNING:
         return SetPower(Power.PAUSED)
     if sandbox.desired is Desired.RUNNING and sandbox.observed is RuntimeState.PAUSED:

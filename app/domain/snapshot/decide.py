@@ -19,6 +19,8 @@ from app.errors import Conflict, NotFound
 Events: TypeAlias = tuple[ev.Event, ...]
 COMMIT = "commit"
 """The deadline of a snapshot: it exists while the snapshot is Creating."""
+MAX_CREATING = 8
+"""Snapshots of one sandbox that may be Creating at once. They take turns, and it stands still for each of them."""
 _SHOWN_USERS = 20
 
 
@@ -88,16 +90,22 @@ def visible(snapshot: Snapshot | None, snapshot_id: object) -> Snapshot:
     return snapshot
 
 
-def begin(source: Sandbox, name: str | None) -> Events:
-    """The first event of a snapshot of this sandbox.
+def begin(source: Sandbox, name: str | None, creating: int = 0) -> Events:
+    """The first event of a snapshot of this sandbox, of which so many are `creating` already.
 
     Raises:
-        Conflict: it is not Running.
+        Conflict: it is not Running, or there are too many.
     """
     if source.phase is not Phase.RUNNING or source.engine is None:
         raise Conflict(
             "SNAPSHOT::INVALID_SOURCE_STATE",
             f"Sandbox is {source.phase}; a snapshot can be made of a Running sandbox only.",
+        )
+    if creating >= MAX_CREATING:
+        raise Conflict(
+            "SNAPSHOT::TOO_MANY",
+            f"{creating} snapshots of this sandbox are Creating, and more are not taken meanwhile; try again when one "
+            "is Ready.",
         )
     return (ev.Requested(source.id, source.engine, name, source.generation, source.run),)
 

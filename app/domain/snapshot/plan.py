@@ -22,6 +22,8 @@ from app.domain.snapshot.state import Snapshot, SnapshotState
 
 MAX_ATTEMPTS = 3
 """How often a source is asked to freeze. Failures of a commit count like such a question."""
+SOURCE_FREEZING = "SOURCE_FREEZING"
+"""The reason in the queue of a snapshot that has asked its source to freeze. It is no failure."""
 DONE, FAILED = "DONE", "FAILED"
 """Why a source may go on."""
 

@@ -37,14 +37,16 @@ from app.store.tables import kept_ends
 
 _K = kept_ends.c
 _NOW = func.clock_timestamp()
-_DAY = literal_column("interval '1 day'", Interval)
+_SECOND, _DAY = literal_column("interval '1 second'", Interval), literal_column("interval '1 day'", Interval)
 _PURGED_AT_ONCE = 1000
 _OF_RUN = (
     (_K.stream_id == bindparam("stream_id", type_=Uuid))
     & (_K.generation == bindparam("generation", type_=Integer))
     & (_K.run == bindparam("run", type_=Integer))
 )
-_HAS_LOG = Statement(select(_K.logs.is_not(None)).where(_OF_RUN))
+_IS_DONE = Statement(
+    select(_K.logs.is_not(None) | (_K.taken_at <= _NOW - bindparam("patience", type_=Double) * _SECOND)).where(_OF_RUN)
+)
 
 
 def _keep() -> Statement:
@@ -121,9 +123,9 @@ class KeptEnds:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def has_log(self, run: Run) -> bool:
-        """Whether there is nothing left to keep of this end."""
-        row = await self._database.fetch_one(_HAS_LOG, **msgspec.structs.asdict(run))
+    async def is_done(self, run: Run, patience: float) -> bool:
+        """Whether its log is kept, or has been tried to be kept for so many seconds."""
+        row = await self._database.fetch_one(_IS_DONE, **msgspec.structs.asdict(run), patience=patience)
         return row is not None and bool(row[0])
 
     async def keep(self, run: Run, tenant: str, end: End, *, days: float) -> None:

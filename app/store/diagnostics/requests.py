@@ -4,6 +4,11 @@
 rows, reads what is asked for, writes the answer, without sealed values, and wakes the caller by the row's id. The
 caller takes the answer and the row with it.
 
+**Fairness.** A tenant has at most `MAX_OPEN` open questions to an engine, give or take those that are asked at the same
+instant. The next question is that of the tenant of which the fewest are being answered, and a worker leaves some of its
+places to other tenants (`app.work.answers`). So one that asks without end delays another's question by the time of a
+few answers, and not of all that it asked.
+
 **Invariants.** A row answers its own tenant only. A claim ends by itself, so a worker that dies leaves its questions
 to another; the answer of one that comes late is thrown away. Nothing but these rows is deleted by `purge`.
 
@@ -12,7 +17,8 @@ to another; the answer of one that comes late is thrown away. Nothing but these 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 from uuid import UUID, uuid4
 
 import msgspec
@@ -44,30 +50,49 @@ _NOW = func.clock_timestamp()
 _SECOND = literal_column("interval '1 second'", Interval)
 _LIFE = literal_column("interval '60 seconds'", Interval)
 _ID = _R.id == bindparam("id", type_=Uuid)
-_ASK = Statement(
-    insert(engine_requests).values(
-        id=bindparam("id", type_=Uuid),
-        tenant=bindparam("tenant", type_=Text),
-        engine=bindparam("engine", type_=Text),
-        stream_id=bindparam("stream_id", type_=Uuid),
-        what=bindparam("what", type_=Text),
-        arguments=cast(bindparam("arguments", type_=Text), JSONB),
-        asked_at=_NOW,
+_OPEN = (_R.engine == bindparam("engine", type_=Text), _R.answered_at.is_(None), _R.asked_at > _NOW - _LIFE)
+_UNHELD = or_(_R.lease_until.is_(None), _R.lease_until <= _NOW)
+
+
+def _ask() -> Statement:
+    open_ = (
+        select(func.count())
+        .select_from(engine_requests)
+        .where(*_OPEN, _R.tenant == bindparam("tenant", type_=Text))
+        .scalar_subquery()
     )
-)
-_FREE = (
-    select(_R.id)
-    .where(
-        _R.engine == bindparam("engine", type_=Text),
-        _R.answered_at.is_(None),
-        _R.asked_at > _NOW - _LIFE,
-        or_(_R.lease_until.is_(None), _R.lease_until <= _NOW),
+    row = select(
+        bindparam("id", type_=Uuid),
+        bindparam("tenant", type_=Text),
+        bindparam("engine", type_=Text),
+        bindparam("stream_id", type_=Uuid),
+        bindparam("what", type_=Text),
+        cast(bindparam("arguments", type_=Text), JSONB),
+        _NOW,
+    ).where(open_ < bindparam("most", type_=Integer))
+    names = ["id", "tenant", "engine", "stream_id", "what", "arguments", "asked_at"]
+    return Statement(insert(engine_requests).from_select(names, row).returning(_R.id))
+
+
+def _free() -> Any:
+    """The first of each tenant, then the second of each; of equal ones the oldest. What is `held` counts before."""
+    held = func.coalesce(cast(bindparam("held", type_=Text), JSONB)[_R.tenant].astext.cast(Integer), 0)
+    turn = held + func.row_number().over(partition_by=_R.tenant, order_by=_R.asked_at)
+    lines = select(_R.id, turn.label("turn")).where(*_OPEN, _UNHELD).cte("lines")
+    return (
+        select(_R.id)
+        .join(lines, lines.c.id == _R.id)
+        # Of another worker that was first, the row is skipped or has a lease by now.
+        .where(_R.answered_at.is_(None), _UNHELD, lines.c.turn <= bindparam("share", type_=Integer))
+        .order_by(lines.c.turn, _R.asked_at)
+        .limit(bindparam("count", type_=Integer))
+        .with_for_update(of=engine_requests, skip_locked=True)
+        .cte("free")
     )
-    .order_by(_R.asked_at)
-    .limit(bindparam("count", type_=Integer))
-    .with_for_update(skip_locked=True)
-    .cte("free")
-)
+
+
+_ASK = _ask()
+_FREE = _free()
 _CLAIM = Statement(
     update(engine_requests)
     .where(_R.id == _FREE.c.id)
@@ -93,6 +118,8 @@ _FORGET = Statement(delete(engine_requests).where(_ID, _R.tenant == bindparam("t
 _PURGE = Statement(delete(engine_requests).where(_R.asked_at <= _NOW - _LIFE).returning(_R.id))
 
 LOGS, INSPECT = "logs", "inspect"
+MAX_OPEN: Final = 64
+"""Questions of one tenant to one engine that wait for an answer."""
 ABSENT = "ABSENT"
 """The error of an answer: the engine has no such object."""
 
@@ -135,10 +162,11 @@ class EngineRequests:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def ask(self, question: Question, engine: str) -> None:
-        """Insert. The caller has read the sandbox as one of the question's tenant."""
-        await self._database.fetch(
+    async def ask(self, question: Question, engine: str, most: int = MAX_OPEN) -> bool:
+        """Insert. The caller has read the sandbox as one of the question's tenant. False = that has `most` already."""
+        made = await self._database.fetch(
             _ASK,
+            most=most,
             id=question.id,
             tenant=question.tenant,
             engine=engine,
@@ -146,10 +174,22 @@ class EngineRequests:
             what=question.what,
             arguments=msgspec.json.encode(question.arguments).decode(),
         )
+        return bool(made)
 
-    async def claim(self, engine: str, count: int, lease: float) -> list[Question]:
-        """Questions that nobody answers at the moment, for `lease` seconds; the oldest first."""
-        rows: Any = await self._database.fetch(_CLAIM, engine=engine, count=count, lease=lease)
+    async def claim(
+        self, engine: str, count: int, lease: float, *, share: int | None = None, held: Mapping[str, int] | None = None
+    ) -> list[Question]:
+        """Questions that nobody answers at the moment, for `lease` seconds, of each tenant in turn. `share` of one
+        tenant at most, with those that the caller `held` already; None = `count`.
+        """
+        rows: Any = await self._database.fetch(
+            _CLAIM,
+            engine=engine,
+            count=count,
+            lease=lease,
+            share=count if share is None else share,
+            held=msgspec.json.encode(held or {}).decode(),
+        )
         return [
             Question(
                 UUID(int=row["id"].int),

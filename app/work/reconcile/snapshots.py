@@ -36,7 +36,8 @@ from app.work.reconcile.reconciler import GivenBack, NoProgress
 from app.work.reconcile.troubles import UNAVAILABLE, backoff, describe
 from app.work.station import Station
 
-FREEZING = "SOURCE_FREEZING"
+TURN = "WAITING_FOR_TURN"
+"""Other snapshots are being made."""
 _MAX_STEPS = 8
 _LOG = logging.getLogger(__name__)
 
@@ -114,11 +115,15 @@ class SnapshotReconciler:
         """
         match step:
             case steps.Freeze():
+                await self._take_turn(held, snapshot, stands_still=False)
                 await self._freeze(held, snapshot)
             case steps.AwaitSource():
+                if source is None or source.frozen_by is None or source.frozen_by.snapshot_id != snapshot.id:
+                    self._commits.turns.leave(snapshot.id)
                 await self._outcomes.give_back(held, WAIT_INTERVAL.total_seconds(), awaiting=True)
                 raise GivenBack
             case steps.Commit():
+                await self._take_turn(held, snapshot, stands_still=source is not None and source.frozen_by is not None)
                 if await self._outcomes.give_back(held, self._policy.lease, awaiting=True):
                     self._commits.want(snapshot, held.cause)
                 raise GivenBack
@@ -131,15 +136,22 @@ class SnapshotReconciler:
             case steps.DropImages(raw_only=raw_only):
                 return await self._drop(held, snapshot, raw_only=raw_only)
             case steps.Fail(reason=reason, message=message):
+                self._commits.turns.leave(snapshot.id)
                 await self._record(held, snapshot, RecordFailed(reason, message))
             case steps.Settled():  # no act
                 pass
         return None
 
+    async def _take_turn(self, held: Held, snapshot: Snapshot, *, stands_still: bool) -> None:
+        wait = self._commits.turns.ask(snapshot.id, snapshot.tenant, stands_still=stands_still)
+        if wait:
+            await self._outcomes.put_off(held, wait, Failed(held.claim.attempts, TURN, ""))
+            raise GivenBack
+
     async def _freeze(self, held: Held, snapshot: Snapshot) -> None:
         """Ask the source, which wakes this stream when it stands still. Each question counts."""
         await self._ask_source(held, snapshot, cmd.Freeze(snapshot.id))
-        failed = Failed(held.claim.attempts + 1, FREEZING, "")
+        failed = Failed(held.claim.attempts + 1, steps.SOURCE_FREEZING, "")
         await self._outcomes.put_off(held, WAIT_INTERVAL.total_seconds(), failed)
         raise GivenBack
 

@@ -274,8 +274,9 @@ class Agent(BaseHTTPRequestHandler):
         self.close_connection = True
         try:
             backend = socket.create_connection(("127.0.0.1", int(port)), 5)
-        except (OSError, ValueError, OverflowError) as error:
-            return self.refuse(502, "BAD_GATEWAY", f"port {port}: {error}")
+        except (OSError, ValueError, OverflowError):
+            # Its own words, as Go's `http.Error` writes them.
+            return self.reply(502, b"Bad Gateway\n", "text/plain; charset=utf-8", X_Content_Type_Options="nosniff")
         backend.settimeout(None)
         upgrade = self.headers.get("Upgrade", "")
         kept = [(name, value) for name, value in self.headers.items() if name.lower() not in DROPPED]
