@@ -19,6 +19,7 @@ from app.proxy.refusals import busy
 
 DESCRIPTORS_A_STREAM: Final = 2
 OTHER_DESCRIPTORS: Final = 512
+_END_AGAIN_SECONDS: Final = 0.25
 _LOG = logging.getLogger(__name__)
 
 
@@ -37,7 +38,7 @@ Key: TypeAlias = tuple[UUID, str]
 class Stream:
     """One open stream."""
 
-    __slots__ = ("_streams", "cut", "generation", "key", "run")
+    __slots__ = ("_streams", "_timer", "cut", "generation", "key", "link_number", "run")
 
     def __init__(self, streams: Streams, key: Key) -> None:
         self.key = key
@@ -46,10 +47,27 @@ class Stream:
         """Which object of the sandbox, and which start of it, the bytes go to."""
         self.cut: Callable[[], None] | None = None
         """Breaks it; None = it has not begun."""
+        self.link_number: int | None = None
+        """Of the link that let it in; None = no link did."""
         self._streams = streams
+        self._timer: asyncio.TimerHandle | None = None
+
+    def end_in(self, seconds: float) -> None:
+        """Break it then. The time does not depend on the database, which may be away. A request that has got no answer
+        yet is not broken before it has one.
+        """
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._end)
+
+    def _end(self) -> None:
+        if self.cut is not None:
+            self.cut()
+        else:
+            self.end_in(_END_AGAIN_SECONDS)
 
     def leave(self) -> None:
         """Give the place back, once."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._streams.leave(self)
 
 

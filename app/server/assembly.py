@@ -17,6 +17,7 @@ from app.api.app import create_app
 from app.api.context import ApiContext, EndpointParts
 from app.api.waiters import Waiters
 from app.domain.sandbox.deadlines import Limits
+from app.domain.sandbox.links import LinkKey
 from app.domain.sandbox.quantity import parse_memory, parse_nano_cpus
 from app.domain.sandbox.spec import Bounds
 from app.errors import SettingsError
@@ -310,7 +311,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event, waite
             signal=parts.signal,
             database=parts.database,
             driver=parts.driver,
-            endpoints=EndpointParts(parts.keys.token, network_of(settings, os.environ)),
+            endpoints=EndpointParts(parts.keys.token, LinkKey(parts.keys.link), network_of(settings, os.environ)),
             api_key=settings.server.api_key,
             loopback_only=is_loopback(settings.server.host),
             max_sandbox_timeout_seconds=settings.server.max_sandbox_timeout_seconds,
