@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
-from typing import Final
+from typing import Final, TypeAlias
 
 from msgspec import Struct
 
@@ -42,14 +42,21 @@ _EARLIER: Final = 16
 _ELSEWHERE: Final = ("cross-site", "same-site")
 
 
-class Credentials(Struct, frozen=True):
-    """What a request shows."""
+class ByKey(Struct, frozen=True):
+    """A request with a key, or to a server that asks for none."""
 
-    tenant: str | None = None
-    """Of its key, or of a server that asks for none. None: it shows links only."""
-    links: tuple[Sent, ...] = ()
-    is_first_visit: bool = False
-    """Whether the link stands in the query."""
+    tenant: str
+
+
+class ByLinks(Struct, frozen=True):
+    """A request with links that may hold."""
+
+    links: tuple[Sent, ...]
+    is_first_visit: bool
+    """Whether they stand in the query."""
+
+
+Credentials: TypeAlias = ByKey | ByLinks
 
 
 class Admitted(Struct, frozen=True):
@@ -66,7 +73,7 @@ class Admitted(Struct, frozen=True):
         return f"Admitted({self.tenant!r}, {self.link!r})"
 
 
-def by_links(values: Collection[str], port: int | None, key: LinkKey | None, *, is_first_visit: bool) -> Credentials:
+def by_links(values: Collection[str], port: int | None, key: LinkKey | None, *, is_first_visit: bool) -> ByLinks:
     """What these values are worth before any row is read.
 
     Raises:
@@ -81,10 +88,10 @@ def by_links(values: Collection[str], port: int | None, key: LinkKey | None, *, 
     known = tuple(one for one in sent if key is not None and one.key_id == key.id)
     if not known:
         raise link_invalid()
-    return Credentials(links=known, is_first_visit=is_first_visit)
+    return ByLinks(known, is_first_visit)
 
 
-def admit(sandbox: Sandbox | None, port: int, shown: Credentials, key: LinkKey, now: datetime) -> Admitted:
+def admit(sandbox: Sandbox | None, port: int, shown: ByLinks, key: LinkKey, now: datetime) -> Admitted:
     """Who may, by a link. `sandbox` is the row, whosever it is; None = there is none.
 
     Raises:

@@ -40,7 +40,7 @@ from msgspec.structs import replace
 
 from app.agent.token import TOKEN_HEADER
 from app.domain.sandbox.links import Link, LinkKey
-from app.proxy.admit import Admitted, Credentials, admit
+from app.proxy.admit import Admitted, ByKey, ByLinks, Credentials, admit
 from app.proxy.client import Answer, AnswerFailed, Client, ConnectFailed, Cut, Outgoing
 from app.proxy.cors import PREFLIGHT, is_preflight, readable
 from app.proxy.heads import Headers, Passage, to_client, to_sandbox
@@ -70,7 +70,6 @@ _UNAUTHORISED: Final = 401
 _OK: Final = 200
 _CLOSE: Final = (b"connection", b"close")
 _EMPTY: Final = (b"content-length", b"0")
-_READS: Final = ("GET", "HEAD")
 _LOG = logging.getLogger(__name__)
 
 
@@ -136,7 +135,7 @@ class Relay:
             generation = generation_of(scope["headers"])
             admitted = await self._admit(shown, route.sandbox_id, route.port)
             tenant = admitted.tenant
-            if shown.is_first_visit and scope["method"] in _READS and exchange.upgrade is None:
+            if isinstance(shown, ByLinks) and shown.is_first_visit and inbound.is_read:
                 await self._remember(admitted, inbound, send)
                 return
             place = self.streams.enter(tenant, route.sandbox_id)
@@ -153,7 +152,7 @@ class Relay:
 
     async def _admit(self, shown: Credentials, sandbox_id: UUID, port: int) -> Admitted:
         """Who sends it. Only a link needs the row for that."""
-        if shown.tenant is not None:
+        if isinstance(shown, ByKey):
             return Admitted(shown.tenant)
         sandbox, key = await self._resolver.unproven(sandbox_id), self._options.links
         if sandbox is None or key is None:

@@ -19,7 +19,7 @@ from msgspec import Struct
 from app.api.auth import ANONYMOUS, API_KEY, Authenticate, built_in, check_keyless, principal_of
 from app.api.errors import Problem
 from app.domain.sandbox.links import LinkKey
-from app.proxy.admit import Credentials, by_links, check_page
+from app.proxy.admit import ByKey, Credentials, by_links, check_page
 from app.proxy.http import Identify, Options, Relay
 from app.proxy.inbound import Receive, Scope, Send, exchange_of
 from app.proxy.limits import Limits, with_descriptors
@@ -84,13 +84,13 @@ def admission(authenticate: Authenticate | None, doors: Doors) -> Identify:
                 check_page(found or _by_name(headers), doors.allowed_origins)
                 return by_links(kept, route.port, doors.links, is_first_visit=False)
         if is_open:
-            return Credentials(ANONYMOUS.tenant)
+            return ByKey(ANONYMOUS.tenant)
         try:
             if authenticate is None:
                 # A host that names a sandbox is under the operator's own domain, so no page can have it rebound.
                 check_keyless(found, _ACTS, loopback_only=doors.loopback_only and bool(route.prefix))
-                return Credentials(ANONYMOUS.tenant)
-            return Credentials(principal_of(found, authenticate).tenant)
+                return ByKey(ANONYMOUS.tenant)
+            return ByKey(principal_of(found, authenticate).tenant)
         except Problem as problem:
             raise Refusal(problem.status, problem.code, problem.message, problem.headers) from None
 

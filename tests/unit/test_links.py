@@ -16,7 +16,7 @@ from app.domain.sandbox import events as ev
 from app.domain.sandbox.links import Link, LinkKey, milliseconds, read
 from app.domain.sandbox.state import Phase, Sandbox
 from app.errors import Conflict, Forbidden, NotFound
-from app.proxy.admit import Admitted, Credentials, admit, by_links, check_page
+from app.proxy.admit import Admitted, ByLinks, admit, by_links, check_page
 from app.proxy.heads import to_sandbox
 from app.proxy.links import first_visit, in_cookies, location, sets_link, taken, taken_from, without_link
 from app.proxy.refusals import Refusal
@@ -39,7 +39,7 @@ def link_to(sandbox: Sandbox, port: int = 3000) -> Link:
     return Link(sandbox.id, port, sandbox.generation, sandbox.link_number, milliseconds(BEGIN + HOUR))
 
 
-def shown(*values: str, port: int = 3000, key: LinkKey | None = KEY) -> Credentials:
+def shown(*values: str, port: int = 3000, key: LinkKey | None = KEY) -> ByLinks:
     return by_links(values, port, key, is_first_visit=False)
 
 
