@@ -289,6 +289,22 @@ async def _open_vault(settings: Settings, database: Database) -> tuple[UUID, Ins
     return found.id, own_keys, sealer
 
 
+async def link_key(settings: Settings, database: Database) -> LinkKey:
+    """The installation's key of signed links, for a command.
+
+    Raises:
+        SettingsError: no server has made it yet, or the master key that wraps it is not here.
+    """
+    in_use = (await read_installation(database)).master_key_id
+    if in_use is None:
+        raise SettingsError("this installation has no keys yet; `sandledger serve` makes them at its first start")
+    try:
+        keys, _ = await asyncio.to_thread(read_master_keys, settings)
+    except NoKeyFile as error:
+        raise error.wanted(in_use) from None
+    return LinkKey((await open_keys(database, keys, in_use)).link)
+
+
 def read_master_keys(settings: Settings, *, make: bool = False) -> tuple[MasterKeys, str]:
     """The master keys of this machine, and where they were found. Blocking. `make` as `master_keys` takes it.
 
