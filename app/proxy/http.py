@@ -195,7 +195,7 @@ class _Stream:
         """A link let it in: it ends with the link. Browsers do not have the agent's token, so it is added for them."""
         self._adds_token = True
         self._place.link_number = link.number
-        self._place.end_in((link.expires_at - now).total_seconds())
+        self._place.end_in((link.expires_at - now).total_seconds(), self._inbound.exchange.abort)
 
     async def run(self, find: Callable[[int], Awaitable[Target]]) -> None:
         """From the target to the last byte. Returns too when the client has left.

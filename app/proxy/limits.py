@@ -19,7 +19,6 @@ from app.proxy.refusals import busy
 
 DESCRIPTORS_A_STREAM: Final = 2
 OTHER_DESCRIPTORS: Final = 512
-_END_AGAIN_SECONDS: Final = 0.25
 _LOG = logging.getLogger(__name__)
 
 
@@ -44,25 +43,22 @@ class Stream:
         self.key = key
         self.generation = 0
         self.run = 0
-        """Which object of the sandbox, and which start of it, the bytes go to."""
+        """Which object of the sandbox, and which start of it, the bytes go to. 0 = that is not known yet."""
         self.cut: Callable[[], None] | None = None
-        """Breaks it; None = it has not begun."""
+        """Breaks it; None = it has no answer yet, and no link let it in."""
         self.link_number: int | None = None
         """Of the link that let it in; None = no link did."""
         self._streams = streams
         self._timer: asyncio.TimerHandle | None = None
 
-    def end_in(self, seconds: float) -> None:
-        """Break it then. The time does not depend on the database, which may be away. A request that has got no answer
-        yet is not broken before it has one.
-        """
+    def end_in(self, seconds: float, cut: Callable[[], None]) -> None:
+        """Break it then, also when it has no answer yet. That does not depend on the database, which may be away."""
+        self.cut = cut
         self._timer = asyncio.get_running_loop().call_later(seconds, self._end)
 
     def _end(self) -> None:
         if self.cut is not None:
             self.cut()
-        else:
-            self.end_in(_END_AGAIN_SECONDS)
 
     def leave(self) -> None:
         """Give the place back, once."""

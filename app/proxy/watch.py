@@ -27,6 +27,8 @@ def is_over(sandbox: Sandbox | None, stream: Stream) -> bool:
     """Whether what the stream leads to is no more."""
     if sandbox is None or stream.link_number not in (None, sandbox.link_number):
         return True
+    if not stream.generation:
+        return False  # it looks for its target, and is refused where there is none
     return not sandbox.may_run or sandbox.generation != stream.generation or sandbox.run != stream.run
 
 

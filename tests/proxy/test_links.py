@@ -347,6 +347,11 @@ async def test_a_revocation_ends_streams_on_every_server(
                 *await streams(stack, here, sandbox, value),
                 *await streams(stack, there, sandbox, value),
             ]
+            agent.handlers["/proxy/3000/hang"] = Holding(b"")
+            hanging = await stack.enter_async_context(calling(there.port))
+            hanging.writer.write(request(f"/sandboxes/{sandbox}/proxy/3000/hang", cookie(value)))
+            await agent.until(lambda: agent.requests[-1].target.endswith("hang"))
+            opened_by_link.append(hanging)
             by_key = await stack.enter_async_context(calling(there.port))
             await opened(by_key, handshake(sandbox, key=KEY))
             await revoke(here, sandbox)
