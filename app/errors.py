@@ -5,6 +5,7 @@
     SandledgerError
     ├── Rejected                 a command was refused; carries a wire code; becomes a refusal record
     │   ├── Invalid              the request breaks a rule
+    │   ├── Forbidden            nobody may do that in this way
     │   ├── NotFound             no such sandbox for this tenant, or it has ended
     │   ├── Conflict             the sandbox is not in a state that allows it
     │   ├── PreconditionFailed   If-Match names another version
@@ -43,6 +44,10 @@ class Rejected(SandledgerError):
 
 class Invalid(Rejected):
     """The request breaks a rule of the contract."""
+
+
+class Forbidden(Rejected):
+    """Nobody may do that in this way, whatever the state."""
 
 
 class NotFound(Rejected):

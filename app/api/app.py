@@ -27,6 +27,7 @@ from app.api.errors import allowed, problem_of
 from app.api.health import Server
 from app.api.history import History
 from app.api.lifecycle import Lifecycle
+from app.api.links import Links
 from app.api.metrics import Metrics
 from app.api.policies import NetworkPolicies
 from app.api.request import ApiRequest, check, principal
@@ -38,6 +39,7 @@ BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (
     Sandboxes,
     Lifecycle,
     Endpoints,
+    Links,
     Diagnostics,
     NetworkPolicies,
     History,

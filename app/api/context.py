@@ -10,6 +10,7 @@ from msgspec import Struct, field
 from app.api.auth import Authenticate
 from app.api.waiters import Waiters
 from app.domain.sandbox.endpoints import Network
+from app.domain.sandbox.links import LinkKey
 from app.domain.sandbox.spec import Bounds
 from app.runtime.driver import Driver
 from app.service.sandboxes import Service
@@ -26,6 +27,7 @@ class EndpointParts(Struct, frozen=True):
 
     token_key: bytes
     """The key `token` of the installation."""
+    link_key: LinkKey
     network: Network = Network()
     wait_seconds: float = 20
     """Longest wait for a Pending sandbox."""

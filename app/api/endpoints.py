@@ -122,7 +122,7 @@ class Endpoints(ApiController):
         expires: Expires = None,
     ) -> Answer[EndpointBody]:
         """On a Pending sandbox the answer waits up to 20 s. `KUBERNETES::POD_IP_NOT_AVAILABLE` means: ask again."""
-        number, use_server_proxy = _port(port), _truth(proxied)
+        number, use_server_proxy = port_of(port), _truth(proxied)
         _check_expires(expires, through_server=use_server_proxy)
         identity, view, ours = sandbox_of(sandbox_id), self.context.service.view, self.context.endpoints
         loaded = await view.load(identity, request.tenant)
@@ -131,7 +131,7 @@ class Endpoints(ApiController):
         sandbox = visible(loaded[0], identity)
         if expires is not None:
             raise Invalid(*_EXPIRES[1:])
-        asked = Asked(number, use_server_proxy, _host_of(request), request.mount)
+        asked = Asked(number, use_server_proxy, host_of(request), request.mount)
 
         def done(read: Sandbox) -> bool:
             return not is_awaited(read, asked, ours.network)
@@ -144,7 +144,13 @@ class Endpoints(ApiController):
         return Answer(EndpointBody(found.address, found.headers), ("cache-control", "no-store"))
 
 
-def _port(text: str) -> int:
+def port_of(text: str) -> int:
+    """The port in a path.
+
+    Raises:
+        Problem: 422, it is no whole number.
+        Invalid: it is none that a program can listen on.
+    """
     if not _WHOLE.fullmatch(text):
         raise wrong("path", "port", rule="must be a whole number")
     number = int(text)
@@ -171,7 +177,7 @@ def _check_expires(expires: str | None, *, through_server: bool) -> None:
         raise Invalid(INVALID_PARAMETER, "expires must not stand beside use_server_proxy=true.")
 
 
-def _host_of(request: ApiRequest) -> str:
+def host_of(request: ApiRequest) -> str:
     """The host that the client called; the address of its connection when the header names none."""
     named = request.call.headers.get("host", "")
     if _HOST.fullmatch(named):

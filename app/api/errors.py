@@ -22,6 +22,7 @@ from app.domain.text import printable
 from app.errors import (
     Conflict,
     CursorExpired,
+    Forbidden,
     Invalid,
     KeyRetired,
     KeyReused,
@@ -49,6 +50,7 @@ STOPPING = "GENERAL::SERVER_STOPPING"
 INVALID_PARAMETER = "SANDBOX::INVALID_PARAMETER"
 STATUSES: Final[Mapping[type[Rejected], int]] = {
     Invalid: 400,
+    Forbidden: 403,
     NotFound: 404,
     Conflict: 409,
     CursorExpired: 410,

@@ -43,14 +43,16 @@ routes of the public contract (pools, templates) answer 501.
 
 `/v1/sandboxes/{sandboxId}/proxy/{port}/...` passes a request of any method on to the program that listens on this port
 in the sandbox, byte by byte, and carries WebSockets. It has no entry below, because what it takes and answers is the
-program's. Errors of this server have the header `Sandledger-Error`.
+program's. Errors of this server have the header `Sandledger-Error`. Browsers, which send no key, are let in by signed
+links.
 
 Errors are always `{"code", "message"}`; 422 adds `detail`. No answer repeats a value that was sent.
 """
 _STATUSES: Final = {
     400: "A value or a header breaks a rule.",
     401: "The API key is missing or wrong.",
-    403: "The server has no key, and the request comes from another host name or another page's origin.",
+    403: "The server has no key, and the request comes from another host name or another page's origin. Or no link may "
+    "lead to this port.",
     404: "There is no such sandbox or snapshot, or it has ended. The message says when and why.",
     408: "The body did not arrive in time.",
     409: "The sandbox or the snapshot is not in a state that allows it.",
@@ -78,6 +80,7 @@ _CODES: Final[Mapping[str, tuple[int, str]]] = {
     "INVALID_API_KEY": (401, "The API key is not valid."),
     "SANDLEDGER::HOST_NOT_ALLOWED": (403, "Without an API key this server answers only to localhost."),
     "SANDLEDGER::ORIGIN_NOT_ALLOWED": (403, "Without an API key this server accepts no changes from other origins."),
+    "PROXY::PORT_NOT_ALLOWED": (403, "Port 44772 controls the sandbox, and no link leads to it."),
     "DOCKER::SANDBOX_NOT_FOUND": (404, f"Sandbox {_ID} does not exist."),
     "KUBERNETES::POD_IP_NOT_AVAILABLE": (
         404,

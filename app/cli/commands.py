@@ -17,8 +17,11 @@ from app import __version__
 from app.cli import doctor, logs, status, timeline
 from app.cli import engines as engine_commands
 from app.cli import keys as key_commands
+from app.cli import links as link_commands
 from app.cli.demonstration.play import play
 from app.cli.reporting import say
+from app.domain.sandbox.endpoints import MAX_PORT
+from app.domain.sandbox.links import LONGEST_SECONDS
 from app.errors import SandledgerError
 from app.server.assembly import open_database
 from app.server.process import Role, run
@@ -168,6 +171,33 @@ def rotate_master(config: Path | None, *, generate: bool) -> None:
     """Wrap every data key by the first configured master key. Online; run it again after an interruption."""
     settings = settings_of(config)
     go(lambda: key_commands.rotate_master(settings, say, generate=generate))
+
+
+@cli.group()
+def links() -> None:
+    """Signed links to ports of a sandbox, for browsers."""
+
+
+@links.command(name="create")
+@_CONFIG
+@click.argument("sandbox", type=click.UUID)
+@click.argument("port", type=click.IntRange(1, MAX_PORT))
+@click.option(
+    "--expires-in", type=click.IntRange(1, LONGEST_SECONDS), default=3600, show_default=True, help="In seconds."
+)
+def create_link(config: Path | None, sandbox: UUID, port: int, expires_in: int) -> None:
+    """Print the address of a new link to PORT of SANDBOX. Whoever has it reaches the port without a key."""
+    settings = settings_of(config)
+    go(lambda: link_commands.create(settings, sandbox, port, expires_in, say))
+
+
+@links.command(name="revoke")
+@_CONFIG
+@click.argument("sandbox", type=click.UUID)
+def revoke_links(config: Path | None, sandbox: UUID) -> None:
+    """End all links of SANDBOX, and what they let in."""
+    settings = settings_of(config)
+    go(lambda: link_commands.revoke(settings, sandbox, say))
 
 
 @cli.command(name="demo")

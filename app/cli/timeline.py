@@ -39,6 +39,10 @@ def describe(event: ev.Event) -> str:
             return f"for snapshot {snapshot_id}"
         case ev.ThawRequested(reason=reason):
             return reason
+        case ev.LinkCreated(port=port, expires_at=expires_at):
+            return f"to port {port}, until {_instant(expires_at)}"
+        case ev.LinksRevoked(link_number=number):
+            return f"later links carry number {number}"
         case ev.Thawed(frozen_ms=frozen_ms):
             return f"after {frozen_ms / 1000:.1f} s"
         case ev.Terminated(end_cause=cause, lived_ms=lived):

@@ -12,9 +12,11 @@ hop-by-hop, and all in `Connection`    removed                             remov
 our own (key, `Sandledger-*`, …)       removed                             `Sandledger-*` removed
 `X-EXECD-ACCESS-TOKEN`                 ours, for the agent only            kept
 `OPENSANDBOX-EGRESS-AUTH`              kept for port 18080 only            kept
-`Authorization`, `Cookie`              removed [kept]                      kept
-`Set-Cookie`                           kept                                no `Domain`; `Path` under the prefix
+`Authorization`, `Cookie`              removed [kept, without our cookie]  kept
+`Set-Cookie`                           kept                                removed, if it names our cookie; no
+                                                                           `Domain`; `Path` under the prefix
                                                                            [kept]
+`Referer`                              removed, if a link stands in it     kept
 `Host`                                 the client's                        kept
 `X-Forwarded-*`, `Forwarded`,          replaced by ours                    kept
 `X-Real-IP`
@@ -49,6 +51,7 @@ from typing import Final, TypeAlias
 from msgspec import Struct
 
 from app.agent.token import TOKEN_HEADER
+from app.proxy.links import sets_link, shows_link, without_link
 from app.proxy.refusals import invalid_header, loop, no_answer
 
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
@@ -147,13 +150,15 @@ def to_sandbox(headers: Headers, passage: Passage) -> list[tuple[bytes, bytes]]:
             continue
         if plain == _EGRESS and passage.port != EGRESS_PORT:
             continue
+        if (plain == b"referer" and shows_link(value)) or (plain == b"cookie" and value and not without_link(value)):
+            continue
         if name == b"via":
             passed.append((name, value))
             continue
         if not value.isascii():
             _check_text(name, value)
         encoded = encoded or name == b"accept-encoding"
-        sent.append((name, value))
+        sent.append((name, without_link(value) if plain == b"cookie" else value))
     if not encoded and not passage.to_agent:
         sent.append((b"accept-encoding", b"identity"))
     if passage.token is not None:
@@ -215,6 +220,8 @@ def to_client(status: int, headers: Headers, passage: Passage) -> list[tuple[byt
         if name in _HOP_BY_HOP or name in named or name == b"server" or name.startswith(_OURS):
             continue
         if (name == b"content-length" and framed) or _steers(name, passage):
+            continue
+        if name == b"set-cookie" and sets_link(value):
             continue
         if _CONTROL.search(value) or not _NAME.fullmatch(name):
             raise no_answer("A header of the sandbox's answer has characters that no header may have.")

@@ -17,6 +17,7 @@ way round.
 * **Time**: until the head of the answer something must move every `idle_seconds`: a piece of the body, or the answer.
   After that an event stream may be silent for hours.
 * **The sandbox ends, or is started again**: its streams are cut (`app.proxy.watch`).
+* **A link** that let a stream in ends, or is revoked: the stream is cut. Its first visit is answered here.
 * **The server stops**: streams get `drain_seconds`, and those that are left are cut.
 * **401**: the agent says that of a token that is not its own, so another sandbox may have the address by now. But the
   program in the sandbox may say it too. So the agent is asked by `/ping`, with the token, before such an answer is
@@ -30,22 +31,29 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from datetime import datetime
+from math import ceil
 from typing import Final, TypeAlias, cast
+from uuid import UUID
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from app.agent.token import TOKEN_HEADER
 from app.proxy.agent import nothing_listens
+from app.domain.sandbox.links import Link, LinkKey
+from app.proxy.admit import Admitted, ByKey, ByLinks, Credentials, admit
 from app.proxy.client import Answer, AnswerFailed, Client, ConnectFailed, Cut, Outgoing
 from app.proxy.cors import PREFLIGHT, is_preflight, readable
 from app.proxy.heads import Headers, Passage, to_client, to_sandbox
 from app.proxy.inbound import Exchange, Inbound, Receive, Scope, Send
 from app.proxy.limits import Limits, Stream, Streams
+from app.proxy.links import first_visit
 from app.proxy.refusals import (
     ERROR_HEADER,
     Refusal,
     invalid_port,
+    link_invalid,
     no_answer,
     not_connected,
     not_proven,
@@ -56,13 +64,14 @@ from app.proxy.route import Route
 from app.proxy.splice import HALF_CLOSED_SECONDS, splice
 from app.proxy.watch import watch
 
-Admit: TypeAlias = Callable[[Headers, Route], str]
-"""From the headers and the route of a request to the tenant that it is from. Raises `Refusal`."""
+Identify: TypeAlias = Callable[[Headers, Route], Credentials]
+"""From the headers and the route of a request to what it shows. Raises `Refusal`."""
 IDLE_SECONDS: Final = 180.0
 _PROVE_SECONDS: Final = 2.0
 _UNAUTHORISED: Final = 401
 _OK: Final = 200
 _CLOSE: Final = (b"connection", b"close")
+_EMPTY: Final = (b"content-length", b"0")
 _LOG = logging.getLogger(__name__)
 
 
@@ -78,6 +87,10 @@ class Options(Struct, frozen=True):
     limits: Limits = Limits()
     cors: bool = False
     """Whether pages of other origins may call, see `app.proxy.cors`."""
+    links: LinkKey | None = None
+    """The key of signed links; None = none are taken."""
+    secure: bool = False
+    """Whether clients reach this server by TLS that ends in front of it."""
     same_origin_pages: bool = False
     """Whether pages of sandboxes may be pages of this server, in the form with the path."""
     idle_seconds: float = IDLE_SECONDS
@@ -88,8 +101,8 @@ class Options(Struct, frozen=True):
 class Relay:
     """Of one process. Made inside the event loop."""
 
-    def __init__(self, admit: Admit, resolver: Resolver, options: Options) -> None:
-        self._admit = admit
+    def __init__(self, identify: Identify, resolver: Resolver, options: Options) -> None:
+        self._identify = identify
         self._resolver = resolver
         self._options = options
         self._client = Client()
@@ -117,20 +130,52 @@ class Relay:
             await _answer(204, PREFLIGHT, b"", inbound, send)
             return
         try:
-            tenant = self._admit(scope["headers"], route)
+            shown = self._identify(scope["headers"], route)
             if route.port is None:
                 raise invalid_port()
             inbound.frame()
             generation = generation_of(scope["headers"])
+            admitted = await self._admit(shown, route.sandbox_id, route.port)
+            tenant = admitted.tenant
+            if isinstance(shown, ByLinks) and shown.is_first_visit and inbound.is_read:
+                await self._remember(admitted, inbound, send)
+                return
             place = self.streams.enter(tenant, route.sandbox_id)
             stream = _Stream(self._client, self._options, place, inbound, send)
             try:
+                if admitted.link is not None:
+                    stream.by_link(admitted.link, self._resolver.rows.now())
                 await stream.run(lambda port: self._resolver.target(route.sandbox_id, tenant, port, generation))
             finally:
                 if not stream.spliced:
                     place.leave()
         except Refusal as refusal:
             await _refuse(refusal, inbound, send, cors=self._options.cors)
+
+    async def _admit(self, shown: Credentials, sandbox_id: UUID, port: int) -> Admitted:
+        """Who sends it. Only a link needs the row for that."""
+        if isinstance(shown, ByKey):
+            return Admitted(shown.tenant)
+        sandbox, key = await self._resolver.unproven(sandbox_id), self._options.links
+        if sandbox is None or key is None:
+            raise link_invalid()
+        return admit(sandbox, port, shown, key, self._resolver.rows.now())
+
+    async def _remember(self, admitted: Admitted, inbound: Inbound, send: Send) -> None:
+        """Have the browser keep the link, and come again without it in the address."""
+        link, options, route = admitted.link, self._options, inbound.exchange.route
+        assert link is not None, "without a link it is no first visit"
+        seconds = max(1, ceil((link.expires_at - self._resolver.rows.now()).total_seconds()))
+        prefix = prefix_of(route, options.external_path)
+        secure = options.secure or inbound.scope["scheme"] == "https"
+        headers = [*first_visit(admitted.value, seconds, prefix, route.rest, secure=secure), _EMPTY]
+        await _answer(303, headers, b"", inbound, send)
+
+
+def prefix_of(route: Route, external: str | None) -> str:
+    """The path up to the port as the client sees it. Empty in the form with the host. `external` as in `Options`."""
+    own = route.prefix
+    return own if external is None or not own else external + own[own.index("/sandboxes/") :]
 
 
 class _Stream:
@@ -146,6 +191,13 @@ class _Stream:
         self._answer: Answer | None = None
         self.spliced = False
         """Whether the place is given back by the joined connections."""
+        self._adds_token = options.adds_token
+
+    def by_link(self, link: Link, now: datetime) -> None:
+        """A link let it in: it ends with the link. Browsers do not have the agent's token, so it is added for them."""
+        self._adds_token = True
+        self._place.link_number = link.number
+        self._place.end_in((link.expires_at - now).total_seconds(), self._inbound.exchange.abort)
 
     async def run(self, find: Callable[[int], Awaitable[Target]]) -> None:
         """From the target to the last byte. Returns too when the client has left.
@@ -188,9 +240,9 @@ class _Stream:
     async def _ask(self, target: Target) -> tuple[Answer, Passage]:
         inbound, route, scope = self._inbound, self._route, self._inbound.scope
         passage = Passage(
-            prefix=self._prefix(),
+            prefix=prefix_of(route, self._options.external_path),
             port=cast("int", route.port),
-            token=target.token if self._options.adds_token else None,
+            token=target.token if self._adds_token else None,
             to_agent=not target.path,
             host=inbound.one(b"host"),
             address=target.address,
@@ -223,11 +275,6 @@ class _Stream:
                 "the connection without an answer."
             )
         return answer, passage
-
-    def _prefix(self) -> str:
-        """The path up to the port as the client sees it. Empty in the form with the host."""
-        external, own = self._options.external_path, self._route.prefix
-        return own if external is None or not own else external + own[own.index("/sandboxes/") :]
 
     async def _sent(self, outgoing: Outgoing) -> Answer:
         try:

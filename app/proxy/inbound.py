@@ -24,6 +24,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 EXTENSION: Final = "sandledger.exchange"
 """Where the scope of a request has its `Exchange`, when our own protocol serves it."""
+_READS: Final = ("GET", "HEAD")
 _LINGER_SECONDS: Final = 2.0
 _LINGER_BYTES: Final = 8 * 1024 * 1024
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -82,6 +83,8 @@ class Inbound:
         self.exchange = exchange
         self.scope = scope
         self.headers: Headers = scope["headers"]
+        self.is_read = scope["method"] in _READS and exchange.upgrade is None
+        """Whether it asks for a page or a file, and no more."""
         self.has_body = any(
             name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
             for name, value in self.headers

@@ -37,19 +37,33 @@ Key: TypeAlias = tuple[UUID, str]
 class Stream:
     """One open stream."""
 
-    __slots__ = ("_streams", "cut", "generation", "key", "run")
+    __slots__ = ("_streams", "_timer", "cut", "generation", "key", "link_number", "run")
 
     def __init__(self, streams: Streams, key: Key) -> None:
         self.key = key
         self.generation = 0
         self.run = 0
-        """Which object of the sandbox, and which start of it, the bytes go to."""
+        """Which object of the sandbox, and which start of it, the bytes go to. 0 = that is not known yet."""
         self.cut: Callable[[], None] | None = None
-        """Breaks it; None = it has not begun."""
+        """Breaks it; None = it has no answer yet, and no link let it in."""
+        self.link_number: int | None = None
+        """Of the link that let it in; None = no link did."""
         self._streams = streams
+        self._timer: asyncio.TimerHandle | None = None
+
+    def end_in(self, seconds: float, cut: Callable[[], None]) -> None:
+        """Break it then, also when it has no answer yet. That does not depend on the database, which may be away."""
+        self.cut = cut
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._end)
+
+    def _end(self) -> None:
+        if self.cut is not None:
+            self.cut()
 
     def leave(self) -> None:
         """Give the place back, once."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._streams.leave(self)
 
 

@@ -55,13 +55,31 @@ def not_running(message: str) -> Refusal:
     return Refusal(409, "DOCKER::SANDBOX_NOT_RUNNING", message)
 
 
-def replaced() -> Refusal:
-    """The request was meant for an earlier object of the sandbox."""
+def link_invalid() -> Refusal:
+    """What was sent as a link is none that holds."""
+    return Refusal(401, "PROXY::LINK_INVALID", "The link is not valid, or it was revoked. Ask for a new one.")
+
+
+def link_expired() -> Refusal:
+    """It was one."""
+    return Refusal(401, "PROXY::LINK_EXPIRED", "The link has expired. Ask for a new one.")
+
+
+def origin_not_allowed() -> Refusal:
+    """A browser sent the cookie of a link for the page of another origin."""
     return Refusal(
-        410,
-        "SANDBOX::ENDPOINT_REPLACED",
-        "The sandbox has been made again since this endpoint was given out; ask for the endpoint again.",
+        403,
+        "PROXY::ORIGIN_NOT_ALLOWED",
+        "This request with the cookie of a link comes from a page of another origin. Pages of the sandbox's own "
+        "address may send it, and those of proxy.allowed_origins.",
     )
+
+
+def replaced(
+    message: str = "The sandbox has been made again since this endpoint was given out; ask for the endpoint again.",
+) -> Refusal:
+    """The request was meant for an earlier object of the sandbox."""
+    return Refusal(410, "SANDBOX::ENDPOINT_REPLACED", message)
 
 
 def not_proven(message: str) -> Refusal:

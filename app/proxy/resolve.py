@@ -32,9 +32,11 @@ from app.domain.sandbox.address import LOOPBACK, Reach, agent_at, has_agent
 from app.domain.sandbox.decide import visible
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.sandbox.status import status_of
-from app.errors import NotFound, StoreUnavailable
+from app.domain.tenants import ANY_TENANT
+from app.errors import NotFound, StoreUnavailable, UnknownEvent
 from app.proxy.refusals import (
     Refusal,
+    busy,
     invalid_header,
     not_available,
     not_proven,
@@ -49,6 +51,9 @@ from app.views.current import CurrentView
 GENERATION_HEADER: Final = b"sandledger-generation"
 PENDING_SECONDS: Final = 20.0
 _READ_AGAIN_SECONDS: Final = 1.0
+_UNPROVEN_READS: Final = 4
+_UNPROVEN_WAITING: Final = 256
+"""Requests with links that are not proven, at once: those that read, and those that wait for them. Beyond that 503."""
 _UNDER_WAY: Final = (Phase.PENDING, Phase.RESUMING)
 _GENERATION: Final = re.compile(rb"[0-9]{1,9}")
 
@@ -153,6 +158,30 @@ class Resolver:
         self._pending_seconds = pending_seconds
         self._targets: dict[tuple[UUID, int], tuple[Sandbox, Target]] = {}
         """What the same state, and not only an equal one, led to."""
+        self._unproven = asyncio.Semaphore(_UNPROVEN_READS)
+        self._unproven_waiting = 0
+
+    async def unproven(self, sandbox_id: UUID) -> Sandbox | None:
+        """The row for a link that is not proven yet, whosever it is. None = there is none.
+
+        Strangers can ask for that, and what is not there is not kept. So few of these reads happen at once, and the
+        connections of the lifecycle API are not used up.
+
+        Raises:
+            Refusal: the row cannot be read, or too many ask.
+        """
+        if (fresh := self.rows.fresh(sandbox_id)) is not None:
+            return fresh
+        if self._unproven_waiting >= _UNPROVEN_WAITING:
+            raise busy("This server")
+        self._unproven_waiting += 1
+        try:
+            async with self._unproven:
+                return await self.rows.read(sandbox_id, ANY_TENANT)
+        except (StoreUnavailable, UnknownEvent):
+            raise store_unavailable("The database is not reachable at the moment; try again.") from None
+        finally:
+            self._unproven_waiting -= 1
 
     async def target(self, sandbox_id: UUID, tenant: str, port: int, generation: int | None) -> Target:
         """Where the request goes.

@@ -5,7 +5,8 @@ There are two forms. In the path: `/sandboxes/{id}/proxy/{port}/...`, under the 
 
 The target is taken as the bytes of the request line. A router would decode `%2F`, join `//` and lose a `?` at the end;
 the program in the sandbox must see what the client wrote. So the rest of the path is never decoded, never resolved and
-never compared: `..` in it goes to the sandbox as it came.
+never compared: `..` in it goes to the sandbox as it came. Only signed links are taken out of the query
+(`app.proxy.links`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Final
 from uuid import UUID
 
 from msgspec import Struct
+
+from app.proxy.links import taken_from
 
 _ORIGIN = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 """What stands before the path when the target has the absolute form (RFC 9112, section 3.2.2)."""
@@ -36,7 +39,13 @@ class Route(Struct, frozen=True):
     """The path up to the port, as the client wrote it; empty in the form with the host."""
     rest: bytes
     """All that stands behind the port, with the query. Empty, or it begins with `/`, `?` or `#`; in the form with the
-    host it may also be `*`."""
+    host it may also be `*`. Signed links in the query are taken out of it."""
+    links: tuple[str, ...] = ()
+    """The signed links that stood in the query."""
+
+    def __repr__(self) -> str:
+        """Keep links, and what programs have in their queries, out of tracebacks."""
+        return f"Route({self.sandbox_id}, {self.port})"
 
 
 def route(target: bytes, host: bytes = b"", domain: bytes = b"") -> Route | None:
@@ -58,14 +67,14 @@ def route(target: bytes, host: bytes = b"", domain: bytes = b"") -> Route | None
     if found is None:
         return None
     prefix, identity, port, rest = found.groups()
-    return Route(UUID(identity.decode()), _number(port), prefix.decode(), rest)
+    return Route(UUID(identity.decode()), _number(port), prefix.decode(), *taken_from(rest))
 
 
 def _by_host(host: bytes, target: bytes, domain: bytes) -> Route | None:
     found = _HOST.fullmatch(host.lower())
     if found is None or found[3] != domain:
         return None
-    return Route(UUID(found[2].decode()), _number(found[1]), "", target)
+    return Route(UUID(found[2].decode()), _number(found[1]), "", *taken_from(target))
 
 
 def _number(port: bytes) -> int | None:

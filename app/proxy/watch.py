@@ -1,4 +1,4 @@
-"""Streams of a sandbox that is no more, or that was started again, are cut.
+"""Streams of a sandbox that is no more, or that was started again, are cut. So are those whose link was revoked.
 
 A request finds its target when it begins, but a stream may be open for hours. The engine closes the connections of a
 container that ends, though not on every network at once, and it gives the container's address to the next one. So the
@@ -25,9 +25,11 @@ _LOG = logging.getLogger(__name__)
 
 def is_over(sandbox: Sandbox | None, stream: Stream) -> bool:
     """Whether what the stream leads to is no more."""
-    return (
-        sandbox is None or not sandbox.may_run or sandbox.generation != stream.generation or sandbox.run != stream.run
-    )
+    if sandbox is None or stream.link_number not in (None, sandbox.link_number):
+        return True
+    if not stream.generation:
+        return False  # it looks for its target, and is refused where there is none
+    return not sandbox.may_run or sandbox.generation != stream.generation or sandbox.run != stream.run
 
 
 async def watch(streams: Streams, rows: Rows) -> None:

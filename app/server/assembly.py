@@ -17,6 +17,7 @@ from app.api.app import create_app
 from app.api.context import ApiContext, EndpointParts
 from app.api.waiters import Waiters
 from app.domain.sandbox.deadlines import Limits
+from app.domain.sandbox.links import LinkKey
 from app.domain.sandbox.quantity import parse_memory, parse_nano_cpus
 from app.domain.sandbox.spec import Bounds
 from app.errors import SettingsError
@@ -289,6 +290,22 @@ async def _open_vault(settings: Settings, database: Database) -> tuple[UUID, Ins
     return found.id, own_keys, sealer
 
 
+async def link_key(settings: Settings, database: Database) -> LinkKey:
+    """The installation's key of signed links, for a command.
+
+    Raises:
+        SettingsError: no server has made it yet, or the master key that wraps it is not here.
+    """
+    in_use = (await read_installation(database)).master_key_id
+    if in_use is None:
+        raise SettingsError("this installation has no keys yet; `sandledger serve` makes them at its first start")
+    try:
+        keys, _ = await asyncio.to_thread(read_master_keys, settings)
+    except NoKeyFile as error:
+        raise error.wanted(in_use) from None
+    return LinkKey((await open_keys(database, keys, in_use)).link)
+
+
 def read_master_keys(settings: Settings, *, make: bool = False) -> tuple[MasterKeys, str]:
     """The master keys of this machine, and where they were found. Blocking. `make` as `master_keys` takes it.
 
@@ -311,7 +328,7 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event, waite
             signal=parts.signal,
             database=parts.database,
             driver=parts.driver,
-            endpoints=EndpointParts(parts.keys.token, network_of(settings, os.environ)),
+            endpoints=EndpointParts(parts.keys.token, LinkKey(parts.keys.link), network_of(settings, os.environ)),
             api_key=settings.server.api_key,
             loopback_only=is_loopback(settings.server.host),
             max_sandbox_timeout_seconds=settings.server.max_sandbox_timeout_seconds,

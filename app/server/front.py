@@ -14,11 +14,16 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from msgspec import Struct
+
 from app.api.auth import ANONYMOUS, API_KEY, Authenticate, built_in, check_keyless, principal_of
 from app.api.errors import Problem
-from app.proxy.http import Admit, Options, Relay
+from app.domain.sandbox.links import LinkKey
+from app.proxy.admit import ByKey, Credentials, by_links, check_page
+from app.proxy.http import Identify, Options, Relay
 from app.proxy.inbound import Receive, Scope, Send, exchange_of
 from app.proxy.limits import Limits, with_descriptors
+from app.proxy.links import in_cookies
 from app.proxy.refusals import Refusal, invalid_header
 from app.proxy.resolve import Resolver, Way
 from app.proxy.route import Route
@@ -28,7 +33,7 @@ from app.settings import is_loopback
 
 App: TypeAlias = Any
 """An ASGI application."""
-_LOOKED_AT = {name.encode(): name for name in ("host", "origin", "sec-fetch-site", API_KEY)}
+_LOOKED_AT = {name.encode(): name for name in ("host", "origin", "sec-fetch-site", "sec-fetch-mode", API_KEY)}
 """Of these depends who may call."""
 _ACTS = "CONNECT"
 """A method that is no read."""
@@ -50,23 +55,46 @@ class Front:
             await self._relay(exchange, scope, receive, send)
 
 
-def admission(authenticate: Authenticate | None, *, loopback_only: bool, is_open: bool = False) -> Admit:
-    """Who may send a request to a sandbox. `is_open`: everybody, as on the public server."""
+class Doors(Struct, frozen=True):
+    """By what a request to a sandbox may come in."""
 
-    def admit(headers: Sequence[tuple[bytes, bytes]], route: Route) -> str:
-        if authenticate is not None and is_open:
-            return ANONYMOUS.tenant
-        found = _by_name(headers)
+    loopback_only: bool
+    """Without keys: whether the header `Host` must name the loopback."""
+    is_open: bool = False
+    """Everybody may, as on the public server."""
+    links: LinkKey | None = None
+    allowed_origins: frozenset[str] = frozenset()
+    """Origins, in lower case, whose pages may send the cookie of a link."""
+
+
+def admission(authenticate: Authenticate | None, doors: Doors) -> Identify:
+    """What a request to a sandbox shows, and whether that is enough before its row is read.
+
+    A key counts first. A link in the query counts on every server, so that its address works. The cookie of a link
+    counts where a key is asked for, and on an open one, because the agent's token is added for it.
+    """
+
+    def identify(headers: Sequence[tuple[bytes, bytes]], route: Route) -> Credentials:
+        is_open = authenticate is not None and doors.is_open
+        found = {} if is_open else _by_name(headers)
+        if authenticate is None or is_open or not found.get(API_KEY):
+            if route.links:
+                return by_links(route.links, route.port, doors.links, is_first_visit=True)
+            if authenticate is not None and (kept := in_cookies(headers)):
+                check_page(found or _by_name(headers), doors.allowed_origins)
+                return by_links(kept, route.port, doors.links, is_first_visit=False)
+        if is_open:
+            return ByKey(ANONYMOUS.tenant)
         try:
             if authenticate is None:
                 # A host that names a sandbox is under the operator's own domain, so no page can have it rebound.
-                check_keyless(found, _ACTS, loopback_only=loopback_only and bool(route.prefix))
-                return ANONYMOUS.tenant
-            return principal_of(found, authenticate).tenant
+                check_keyless(found, _ACTS, loopback_only=doors.loopback_only and bool(route.prefix))
+                return ByKey(ANONYMOUS.tenant)
+            return ByKey(principal_of(found, authenticate).tenant)
         except Problem as problem:
             raise Refusal(problem.status, problem.code, problem.message, problem.headers) from None
 
-    return admit
+    return identify
 
 
 def _by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
@@ -85,8 +113,10 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
     """The relay of a server. Made inside the event loop; close it after the listener."""
     settings = parts.settings
     authenticate, is_open = built_in(settings.server.api_key, parts.sealer), settings.proxy.auth == "open"
+    links, address = LinkKey(parts.keys.link), settings.proxy.public_address or settings.server.eip
+    origins = frozenset(each.lower() for each in settings.proxy.allowed_origins)
     return Relay(
-        admission(authenticate, loopback_only=is_loopback(settings.server.host), is_open=is_open),
+        admission(authenticate, Doors(is_loopback(settings.server.host), is_open, links, origins)),
         Resolver(
             parts.service.view,
             parts.signal,
@@ -97,7 +127,9 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
             via=f"sandledger-{str(parts.installation)[:8]}",
             adds_token=not is_open,
             cors=authenticate is not None and not is_open,
-            external_path=external_path(settings.proxy.public_address or settings.server.eip),
+            external_path=external_path(address),
+            links=links,
+            secure=address.lower().startswith("https://"),
             limits=with_descriptors(Limits()),
             same_origin_pages=settings.proxy.same_origin_pages,
         ),

@@ -45,6 +45,7 @@ from uvicorn.server import ServerState
 from app.api.errors import Problem
 from app.api.waiters import Waiters
 from app.proxy.inbound import EXTENSION
+from app.proxy.links import taken
 from app.proxy.route import Route, route
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -208,6 +209,8 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_headers_complete()
         else:
             self._begin_stream(found)
+        # What the access log shows of a request, also of one that names no sandbox.
+        self.scope["query_string"] = taken(self.scope["query_string"])[0]
 
     def _begin_stream(self, found: Route) -> None:
         self.app = _crowded if len(self._streams) >= MAX_STREAMS else self._stream

@@ -31,6 +31,7 @@ from app.settings.values import (
     Lease,
     LogSize,
     MasterKey,
+    Origin,
     Port,
     PreviousMasterKey,
     PublicAddress,
@@ -229,6 +230,9 @@ class ProxySettings(Table, frozen=True):
     """Domain whose names all lead to this server, such as `*.sandboxes.example.com`; empty = none. Each port of each
     sandbox then has an origin of its own, `{port}-{id}.sandboxes.example.com`, and endpoints that lead through this
     server name it."""
+    allowed_origins: tuple[Origin, ...] = ()
+    """Origins such as `https://ide.example.com` whose pages may send requests with the cookie of a signed link; those
+    of the sandbox's own address always may."""
     same_origin_pages: bool = False
     """Whether a page of a sandbox that is reached by path may act as a page of this server. Only for sandboxes whose
     programs are trusted like the server itself."""

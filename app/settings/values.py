@@ -74,6 +74,13 @@ PublicAddress = Annotated[
         description="a host, with a port and a path if need be, such as sandboxes.example.com:8443/path",
     ),
 ]
+Origin = Annotated[
+    str,
+    Meta(
+        pattern=r"^https?://[^\s/?#@\x00-\x1f]+\Z",
+        description="scheme and host, with a port if need be, such as https://ide.example.com:8443",
+    ),
+]
 WildcardDomain = Annotated[
     str,
     Meta(

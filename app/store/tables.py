@@ -99,6 +99,13 @@ sandboxes = Table(
     Column("failure", JSONB, comment="Step, reason and message when it could not be provided."),
     Column("frozen_by", JSONB, comment="The snapshot for which it stands still."),
     Column("freeze_at", DateTime(timezone=True), comment="When it was asked to stand still, then since when it does."),
+    Column(
+        "link_number",
+        Integer,
+        nullable=False,
+        server_default=text("0"),
+        comment="Signed links that carry another number do not hold.",
+    ),
     Column("cpu_nanos", BigInteger, comment="CPU limit in billionths of a CPU."),
     Column("memory_bytes", BigInteger, comment="Memory limit in bytes."),
     Column("gpus", Integer, comment="Number of GPUs."),

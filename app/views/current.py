@@ -67,6 +67,7 @@ _ALWAYS = (
     _S.expires_at,
     _S.end_cause,
     _S.ended_by,
+    _S.link_number,
 )
 """Columns that every append writes."""
 _JSON = ("metadata", "runtime", "address", "waiting", "failure", "frozen_by")
@@ -143,6 +144,7 @@ def _always(sandbox: Sandbox) -> dict[str, Any]:
         "gpus": sandbox.gpus,
         "end_cause": sandbox.ending and sandbox.ending.cause,
         "ended_by": sandbox.ending and sandbox.ending.by,
+        "link_number": sandbox.link_number,
     }
 
 
@@ -350,6 +352,7 @@ def _from_row(row: asyncpg.Record) -> Sandbox:
         failure=None if failure is None else _decode_failure(failure),
         frozen_by=None if frozen_by is None else _decode_freeze(frozen_by),
         freeze_at=row["freeze_at"],
+        link_number=row["link_number"],
         ending=None if ended_at is None else Ending(ended_at, row["end_cause"], row["ended_by"]),
         closed_at=row["closed_at"],
     )

@@ -283,6 +283,7 @@ CREATE TABLE sandboxes (
     failure jsonb,
     frozen_by jsonb,
     freeze_at timestamptz,
+    link_number integer NOT NULL DEFAULT 0,
     cpu_nanos bigint,
     memory_bytes bigint,
     gpus integer,
@@ -675,6 +676,7 @@ COMMENT ON COLUMN sandboxes.waiting IS 'Step and reason that a Pending sandbox w
 COMMENT ON COLUMN sandboxes.failure IS 'Step, reason and message when it could not be provided.';
 COMMENT ON COLUMN sandboxes.frozen_by IS 'The snapshot for which it stands still.';
 COMMENT ON COLUMN sandboxes.freeze_at IS 'When it was asked to stand still, then since when it does.';
+COMMENT ON COLUMN sandboxes.link_number IS 'Signed links that carry another number do not hold.';
 COMMENT ON COLUMN sandboxes.cpu_nanos IS 'CPU limit in billionths of a CPU.';
 COMMENT ON COLUMN sandboxes.memory_bytes IS 'Memory limit in bytes.';
 COMMENT ON COLUMN sandboxes.gpus IS 'Number of GPUs.';

@@ -14,6 +14,7 @@ from litestar import Litestar
 from app.api.app import create_app
 from app.api.context import ApiContext, EndpointParts
 from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.links import LinkKey
 from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power
 from app.domain.stream import Actor, ActorKind, Meta
 from app.domain.tenants import ANY_TENANT
@@ -28,7 +29,7 @@ from app.views.listing import Listing
 KEY = "test-key-0123456789"
 INSTALLATION = uuid4()
 WORKER = Meta(Actor(ActorKind.RECONCILER, "w1", "test-worker"), "0")
-ENDPOINTS = EndpointParts(b"k" * 32, wait_seconds=0.1)
+ENDPOINTS = EndpointParts(b"k" * 32, LinkKey(b"l" * 32), wait_seconds=0.1)
 ADDRESS = Address("bridge", "172.17.0.2", {"44772": "127.0.0.1:32768", "8080": "127.0.0.1:32769"})
 """Of a sandbox with an agent."""
 MakeContext = Callable[..., ApiContext]

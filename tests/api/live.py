@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from app.api.app import create_app
 from app.api.context import ApiContext, EndpointParts
+from app.domain.sandbox.links import LinkKey
 from app.runtime.fake import FakeDriver, FakeEngine
 from app.server.listener import Listener, uvicorn_server
 from app.service.engines import Engines
@@ -61,7 +62,7 @@ def serving(dsn: str, **changes: Any) -> Iterator[Live]:
             "signal": signal,
             "database": database,
             "driver": FakeDriver(FakeEngine(), INSTALLATION),
-            "endpoints": EndpointParts(b"k" * 32, wait_seconds=0.1),
+            "endpoints": EndpointParts(b"k" * 32, LinkKey(b"l" * 32), wait_seconds=0.1),
         }
         context = ApiContext(**(parts | changes))
         listener = socket.socket()

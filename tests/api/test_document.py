@@ -46,6 +46,8 @@ BOTH = [
     ("/sandboxes/{sandboxId}/resume", "POST"),
     ("/sandboxes/{sandboxId}/renew-expiration", "POST"),
     ("/sandboxes/{sandboxId}/endpoints/{port}", "GET"),
+    ("/sandboxes/{sandboxId}/endpoints/{port}/links", "POST"),
+    ("/sandboxes/{sandboxId}/links", "DELETE"),
     ("/sandboxes/{sandboxId}/diagnostics/logs", "GET"),
     ("/sandboxes/{sandboxId}/diagnostics/events", "GET"),
     ("/sandboxes/{sandboxId}/diagnostics/inspect", "GET"),

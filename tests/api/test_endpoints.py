@@ -20,6 +20,7 @@ from app.api.context import ApiContext, EndpointParts
 from app.api.waiters import Waiters
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.endpoints import Network
+from app.domain.sandbox.links import LinkKey
 from app.domain.sandbox.observed import Address
 from app.domain.tenants import ANY_TENANT
 from app.server.protocol import HttpProtocol
@@ -34,8 +35,9 @@ from tests.api.test_review_listener import _parsed, listening, say
 from tests.conftest import as_server
 
 AGENT_KEY = b"k" * 32
-AGENT = EndpointParts(AGENT_KEY, Network(agent=True), wait_seconds=60)
-HASTY = EndpointParts(AGENT_KEY, Network(agent=True), wait_seconds=0.05)
+LINK_KEY = LinkKey(b"l" * 32)
+AGENT = EndpointParts(AGENT_KEY, LINK_KEY, Network(agent=True), wait_seconds=60)
+HASTY = EndpointParts(AGENT_KEY, LINK_KEY, Network(agent=True), wait_seconds=0.05)
 NOT_YET = "KUBERNETES::POD_IP_NOT_AVAILABLE"
 
 
@@ -129,7 +131,7 @@ class TestForms:
         assert (await http.post(path)).status_code == 405
 
     async def test_without_an_agent(self, make_context: MakeContext, service: Service):
-        bare = EndpointParts(AGENT_KEY, wait_seconds=60)
+        bare = EndpointParts(AGENT_KEY, LINK_KEY, wait_seconds=60)
         async with client(create_app(make_context(endpoints=bare)), **{"open-sandbox-api-key": KEY}) as http:
             made = await create(http)
             path = f"/v1/sandboxes/{made['id']}/endpoints"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 from uuid import UUID, uuid4
@@ -16,12 +16,13 @@ from app.api.auth import built_in
 from app.api.context import ApiContext
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.links import LinkKey
 from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.tenants import ANY_TENANT
 from app.proxy.http import Options, Relay
 from app.proxy.resolve import Resolver, Way
-from app.server.front import Front, admission
+from app.server.front import Doors, Front, admission
 from app.server.listener import uvicorn_server
 from app.service.sandboxes import Service
 from app.settings import Settings
@@ -29,6 +30,7 @@ from app.views.current import CurrentView
 from tests.api.conftest import WORKER
 
 TOKEN_KEY = b"t" * 32
+LINKS = LinkKey(b"l" * 32)
 VIA = "sandledger-0198f000"
 WITHIN_SECONDS = 30
 RST = b"\x01\x00\x00\x00\x00\x00\x00\x00"
@@ -238,6 +240,7 @@ async def serving(
     pending_seconds: float = 20,
     is_open: bool = False,
     has_agents: bool = False,
+    allowed_origins: Collection[str] = (),
     settings: Settings | None = None,
     view: CurrentView | None = None,
 ) -> AsyncGenerator[Rig]:
@@ -251,9 +254,9 @@ async def serving(
         pending_seconds=pending_seconds,
     )
     relay = Relay(
-        admission(authenticate, loopback_only=context.loopback_only, is_open=is_open),
+        admission(authenticate, Doors(context.loopback_only, is_open, LINKS, frozenset(allowed_origins))),
         resolver,
-        options or Options(VIA, adds_token=not is_open, cors=authenticate is not None and not is_open),
+        options or Options(VIA, adds_token=not is_open, cors=authenticate is not None and not is_open, links=LINKS),
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -70,6 +70,8 @@ COMMANDS: list[cmd.Command] = [
     cmd.Freeze(SNAPSHOT),
     cmd.Thaw(SNAPSHOT, "DONE"),
     cmd.EndFreeze(),
+    cmd.CreateLink(3000, 60),
+    cmd.RevokeLinks(),
 ]
 LONGEST = max(LIMITS.of(phase) or 0 for phase in Phase)
 

@@ -87,8 +87,10 @@ def test_an_engine_that_refuses_every_pause_and_resume_costs_no_sandbox():
 
 
 def _repeats(command: cmd.Command) -> bool:
-    """A failed attempt is new each time; whoever reports them thins them. So is each report of what is overdue."""
-    return not isinstance(command, cmd.RecordRetry)
+    """A failed attempt is new each time; whoever reports them thins them. So is each report of what is overdue, each
+    link, and each revocation: links may have been made since the last one.
+    """
+    return not isinstance(command, cmd.RecordRetry | cmd.CreateLink | cmd.RevokeLinks)
 
 
 def answer(stream: Stream, command: cmd.Command) -> Events | type[Rejected]:

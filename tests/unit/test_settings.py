@@ -310,6 +310,8 @@ class TestBadValues:
             ('server.eip = "user@host"', "expected a host, with a port and a path if need be"),
             ('proxy.public_address = "h/x?y"', "expected a host, with a port and a path if need be"),
             ('proxy.wildcard = "sandboxes.test"', "expected *. and a domain, with a port if need be"),
+            ('proxy.allowed_origins = ["ide.test"]', "a list, each item scheme and host, with a port if need be"),
+            ('proxy.allowed_origins = ["https://ide.test/"]', "such as https://ide.example.com:8443"),
             ('proxy.wildcard = "*.a.*"', "expected *. and a domain, with a port if need be"),
             ("proxy.drain_seconds = 0", "expected a whole number from 1"),
             (
@@ -411,6 +413,7 @@ auth = "open"
 public_address = "https://proxy.example.com"
 wildcard = "*.sandboxes.example.com:8443"
 same_origin_pages = true
+allowed_origins = ["https://ide.example.com:8443"]
 drain_seconds = 5
 [store]
 type = "sqlite"

@@ -79,6 +79,17 @@ class EndFreeze(Struct, frozen=True):
     limits: Limits = Limits()
 
 
+class CreateLink(Struct, frozen=True):
+    """Let whoever has the link reach a port for so many seconds."""
+
+    port: int
+    seconds: int
+
+
+class RevokeLinks(Struct, frozen=True):
+    """End all links that there are."""
+
+
 class RecordPlaced(Struct, frozen=True):
     """Place the sandbox on an engine."""
 
@@ -187,6 +198,8 @@ Command: TypeAlias = (
     | Freeze
     | Thaw
     | EndFreeze
+    | CreateLink
+    | RevokeLinks
     | RecordReady
     | Observation
 )

@@ -13,11 +13,12 @@ from uuid import UUID
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.deadlines import longest
+from app.domain.sandbox.links import Link, check_port, milliseconds
 from app.domain.sandbox.observe import seen
 from app.domain.sandbox.observed import Power, Waiting
 from app.domain.sandbox.spec import check_metadata
 from app.domain.sandbox.state import GONE, PROBE, Desired, Phase, RuntimeState, Sandbox
-from app.domain.sandbox.status import describe_ending
+from app.domain.sandbox.status import describe_ending, status_of
 from app.domain.text import storable
 from app.errors import Conflict, Invalid, NotFound
 
@@ -74,6 +75,10 @@ def decide(sandbox: Sandbox, command: cmd.Command, now: datetime) -> Events:
             return (ev.FreezeRequested(snapshot_id),) if sandbox.may_freeze else ()
         case cmd.Thaw(snapshot_id=snapshot_id, reason=reason):
             return _thaw(sandbox, snapshot_id, reason)
+        case cmd.CreateLink():
+            return _create_link(visible(sandbox, sandbox.id), command, now)
+        case cmd.RevokeLinks():
+            return (ev.LinksRevoked(visible(sandbox, sandbox.id).link_number + 1),)
         case cmd.EndFreeze(limits=limits):
             return _end_freeze(sandbox, limits, now)
         case _:
@@ -168,6 +173,19 @@ def _resume(sandbox: Sandbox) -> Events:
             return ()
         case phase:
             raise Conflict("DOCKER::SANDBOX_NOT_PAUSED", f"Sandbox is {phase}; only a Paused sandbox can be resumed.")
+
+
+def _create_link(sandbox: Sandbox, command: cmd.CreateLink, now: datetime) -> Events:
+    """A link carries the generation, so it waits for the object."""
+    check_port(command.port)
+    status = status_of(sandbox)
+    if sandbox.phase is Phase.PENDING:
+        raise NotFound("KUBERNETES::POD_IP_NOT_AVAILABLE", f"The sandbox is still Pending: {status.message}")
+    if sandbox.phase in (Phase.FAILED, Phase.TERMINATED):
+        raise Conflict("DOCKER::SANDBOX_NOT_RUNNING", f"The sandbox is {status.state}: {status.message}")
+    expiry_ms = milliseconds(now) + command.seconds * 1000
+    link = Link(sandbox.id, command.port, sandbox.generation, sandbox.link_number, expiry_ms)
+    return (ev.LinkCreated(link.id, link.port, link.expires_at),)
 
 
 def _expire(sandbox: Sandbox, now: datetime) -> Events:

@@ -35,6 +35,7 @@ from msgspec import Struct
 from app.domain.sandbox import address as addresses
 from app.domain.sandbox.address import AGENT_PORT, HOST_NETWORK
 from app.domain.sandbox.decide import visible
+from app.domain.sandbox.links import LINK_PARAMETER
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.sandbox.status import Attempt, status_of
 from app.errors import Conflict, NotFound, Rejected, Unsupported
@@ -79,6 +80,8 @@ class Asked(Struct, frozen=True):
     """The host, and port if any, that the request named."""
     mount: str = ""
     """The prefix that it used: `/v1` or nothing."""
+    scheme: str = "http"
+    """By which it came. A link, which has one, names it unless the operator names another."""
 
 
 class Endpoint(Struct, frozen=True):
@@ -185,6 +188,14 @@ def _through_server(sandbox: Sandbox, asked: Asked, network: Network) -> str:
     chosen = network.public_address or network.eip
     base = _without_scheme(chosen).rstrip("/") if chosen else f"{asked.host}{asked.mount}"
     return f"{base}/sandboxes/{sandbox.id}/proxy/{asked.port}"
+
+
+def link_url(sandbox: Sandbox, asked: Asked, network: Network, value: str) -> str:
+    """The address of a signed link. The scheme is that of `proxy.public_address`, else of `server.eip`, else asked's:
+    this server does not see whether TLS ends in front of it.
+    """
+    scheme = next((one.partition("://")[0] for one in (network.public_address, network.eip) if "://" in one), "")
+    return f"{scheme or asked.scheme}://{_through_server(sandbox, asked, network)}/?{LINK_PARAMETER}={value}"
 
 
 def _host(network: Network, published_on: str) -> str:

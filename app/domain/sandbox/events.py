@@ -222,6 +222,20 @@ class Thawed(Struct, frozen=True, omit_defaults=True):
     frozen_ms: int = 0
 
 
+class LinkCreated(Struct, frozen=True):
+    """Somebody may reach a port of it by a signed link. The log never has the link's value."""
+
+    link_id: UUID
+    port: int
+    expires_at: datetime
+
+
+class LinksRevoked(Struct, frozen=True):
+    """No link that was made before holds any more. `link_number` is the one that later links carry."""
+
+    link_number: int
+
+
 class ReconcileFailed(Struct, frozen=True, omit_defaults=True):
     """An attempt failed and will be repeated. Recorded when the reason changes and at attempts 1, 3 and 10."""
 
@@ -319,6 +333,8 @@ Event: TypeAlias = (
     | Frozen
     | ThawRequested
     | Thawed
+    | LinkCreated
+    | LinksRevoked
     | ReconcileFailed
     | Overdue
     | RuntimeExited
@@ -356,6 +372,8 @@ REGISTRY: stream.Registry[Event] = stream.Registry(
         "sandbox.frozen": Frozen,
         "sandbox.thaw_requested": ThawRequested,
         "sandbox.thawed": Thawed,
+        "sandbox.link_created": LinkCreated,
+        "sandbox.links_revoked": LinksRevoked,
         "sandbox.reconcile_failed": ReconcileFailed,
         "sandbox.overdue": Overdue,
         "sandbox.runtime_exited": RuntimeExited,

@@ -176,6 +176,8 @@ class Sandbox(Struct, frozen=True):
     frozen_by: Freeze | None = None
     freeze_at: datetime | None = None
     """When it was asked to stand still, then since when it does. The deadline `freeze` counts from here."""
+    link_number: int = 0
+    """Links that carry another number do not hold any more."""
     closed_at: datetime | None = None
     """When nothing of it was left; the stream ends there."""
 
@@ -326,7 +328,9 @@ def _apply(sandbox: Sandbox, recorded: ev.Recorded) -> Sandbox:
             return replace(sandbox, failure=Failure(step, reason, message))
         case ev.Terminated():
             return replace(sandbox, closed_at=recorded.at)
-        case ev.Requested() | ev.Overdue():
+        case ev.LinksRevoked(link_number=number):
+            return replace(sandbox, link_number=number)
+        case ev.Requested() | ev.Overdue() | ev.LinkCreated():
             return sandbox
         case event:
             return _observe(sandbox, event, recorded.at)

@@ -42,6 +42,8 @@ ALLOWED: Mapping[type[ev.Event], frozenset[Phase]] = {
     ev.Frozen: _USED - {Phase.PAUSING},  # what is paused for its owner, too, is recorded as paused first
     ev.ThawRequested: _USED | _STOPPING,
     ev.Thawed: _USED - {Phase.RESUMING},
+    ev.LinkCreated: _USED,
+    ev.LinksRevoked: _VISIBLE,
     ev.ReconcileFailed: _OPEN,
     ev.Overdue: _STOPPING,
     ev.RuntimeExited: _ALIVE | _STOPPING,
