@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from app.api.auth import ANONYMOUS, API_KEY, Authenticate, built_in, check_keyless, principal_of
 from app.api.errors import Problem
+from app.proxy.activity import Activity
 from app.proxy.http import Admit, Options, Relay
 from app.proxy.inbound import Receive, Scope, Send, exchange_of
 from app.proxy.limits import Limits, with_descriptors
@@ -45,7 +46,8 @@ class Front:
         """ASGI."""
         exchange = exchange_of(scope) if scope["type"] == "http" else None
         if exchange is None:
-            await self._app(scope, receive, send)
+            with self._relay.pace.request():
+                await self._app(scope, receive, send)
         else:
             await self._relay(exchange, scope, receive, send)
 
@@ -101,6 +103,7 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
             limits=with_descriptors(Limits()),
             same_origin_pages=settings.proxy.same_origin_pages,
         ),
+        Activity(parts.database),
     )
 
 

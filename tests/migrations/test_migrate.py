@@ -213,7 +213,7 @@ TYPES = {
 
 async def test_column_by_column(dsn: str):
     tables = list(metadata.sorted_tables)
-    assert len(tables) == 15
+    assert len(tables) == 16
     async with connected(dsn, owner=True) as owner:
         for table in tables:
             dialect = PGDialect_asyncpg()
@@ -223,6 +223,7 @@ async def test_column_by_column(dsn: str):
 
 
 PRIVILEGES = {
+    "activity": "INSERT SELECT UPDATE",
     "alembic_version": "SELECT",
     "client_metrics": "INSERT SELECT UPDATE",
     "deadlines": "DELETE INSERT SELECT UPDATE",

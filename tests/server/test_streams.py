@@ -19,6 +19,7 @@ from tests.chaos.harness import KEY, ServerProcess, body, until, write_config
 from tests.proxy.rig import Agent, Caller, Holding, Rig, agent, calling, request
 from tests.proxy.websockets import echo_back, echoes, ended, handshake, opened
 from tests.support.hold import held
+from tests.support.sql import connected
 
 NONE = "unix:///nonexistent/engine.sock"
 EVENTS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n.\r\n"
@@ -130,6 +131,11 @@ async def test_a_stop_lets_streams_go_on_and_not_requests_of_the_api(
             assert [await reading.chunk() for _ in range(3)] == [b".", b"!", b""]
             await echo_back(caller, b"still there")
         assert await asyncio.to_thread(one.wait, 30) == 0
+    async with connected(dsn) as reader:
+        moved = await reader.fetchrow(
+            "SELECT requests, bytes_in, bytes_out FROM activity WHERE sandbox_id = $1", sandbox
+        )
+    assert tuple(moved) == (2, 22, 24), "a stop writes the last marks"
 
 
 async def test_a_stop_cuts_what_is_left(home: Path, dsn: str, service: Service, theirs: Agent):
