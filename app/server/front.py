@@ -46,8 +46,8 @@ class Front:
         """ASGI."""
         exchange = exchange_of(scope) if scope["type"] == "http" else None
         if exchange is None:
-            with self._relay.pace.request():
-                await self._app(scope, receive, send)
+            self._relay.pace.asked()
+            await self._app(scope, receive, send)
         else:
             await self._relay(exchange, scope, receive, send)
 
