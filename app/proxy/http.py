@@ -40,15 +40,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.agent.token import TOKEN_HEADER
-from app.proxy.agent import nothing_listens
 from app.domain.sandbox.links import Link, LinkKey
+from app.proxy.activity import Activity
 from app.proxy.admit import Admitted, ByKey, ByLinks, Credentials, admit
+from app.proxy.agent import nothing_listens
 from app.proxy.client import Answer, AnswerFailed, Client, ConnectFailed, Cut, Outgoing
 from app.proxy.cors import PREFLIGHT, is_preflight, readable
 from app.proxy.heads import Headers, Passage, to_client, to_sandbox
 from app.proxy.inbound import Exchange, Inbound, Receive, Scope, Send
 from app.proxy.limits import Limits, Stream, Streams
 from app.proxy.links import first_visit
+from app.proxy.pace import Pace, Passing
 from app.proxy.refusals import (
     ERROR_HEADER,
     Refusal,
@@ -101,11 +103,14 @@ class Options(Struct, frozen=True):
 class Relay:
     """Of one process. Made inside the event loop."""
 
-    def __init__(self, identify: Identify, resolver: Resolver, options: Options) -> None:
+    def __init__(self, identify: Identify, resolver: Resolver, options: Options, activity: Activity) -> None:
+        """`close` closes the activity."""
         self._identify = identify
         self._resolver = resolver
         self._options = options
         self._client = Client()
+        self.activity = activity
+        self.pace = Pace()
         self.streams = Streams(options.limits)
         self._watch = asyncio.create_task(watch(self.streams, resolver.rows), name="proxy-watch")
 
@@ -122,10 +127,12 @@ class Relay:
         self.streams.cut()
         self._resolver.rows.close()
         await self._client.close()
+        await self.activity.close()
 
     async def __call__(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        inbound, route = Inbound(exchange, scope, receive), exchange.route
+        route = exchange.route
+        inbound = Inbound(exchange, scope, receive, Passing(self.activity, self.pace, route.sandbox_id))
         if self._options.cors and is_preflight(scope["method"], inbound.headers):
             await _answer(204, PREFLIGHT, b"", inbound, send)
             return
@@ -186,6 +193,7 @@ class _Stream:
         self._options = options
         self._route = inbound.exchange.route
         self._place = place
+        self._passing = inbound.passing
         self._inbound = inbound
         self._send = send
         self._answer: Answer | None = None
@@ -262,7 +270,9 @@ class _Stream:
             inbound.length,
             inbound.exchange.upgrade,
         )
+        self._passing.asked()
         answer = self._answer = await self._sent(outgoing)
+        self._passing.answered()
         if answer.status == _UNAUTHORISED:
             await self._prove(target)
         try:
@@ -318,7 +328,14 @@ class _Stream:
         self.spliced = True
         self._place.cut = client[0].abort
         options = self._options
-        splice(client, answer.take(), self._place.leave, options.half_closed_seconds, options.idle_seconds)
+        splice(
+            client,
+            answer.take(),
+            self._passing,
+            self._place.leave,
+            half_closed_seconds=options.half_closed_seconds,
+            stall_seconds=options.idle_seconds,
+        )
 
     async def _copy(self, answer: Answer, passage: Passage) -> None:
         """Pass the answer on."""
@@ -331,6 +348,7 @@ class _Stream:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         try:
             while piece := await answer.read():
+                await self._passing.out(len(piece))
                 if answer.ended and inbound.ended:
                     await send({"type": "http.response.body", "body": piece, "more_body": False})
                     return

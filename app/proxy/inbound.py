@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any, Final, Protocol, TypeAlias
 
 from app.proxy.heads import Headers
+from app.proxy.pace import Passing
 from app.proxy.refusals import invalid_header, malformed
 from app.proxy.route import Route
 
@@ -79,8 +80,9 @@ def exchange_of(scope: Scope) -> Exchange | None:
 class Inbound:
     """The client's side of a stream."""
 
-    def __init__(self, exchange: Exchange, scope: Scope, receive: Receive) -> None:
+    def __init__(self, exchange: Exchange, scope: Scope, receive: Receive, passing: Passing) -> None:
         self.exchange = exchange
+        self.passing = passing
         self.scope = scope
         self.headers: Headers = scope["headers"]
         self.is_read = scope["method"] in _READS and exchange.upgrade is None
@@ -133,8 +135,9 @@ class Inbound:
                 raise ConnectionResetError("the client left")
             self.ended = not message.get("more_body", False)
             self.on_move()
-            if message["body"]:
-                yield message["body"]
+            if piece := message["body"]:
+                await self.passing.into(len(piece))
+                yield piece
 
     def still(self) -> None:
         """Nobody wants to know any more when a piece comes."""

@@ -3,6 +3,7 @@
 Nothing is parsed, so subprotocols, extensions, fragments, pings and close codes pass as they are. And nothing is kept
 but two small objects: no task waits, and a silent pair costs what its two sockets cost.
 
+* **Each piece is told to `Passing`**, which may have the side that sent it not be read for a moment.
 * **Backpressure**: while a side does not take what is written to it, the other side is not read.
 * **An end is passed on.** What came before it is written first. The other direction may go on, because a program may
   still answer, but only for `HALF_CLOSED_SECONDS`: a program that ignores the end would otherwise keep the connection
@@ -17,6 +18,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+from app.proxy.pace import Passing
+
 HIGH_WATER_BYTES: Final = 256 * 1024
 """What is written and not taken, beyond which the other side is not read."""
 HALF_CLOSED_SECONDS: Final = 30.0
@@ -25,14 +28,16 @@ HALF_CLOSED_SECONDS: Final = 30.0
 def splice(
     client: tuple[asyncio.Transport, bytes],
     backend: tuple[asyncio.Transport, bytes],
+    passing: Passing,
     ended: Callable[[], None],
+    *,
     half_closed_seconds: float,
     stall_seconds: float,
 ) -> None:
     """Join two connections; each comes with what it has sent already. `ended` is called once, when neither is left. To
     cut a pair, abort one of the two.
     """
-    pair = _Pair(ended, half_closed_seconds, stall_seconds)
+    pair = _Pair(passing, ended, half_closed_seconds, stall_seconds)
     ends = pair.ends = _End(client[0], pair), _End(backend[0], pair)
     lost = [end for end in ends if end.transport.is_closing()]
     for end, early in zip(ends, (backend[1], client[1]), strict=True):
@@ -40,6 +45,7 @@ def splice(
         if end not in lost:
             end.transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
             end.transport.write(early)
+            end.other.passed(len(early))
     for end in ends:
         if end.other.is_taking:
             end.resume()
@@ -50,9 +56,12 @@ def splice(
 class _Pair:
     """What both ends share."""
 
-    __slots__ = ("_half_closed_seconds", "_stall_seconds", "_timer", "ended", "ends")
+    __slots__ = ("_half_closed_seconds", "_stall_seconds", "_timer", "ended", "ends", "passing")
 
-    def __init__(self, ended: Callable[[], None], half_closed_seconds: float, stall_seconds: float) -> None:
+    def __init__(
+        self, passing: Passing, ended: Callable[[], None], half_closed_seconds: float, stall_seconds: float
+    ) -> None:
+        self.passing = passing
         self.ended = ended
         self.ends: tuple[_End, ...] = ()
         self._half_closed_seconds = half_closed_seconds
@@ -130,6 +139,17 @@ class _End(asyncio.Protocol):
         transport = self.other.transport
         if not transport.is_closing():
             transport.write(data)
+            if self.passed(len(data)):
+                self.transport.pause_reading()
+
+    def passed(self, size: int) -> bool:
+        """So much of it was passed on. Whether it has to wait now."""
+        return bool(size) and self._pair.passing.spliced(size, into=self is self._pair.ends[0], act=self._go_on)
+
+    def _go_on(self) -> None:
+        """Read it again, if nothing else holds it back."""
+        if self._pair.ends and not self.is_lost and self.other.is_taking:
+            self.resume()
 
     def pause_writing(self) -> None:
         """Read the other side no more."""

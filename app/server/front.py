@@ -19,6 +19,7 @@ from msgspec import Struct
 from app.api.auth import ANONYMOUS, API_KEY, Authenticate, built_in, check_keyless, principal_of
 from app.api.errors import Problem
 from app.domain.sandbox.links import LinkKey
+from app.proxy.activity import Activity
 from app.proxy.admit import ByKey, Credentials, by_links, check_page
 from app.proxy.http import Identify, Options, Relay
 from app.proxy.inbound import Receive, Scope, Send, exchange_of
@@ -50,6 +51,7 @@ class Front:
         """ASGI."""
         exchange = exchange_of(scope) if scope["type"] == "http" else None
         if exchange is None:
+            self._relay.pace.asked()
             await self._app(scope, receive, send)
         else:
             await self._relay(exchange, scope, receive, send)
@@ -133,6 +135,7 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
             limits=with_descriptors(Limits()),
             same_origin_pages=settings.proxy.same_origin_pages,
         ),
+        Activity(parts.database),
     )
 
 

@@ -6,6 +6,9 @@
   (256 KiB); it bounds the harm and is no exact measure.
 * A head has `head_within_seconds`. Half a head, or a connection that sends nothing, would otherwise be kept for ever,
   and as many of them as `limit_concurrency` allows would shut everybody else out.
+* What frames a body is bounded as a head is: sizes of chunks with their extensions, and trailers. A connection that
+  sends more than `MAX_HEAD_BYTES` of them without a byte of the body is cut. Trailers are thrown away; uvicorn would
+  add them to the headers of the request.
 * What follows an answer is bounded too, in case that something else than our application answered: beyond
   `MAX_SPILT_BYTES` the connection ends without a word. (Our application closes such connections itself, see
   `app.api.edge`.)
@@ -84,6 +87,8 @@ class HttpProtocol(HttpToolsProtocol):
     idle_since: float = 0.0
     _head: int | None = 0
     """Bytes read of a head that is not complete; None while a body is read."""
+    _framing: int = 0
+    """Bytes read since the last byte of a body."""
     _spilt: int = 0
     """Bytes read of a body whose request has been answered."""
 
@@ -137,6 +142,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self._head is not None:
             self._head += len(data)
+        self._framing += len(data)
         self._unread.append(memoryview(data))
         while self._unread and not self.transport.is_closing():
             self._reading = self._unread.popleft()
@@ -149,6 +155,8 @@ class HttpProtocol(HttpToolsProtocol):
                 self._refuse(_TOO_LARGE)
             elif self._head > 0:
                 self._begin_head()
+        elif self._framing > MAX_HEAD_BYTES:
+            self.transport.abort()
         elif self.cycle.response_complete:
             self._spilt += len(data)
             if self._spilt > MAX_SPILT_BYTES:
@@ -197,12 +205,22 @@ class HttpProtocol(HttpToolsProtocol):
             and self._route() is not None
         )
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, and no trailer."""
+        if self._head is not None:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Pass it on."""
+        self._framing = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         """Stop the timer of the head; the request begins."""
         if self._should_upgrade():
             return
         self._end_head()
-        self._head, self._spilt = None, 0
+        self._head, self._framing, self._spilt = None, 0, 0
         found = self._route()
         if found is None:
             self.app: Any = _crowded if self._is_crowded() else self._served
@@ -297,6 +315,8 @@ class HttpProtocol(HttpToolsProtocol):
             f"HTTP/1.1 {problem.status} {_REASONS[problem.status]}\r\n".encode() + head + b"\r\n" + problem.body
         )
         self.transport.close()
+        if not self.is_idle:
+            self.cycle.disconnected = True  # else uvicorn reports that there was no answer
 
 
 class _Exchange:

@@ -339,3 +339,14 @@ stations = Table(
     Column("since", DateTime(timezone=True), nullable=False),
     Column("said_at", DateTime(timezone=True), nullable=False, comment="Rows that are not written again are deleted."),
 )
+
+activity = Table(
+    "activity",
+    metadata,
+    Column("sandbox_id", Uuid, primary_key=True),
+    Column("tenant", Text, nullable=False, comment="Whose sandbox."),
+    Column("last_at", DateTime(timezone=True), nullable=False, comment="Not folded: when bytes moved last."),
+    Column("requests", BigInteger, nullable=False, comment="Not folded: requests and WebSockets that reached it."),
+    Column("bytes_in", BigInteger, nullable=False, comment="Not folded: bytes to it, without heads."),
+    Column("bytes_out", BigInteger, nullable=False, comment="Not folded: bytes from it, without heads."),
+)

@@ -568,6 +568,20 @@ COMMENT ON TABLE stations IS 'Workers that cannot use their engines. A row count
 GRANT SELECT, INSERT, UPDATE, DELETE ON kept_ends, engine_requests, client_metrics, stations TO :app_role;
 """
 
+TRAFFIC = """
+CREATE TABLE activity (
+    sandbox_id uuid PRIMARY KEY,
+    tenant text NOT NULL,
+    last_at timestamptz NOT NULL,
+    requests bigint NOT NULL,
+    bytes_in bigint NOT NULL,
+    bytes_out bigint NOT NULL
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
+COMMENT ON TABLE activity IS
+    'Traffic through the proxy; a row stays as long as its sandbox''s. It is seconds late, and no event.';
+GRANT SELECT, INSERT, UPDATE ON activity TO :app_role;
+"""
+
 # For people who read the tables with other tools.
 COMMENTS = """
 COMMENT ON TABLE sandboxes IS
@@ -577,6 +591,11 @@ COMMENT ON TABLE operations IS 'Head of the one stream of administrators'' acts.
 COMMENT ON TABLE reconcile_queue IS 'Streams that want attention; a row goes when its stream is as wanted.';
 COMMENT ON TABLE deadlines IS 'One row for each deadline of a stream.';
 COMMENT ON TABLE idempotency_keys IS 'Which stream the first request with an Idempotency-Key made.';
+COMMENT ON COLUMN activity.tenant IS 'Whose sandbox.';
+COMMENT ON COLUMN activity.last_at IS 'Not folded: when bytes moved last.';
+COMMENT ON COLUMN activity.requests IS 'Not folded: requests and WebSockets that reached it.';
+COMMENT ON COLUMN activity.bytes_in IS 'Not folded: bytes to it, without heads.';
+COMMENT ON COLUMN activity.bytes_out IS 'Not folded: bytes from it, without heads.';
 COMMENT ON COLUMN client_metrics.day IS 'UTC, by the database''s clock.';
 COMMENT ON COLUMN client_metrics.event IS 'sandbox.create.';
 COMMENT ON COLUMN client_metrics.sdk IS 'Language and version, e.g. python/1.1.1.';
@@ -737,6 +756,7 @@ def upgrade() -> None:
         VAULT,
         REFUSALS,
         DIAGNOSTICS,
+        TRAFFIC,
         COMMENTS,
         "GRANT SELECT ON alembic_version TO :app_role;",
     ):

@@ -1,15 +1,18 @@
 """What stands beside the proxy when it is measured: a backend on a raw protocol, and the bare proxy that is the floor.
 
-`python -m tests.bench.backends agent` and `... bare TARGET`.
+`python -m tests.bench.backends agent`, `... bare TARGET` and, for what only makes load, `... pour BASE PATH`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
+import threading
 from base64 import b64encode
 from hashlib import sha1
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import uvloop
@@ -132,5 +135,29 @@ async def bare(target: str) -> None:
     await asyncio.Event().wait()
 
 
+def pour(base: str, path: str) -> None:
+    """Four downloads, again and again, as fast as they go."""
+    parts = urlsplit(base)
+
+    def one() -> None:
+        buffer = bytearray(1024 * 1024)
+        while True:
+            with socket.create_connection((parts.hostname, parts.port)) as taken:
+                taken.sendall(f"GET {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n\r\n".encode())
+                while taken.recv_into(buffer):
+                    pass
+
+    for _ in range(4):
+        threading.Thread(target=one, daemon=True).start()
+    print("API pours", flush=True)
+    threading.Event().wait()
+
+
 if __name__ == "__main__":
-    uvloop.run(agent() if sys.argv[1] == "agent" else bare(sys.argv[2]))
+    match sys.argv[1:]:
+        case ["agent"]:
+            uvloop.run(agent())
+        case ["bare", target]:
+            uvloop.run(bare(target))
+        case [_, base, path]:
+            pour(base, path)

@@ -223,6 +223,7 @@ async def test_column_by_column(dsn: str):
 
 
 PRIVILEGES = {
+    "activity": "INSERT SELECT UPDATE",
     "alembic_version": "SELECT",
     "client_metrics": "DELETE INSERT SELECT UPDATE",
     "deadlines": "DELETE INSERT SELECT UPDATE",

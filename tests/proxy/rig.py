@@ -20,6 +20,7 @@ from app.domain.sandbox.links import LinkKey
 from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.tenants import ANY_TENANT
+from app.proxy.activity import Activity
 from app.proxy.http import Options, Relay
 from app.proxy.resolve import Resolver, Way
 from app.server.front import Doors, Front, admission
@@ -257,6 +258,7 @@ async def serving(
         admission(authenticate, Doors(context.loopback_only, is_open, LINKS, frozenset(allowed_origins))),
         resolver,
         options or Options(VIA, adds_token=not is_open, cors=authenticate is not None and not is_open, links=LINKS),
+        Activity(context.database),
     )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -16,11 +16,15 @@ import pytest
 
 from app.service.sandboxes import Service
 from tests.chaos.harness import KEY, ServerProcess, body, until, write_config
-from tests.proxy.rig import Agent, Caller, Holding, Rig, agent, calling, request
-from tests.proxy.websockets import echo_back, echoes, ended, handshake, opened
+from tests.proxy.rig import Agent, Caller, Holding, Request, Rig, agent, answer, calling, request
+from tests.proxy.websockets import ACCEPTED, MIB, echo_back, echoes, ended, handshake, opened
 from tests.support.hold import held
+from tests.support.sql import connected
 
 NONE = "unix:///nonexistent/engine.sock"
+LARGE = 200 * MIB
+OF_OTHERS = 20
+"""Files that a server may have opened meanwhile for other reasons: connections to its database, and of other clients."""
 EVENTS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n.\r\n"
 
 
@@ -90,6 +94,85 @@ async def test_a_thousand_idle_websockets(home: Path, dsn: str, service: Service
     assert each <= 8 * 1024, f"{each:.0f} bytes"
 
 
+@pytest.mark.proof
+async def test_large_bodies_cost_no_memory(home: Path, dsn: str, service: Service, theirs: Agent):
+    """200 MiB down to a reader that stops again and again, up to a program that does, and over a WebSocket both ways."""
+
+    async def takes(_request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for number in range(LARGE // MIB):
+            await reader.readexactly(MIB)
+            await asyncio.sleep(0.01 if number % 20 == 0 else 0)  # the pace of this program
+        writer.write(answer(b"taken"))
+
+    async def gives(_request: Request, _reader: object, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {LARGE}\r\n\r\n".encode())
+        for _ in range(LARGE // MIB):
+            writer.write(bytes(MIB))
+            await writer.drain()
+
+    async def both(got: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(ACCEPTED + b"\r\n")
+        await takes(got, reader, writer)
+        await gives(got, reader, writer)
+
+    theirs.raw["/proxy/3000/up"], theirs.handlers["/proxy/3000/down"] = takes, gives
+    theirs.handlers["/proxy/3000/both"] = both
+    sandbox = await runs_at(service, theirs)
+    path = f"/sandboxes/{sandbox}/proxy/3000"
+    with server(home, dsn) as one:
+        peak = 0
+        async with calling(port_of(one)) as caller, calling(port_of(one)) as other:
+            caller.writer.write(request(f"{path}/a", key=KEY))
+            await caller.reply()
+            before = memory(one)
+            caller.writer.write(request(f"{path}/up", f"Content-Length: {LARGE}", method="POST", key=KEY))
+            await opened(other, handshake(sandbox, "both", key=KEY))
+            for each in (caller, other):
+                for _ in range(LARGE // MIB):
+                    each.writer.write(bytes(MIB))
+                    await each.writer.drain()
+                    peak = max(peak, memory(one))
+                assert (await each.reply()).body == b"taken"
+            caller.writer.write(request(f"{path}/down", key=KEY))
+            for each in (caller, other):
+                await each.head()
+                for number in range(LARGE // MIB):
+                    await each.reader.readexactly(MIB)
+                    await asyncio.sleep(0.01 if number % 20 == 0 else 0)  # the pace of this reader
+                    peak = max(peak, memory(one))
+    assert peak - before <= 8 * MIB, f"{(peak - before) / MIB:.1f} MiB"
+
+
+@pytest.mark.proof
+async def test_a_thousand_of_both_kinds_leave_nothing(home: Path, dsn: str, service: Service, theirs: Agent):
+    """1,000 WebSockets and 1,000 event streams, all silent, whose clients leave at once without a word."""
+    theirs.handlers["/proxy/3000/events"] = Holding(EVENTS)
+    with server(home, dsn) as one:
+        files = Path(f"/proc/{one.pid}/fd")
+        async with calling(port_of(one)) as caller, one.client() as client:
+            sandboxes = [await runs_at(service, theirs) for _ in range(5)]
+            caller.writer.write(request(f"/sandboxes/{sandboxes[0]}/proxy/3000/a", key=KEY))
+            await caller.reply()
+            before = len(list(files.iterdir()))
+            async with AsyncExitStack() as stack:
+                for number in range(2000):
+                    sandbox = sandboxes[number % 5]
+                    each = await stack.enter_async_context(calling(port_of(one)))
+                    if number < 1000:
+                        await opened(each, handshake(sandbox, key=KEY))
+                    else:
+                        each.writer.write(request(f"/sandboxes/{sandbox}/proxy/3000/events", key=KEY))
+                        await each.head()
+                assert len(theirs.open) >= 2000
+                assert (await client.post("/sandboxes", json=body("image:1"))).status_code == 202
+            await theirs.until(lambda: len(theirs.open) <= 1)
+
+            async def closed() -> bool:
+                return len(list(files.iterdir())) <= before + OF_OTHERS
+
+            await until(closed, "the server has closed its sockets")
+
+
 async def test_a_delete_in_one_process_cuts_what_another_carries(home: Path, dsn: str, service: Service, theirs: Agent):
     sandbox, other = await runs_at(service, theirs), await runs_at(service, theirs)
     with server(home, dsn, "one") as one, server(home, dsn, "two") as two:
@@ -130,6 +213,11 @@ async def test_a_stop_lets_streams_go_on_and_not_requests_of_the_api(
             assert [await reading.chunk() for _ in range(3)] == [b".", b"!", b""]
             await echo_back(caller, b"still there")
         assert await asyncio.to_thread(one.wait, 30) == 0
+    async with connected(dsn) as reader:
+        moved = await reader.fetchrow(
+            "SELECT requests, bytes_in, bytes_out FROM activity WHERE sandbox_id = $1", sandbox
+        )
+    assert tuple(moved) == (2, 22, 24), "a stop writes the last marks"
 
 
 async def test_a_stop_cuts_what_is_left(home: Path, dsn: str, service: Service, theirs: Agent):

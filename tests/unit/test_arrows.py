@@ -52,6 +52,7 @@ STORE: dict[str, tuple[str, ...]] = {
     "app.store.log": ("app.store.database", "app.store.tables"),
     "app.store.queue": ("app.store.log", "app.store.database", "app.store.tables"),
     "app.store.deadlines": ("app.store.log", "app.store.database", "app.store.tables"),
+    "app.store.activity": ("app.store.database", "app.store.tables"),
     "app.store.metrics": ("app.store.database", "app.store.tables"),
     "app.store.stations": ("app.store.database", "app.store.tables"),
     "app.store.diagnostics": ("app.store.database", "app.store.tables"),
