@@ -77,7 +77,7 @@ def cli() -> None:
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="all", show_default=True)
 @click.option("--no-migrate", is_flag=True, help="Do not touch the schema; exit when it is older than this version.")
 def serve(config: Path | None, role: str, *, no_migrate: bool) -> None:
-    """Run the API and the worker, or one of them."""
+    """Run the API and the worker, or one of them, or only the proxy to sandboxes."""
     settings = settings_of(config)
     logs.configure(settings.log)
     go(lambda: run(settings, Role(role), say, upgrade=not no_migrate), loop=settings.server.loop)
@@ -98,10 +98,11 @@ def migrate(config: Path | None) -> None:
 
 @cli.command(name="doctor")
 @_CONFIG
-def check(config: Path | None) -> None:
-    """Check database, migrations, engine, port and clock; exit 1 when something is wrong."""
+@click.option("--role", type=click.Choice([role.value for role in Role]), default="all", show_default=True)
+def check(config: Path | None, role: str) -> None:
+    """Check database, migrations, clock, and what a server of this role needs; exit 1 when something is wrong."""
     settings = settings_of(config)
-    sys.exit(0 if go(lambda: doctor.examine(settings, say)) else 1)
+    sys.exit(0 if go(lambda: doctor.examine(settings, say, Role(role))) else 1)
 
 
 @cli.command()

@@ -15,7 +15,7 @@ way round.
 * **The answer comes before the body has**: it is passed on at once, while the body goes on. The connection is closed
   after it, since the rest of the body would stand where the next request begins.
 * **Time**: until the head of the answer something must move every `idle_seconds`: a piece of the body, or the answer.
-  After that an event stream may be silent for hours.
+  After that an event stream may be silent for hours, or for `stream_idle_seconds` where the operator wants it.
 * **The sandbox ends, or is started again**: its streams are cut (`app.proxy.watch`).
 * **The server stops**: streams get `drain_seconds`, and those that are left are cut.
 * **401**: the agent says that of a token that is not its own, so another sandbox may have the address by now. But the
@@ -79,6 +79,9 @@ class Options(Struct, frozen=True):
     same_origin_pages: bool = False
     """Whether pages of sandboxes may be pages of this server, in the form with the path."""
     idle_seconds: float = IDLE_SECONDS
+    """How long a request may stand still before the head of its answer."""
+    stream_idle_seconds: float | None = None
+    """How long an answer or a WebSocket may stand still; None = for ever."""
     half_closed_seconds: float = HALF_CLOSED_SECONDS
     """How long one direction of a WebSocket may outlive the other."""
 
@@ -92,7 +95,8 @@ class Relay:
         self._options = options
         self._client = Client()
         self.streams = Streams(options.limits)
-        self._watch = asyncio.create_task(watch(self.streams, resolver.rows), name="proxy-watch")
+        watching = watch(self.streams, resolver.rows, options.stream_idle_seconds)
+        self._watch = asyncio.create_task(watching, name="proxy-watch")
 
     async def drain(self, seconds: float) -> None:
         """Wait for the streams to end, and cut those that are left then."""
@@ -165,7 +169,7 @@ class _Stream:
                 if inbound.has_body:
                     inbound.on_move = lambda: _within(clock, idle)
                 answer, passage = await self._ask(target)
-                inbound.still()
+                inbound.on_move = self._place.touch
                 clock.reschedule(None)
                 if exchange.gone:
                     return
@@ -260,7 +264,9 @@ class _Stream:
         self.spliced = True
         self._place.cut = client[0].abort
         options = self._options
-        splice(client, answer.take(), self._place.leave, options.half_closed_seconds, options.idle_seconds)
+        place = self._place
+        seconds = options.half_closed_seconds, options.idle_seconds
+        splice(client, answer.take(), place.leave, *seconds, moved=place.touch)
 
     async def _copy(self, answer: Answer, passage: Passage) -> None:
         """Pass the answer on."""
@@ -273,6 +279,7 @@ class _Stream:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         try:
             while piece := await answer.read():
+                self._place.touch()
                 if answer.ended and inbound.ended:
                     await send({"type": "http.response.body", "body": piece, "more_body": False})
                     return

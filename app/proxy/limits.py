@@ -37,7 +37,7 @@ Key: TypeAlias = tuple[UUID, str]
 class Stream:
     """One open stream."""
 
-    __slots__ = ("_streams", "cut", "generation", "key", "run")
+    __slots__ = ("_since", "_streams", "cut", "generation", "has_moved", "key", "run")
 
     def __init__(self, streams: Streams, key: Key) -> None:
         self.key = key
@@ -46,7 +46,21 @@ class Stream:
         """Which object of the sandbox, and which start of it, the bytes go to."""
         self.cut: Callable[[], None] | None = None
         """Breaks it; None = it has not begun."""
+        self.has_moved = True
+        """Whether bytes passed, in any direction, since `is_still` was asked."""
+        self._since = 0.0
         self._streams = streams
+
+    def touch(self) -> None:
+        """Bytes passed."""
+        self.has_moved = True
+
+    def is_still(self, now: float, seconds: float) -> bool:
+        """Whether nothing passed for so long. It is asked again and again, and knows of no time between two answers."""
+        if self.has_moved:
+            self.has_moved, self._since = False, now
+            return False
+        return now - self._since >= seconds
 
     def leave(self) -> None:
         """Give the place back, once."""

@@ -100,6 +100,7 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
             external_path=external_path(settings.proxy.public_address or settings.server.eip),
             limits=with_descriptors(Limits()),
             same_origin_pages=settings.proxy.same_origin_pages,
+            stream_idle_seconds=settings.proxy.idle_seconds,
         ),
     )
 

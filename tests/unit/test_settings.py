@@ -312,6 +312,8 @@ class TestBadValues:
             ('proxy.wildcard = "sandboxes.test"', "expected *. and a domain, with a port if need be"),
             ('proxy.wildcard = "*.a.*"', "expected *. and a domain, with a port if need be"),
             ("proxy.drain_seconds = 0", "expected a whole number from 1"),
+            ("proxy.drain_announce_seconds = -1", "expected a number from 0"),
+            ("proxy.idle_seconds = 0", "expected a number above 0"),
             (
                 "docker.port_range_min = 80",
                 "docker.port_range_min = 80 is not allowed, expected a whole number from 1024",
@@ -412,6 +414,8 @@ public_address = "https://proxy.example.com"
 wildcard = "*.sandboxes.example.com:8443"
 same_origin_pages = true
 drain_seconds = 5
+drain_announce_seconds = 3
+idle_seconds = 60
 [store]
 type = "sqlite"
 [store.postgresql]
