@@ -17,6 +17,7 @@ from app import __version__
 from app.cli import doctor, logs, status, timeline
 from app.cli import engines as engine_commands
 from app.cli import keys as key_commands
+from app.cli import nginx as nginx_commands
 from app.cli.demonstration.play import play
 from app.cli.reporting import say
 from app.errors import SandledgerError
@@ -169,6 +170,24 @@ def rotate_master(config: Path | None, *, generate: bool) -> None:
     """Wrap every data key by the first configured master key. Online; run it again after an interruption."""
     settings = settings_of(config)
     go(lambda: key_commands.rotate_master(settings, say, generate=generate))
+
+
+@cli.command(name="nginx")
+@_CONFIG
+@click.option("--domain", help="The domain of [proxy] wildcard; it is the default.")
+@click.option("--listen", default="127.0.0.1:8088", show_default=True, help="ADDRESS:PORT where nginx listens.")
+@click.option("--tls", nargs=2, metavar="CERT KEY", help="Files of the certificate and of its key.")
+@click.option("--proxy", metavar="ADDRESS", help="A server with the role proxy; else [server] host and port.")
+@click.option(
+    "--secret-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where to write the secret that the configuration includes; else nginx-secret.conf in the state directory.",
+)
+def print_nginx(config: Path | None, **given: Any) -> None:
+    """Print the configuration of an nginx that carries bytes to sandboxes, where servers only decide."""
+    settings = settings_of(config)
+    wanted = nginx_commands.Wanted(**given)
+    click.echo(go(lambda: nginx_commands.show(settings, wanted, say)), nl=False)
 
 
 @cli.command(name="demo")

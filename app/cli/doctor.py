@@ -31,7 +31,7 @@ from app.store.vault.keyfile import NoKeyFile
 _SKEW_S = 2.0
 _ANSWER_WITHIN_S = 2.0
 _MAX_ANSWER_BYTES = 1000
-_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked here, not listened on
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked here, not listened on
 """Where a server that listens on all addresses is asked."""
 _CLOCK = Statement(select(func.extract("epoch", func.clock_timestamp()).label("epoch")))
 
@@ -170,7 +170,7 @@ def _port(settings: Settings) -> Finding:
         host, port = settings.server.host, settings.server.port
         # Only a taken port is ours for sure: an address that is not this machine's may lead to another one's server.
         taken = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
-        if taken and _is_a_server(_ANYWHERE.get(host, host), port):
+        if taken and _is_a_server(ANYWHERE.get(host, host), port):
             return Finding("port", fine=True, text=f"{host}:{port}: a server answers there already", warning=True)
         return Finding("port", fine=False, text=str(error))
 

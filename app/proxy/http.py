@@ -86,6 +86,26 @@ class Options(Struct, frozen=True):
     """How long one direction of a WebSocket may outlive the other."""
 
 
+def passage_of(
+    options: Options, route: Route, target: Target, *, host: bytes, client: str, scheme: str, request_id: str
+) -> Passage:
+    """What the way of a request adds to its headers."""
+    own, external = route.prefix, options.external_path
+    return Passage(
+        prefix=own if external is None or not own else external + own[own.index("/sandboxes/") :],
+        port=cast("int", route.port),
+        token=target.token if options.adds_token else None,
+        to_agent=not target.path,
+        host=host,
+        address=target.address,
+        client=client,
+        scheme=scheme,
+        request_id=request_id,
+        via=options.via,
+        same_origin_pages=options.same_origin_pages,
+    )
+
+
 class Relay:
     """Of one process. Made inside the event loop."""
 
@@ -189,24 +209,19 @@ class _Stream:
 
     async def _ask(self, target: Target) -> tuple[Answer, Passage]:
         inbound, route, scope = self._inbound, self._route, self._inbound.scope
-        passage = Passage(
-            prefix=self._prefix(),
-            port=cast("int", route.port),
-            token=target.token if self._options.adds_token else None,
-            to_agent=not target.path,
+        passage = passage_of(
+            self._options,
+            route,
+            target,
             host=inbound.one(b"host"),
-            address=target.address,
             client=scope["client"][0] if scope.get("client") else "unknown",
             scheme=scope["scheme"],
             request_id=inbound.request_id,
-            via=self._options.via,
-            same_origin_pages=self._options.same_origin_pages,
         )
-        rest = route.rest.decode("latin-1")
         outgoing = Outgoing(
             scope["method"],
             target,
-            rest if rest.startswith("/") else f"/{rest}",
+            route.path,
             to_sandbox(inbound.headers, passage),
             inbound.body() if inbound.has_body else None,
             inbound.length,
@@ -216,11 +231,6 @@ class _Stream:
         if answer.status == _UNAUTHORISED:
             await self._prove(target)
         return answer, passage
-
-    def _prefix(self) -> str:
-        """The path up to the port as the client sees it. Empty in the form with the host."""
-        external, own = self._options.external_path, self._route.prefix
-        return own if external is None or not own else external + own[own.index("/sandboxes/") :]
 
     async def _sent(self, outgoing: Outgoing) -> Answer:
         try:

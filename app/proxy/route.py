@@ -38,6 +38,12 @@ class Route(Struct, frozen=True):
     """All that stands behind the port, with the query. Empty, or it begins with `/`, `?` or `#`; in the form with the
     host it may also be `*`."""
 
+    @property
+    def path(self) -> str:
+        """The same as a request target, which begins with `/`."""
+        rest = self.rest.decode("latin-1")
+        return rest if rest.startswith("/") else f"/{rest}"
+
 
 def route(target: bytes, host: bytes = b"", domain: bytes = b"") -> Route | None:
     """The route of a request target and a `Host`; None = it is not for a sandbox. `domain` is that of the form with the

@@ -8,9 +8,9 @@ there, or a wrong key is.
 A database or a schema that is gone later is waited for: requests are answered 503, the log says why. When it comes back
 as another installation the process ends with exit code 1, see `app.store.database.installation`.
 
-Stop (SIGTERM or SIGINT): `/ready` says 503 for `[proxy] drain_announce_seconds`. Then the listener closes, requests whose
-body has not arrived are answered 503 at once, other requests in flight finish within `timeout_graceful_shutdown`, the
-worker hands its leases back, nothing is marked failed. Streams and WebSockets to sandboxes go on for `[proxy]
+Stop (SIGTERM or SIGINT): `/ready` says 503 for `[proxy] drain_announce_seconds`. Then the listener closes, requests
+whose body has not arrived are answered 503 at once, other requests in flight finish within `timeout_graceful_shutdown`,
+the worker hands its leases back, nothing is marked failed. Streams and WebSockets to sandboxes go on for `[proxy]
 drain_seconds` and are then cut. A second signal ends the process at once; leases then run out and another worker, or
 this one after its restart, goes on from the log.
 """
@@ -43,7 +43,7 @@ from app.server.assembly import (
     opened,
     work_policy,
 )
-from app.server.front import Front, relay_of
+from app.server.front import Front, carriers
 from app.server.life import life_file, show_life
 from app.server.listener import listen, uvicorn_server
 from app.settings import Settings, check_exposure
@@ -178,10 +178,10 @@ async def _run(
         address = None
         if listener is not None:
             waiters = Waiters()
-            relay = relay_of(parts, stopping.begun)
+            relay, before = carriers(parts, stopping.begun)
             closing.push_async_callback(relay.close)  # also when an error of another task ends the process
             app = api_app(parts, worker, stopping, waiters, serves_api=role is not Role.PROXY)
-            front = Front(app, relay)
+            front = Front(app, relay, before)
             http = uvicorn_server(parts.settings, front, waiters)
             serving = tasks.create_task(http.serve([listener]), name="http")
             listener.listen(parts.settings.server.backlog)  # the banner's curl line works from the moment it is read
