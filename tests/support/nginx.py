@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -82,14 +82,18 @@ def _account() -> dict[str, int]:
 
 
 @contextmanager
-def made(config: str, secret: str, listener: socket.socket) -> Iterator[Nginx]:
-    """Everything but the start. `config` names the file of the secret as `secret.conf`."""
+def made(
+    config: str, secret: str, listener: socket.socket, prepare: Callable[[Path], object] | None = None
+) -> Iterator[Nginx]:
+    """Everything but the start. `config` has `@folder@` for its folder; `prepare` puts more files there."""
     folder = Path(tempfile.mkdtemp(prefix="sandledger-nginx-"))
     try:
         shutil.copy(binary(), folder / "nginx")
         (folder / "nginx.conf").write_text(MAIN.format("include sandledger.conf;"))
         (folder / "sandledger.conf").write_text(config.replace("@folder@", str(folder)))
-        (folder / "secret.conf").write_text(secret_text(secret))
+        (folder / "secret.conf").write_text(secret if "proxy_set_header" in secret else secret_text(secret))
+        if prepare is not None:
+            prepare(folder)
         if os.getuid() == 0:
             for path in (folder, *folder.iterdir()):
                 os.chown(path, NOBODY, NOBODY)
@@ -109,13 +113,19 @@ def plan(listen: str, server: int, domain: str = "") -> Plan:
 
 
 @contextmanager
-def running(server: int, secret: str, domain: str = "") -> Iterator[Nginx]:
-    """nginx in front of the server at this loopback port."""
+def listening() -> Iterator[tuple[socket.socket, str]]:
+    """A socket for an nginx, and its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(2048)
-        port = listener.getsockname()[1]
-        config = configuration(plan(f"127.0.0.1:{port}", server, domain))
+        yield listener, f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextmanager
+def running(server: int, secret: str, domain: str = "") -> Iterator[Nginx]:
+    """nginx in front of the server at this loopback port."""
+    with listening() as (listener, address):
+        config = configuration(plan(address, server, domain))
         with made(config, secret, listener) as front:
             front.start()
             try:
