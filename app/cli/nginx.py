@@ -57,7 +57,7 @@ async def show(settings: Settings, wanted: Wanted, say: Say) -> str:
     state = settings.sandledger.state_dir
     path = wanted.secret_file or state / "nginx-secret.conf"
     plan = plan_of(settings, wanted, str(path.absolute()))
-    secret = secret_text(await _secret(settings, say))
+    secret = secret_text(await secret_here(settings, say))
     _write(path, secret)
     say(f"the secret is in {path}; nginx's master process has to read it, and nobody else")
     return configuration(plan)
@@ -137,7 +137,12 @@ def _domain(settings: Settings, given: str | None) -> str:
     )
 
 
-async def _secret(settings: Settings, say: Say) -> str:
+async def secret_here(settings: Settings, say: Say) -> str:
+    """The secret of this installation.
+
+    Raises:
+        SettingsError, StoreUnavailable: it cannot be known here; the message says what to do.
+    """
     async with database(settings, say) as opened:
         in_use = (await read_installation(opened)).master_key_id
         if in_use is None:

@@ -233,6 +233,7 @@ _SERVER: Final = r"""server {
     server_tokens off;
     access_log off;
     merge_slashes off;
+    absolute_redirect off;
     client_max_body_size 0;
     client_header_buffer_size 4k;
     large_client_header_buffers 4 64k;

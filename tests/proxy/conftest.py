@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -34,6 +35,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     marks = [] if name in CORE else [pytest.mark.proof]
     metafunc.parametrize("through", ["direct", pytest.param("nginx", marks=marks)], indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Both event loops are our server's. nginx has none of them, so one is enough."""
+    here = Path(__file__).parent
+    items[:] = [each for each in items if not (each.path.parent == here and "uvloop-nginx" in each.name)]
 
 
 @pytest.fixture(autouse=True)

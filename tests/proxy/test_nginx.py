@@ -23,10 +23,10 @@ from app.settings import ProxySettings, Settings
 from app.settings.schema import ServerSettings
 from tests.api.conftest import INSTALLATION, KEY, WORKER, MakeContext
 from tests.proxy import rig as parts
-from tests.proxy.nginx_pass import REFUSED_PATHS
+from tests.proxy.nginx_pass import CORE, EXCEPTIONS, REFUSED_PATHS
 from tests.proxy.rig import SECRET, Agent, Holding, Request, Rig, answer, calling, request, say, serving
 from tests.proxy.test_states import Counting
-from tests.proxy.websockets import echo_back, echoes, handshake, opened
+from tests.proxy.websockets import HIDDEN, echo_back, echoes, ended, handshake, opened
 from tests.support import nginx, tls
 
 EVENTS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n.\r\n"
@@ -236,6 +236,36 @@ async def test_paths_that_nginx_itself_refuses(keyed: Rig, agent: Agent, front: 
         reply = await say(front.port, get(sandbox, rest[1:]))
         assert reply.status == 400, rest
     assert agent.requests == []
+
+
+async def test_what_nginx_reads_leniently_is_one_request_all_the_same(keyed: Rig, agent: Agent, front: nginx.Nginx):
+    """Lines that end with LF alone, extensions and blanks of chunks: whatever passes has one framing, which is its own."""
+    sandbox = await keyed.running(agent)
+    chunked = get(sandbox, "a", "Transfer-Encoding: chunked", method="POST")
+    for sent in (
+        get(sandbox, "a", "X-A: b", method="POST").replace(b"\r\n", b"\n") + HIDDEN,
+        get(sandbox, "a", "X-A: b\nContent-Length: 33", method="POST") + HIDDEN,
+        get(sandbox, "a", "X-A: b\rContent-Length: 33", method="POST") + HIDDEN,
+        chunked + b"2\nab\n0\n\n",
+        chunked + b"2 \r\nab\r\n0\r\n\r\n",
+        chunked + b"2;a=b\r\nab\r\n0\r\n\r\n",
+        chunked + b"2;a=\nb\r\nab\r\n0\r\n\r\n",
+        chunked + b"2\r\nabc\r\n0\r\n\r\n",
+    ):
+        agent.requests.clear()
+        async with calling(front.port) as caller:
+            caller.writer.write(sent)
+            caller.writer.write_eof()
+            await ended(caller)
+        await agent.until(lambda: not agent.open)
+        assert [each.target for each in agent.requests] in ([], ["/proxy/3000/a"]), sent
+        assert not agent.requests or agent.requests[0].body in (b"", b"ab", HIDDEN), sent
+
+
+def test_the_list_of_what_is_not_run_through_nginx_is_up_to_date():
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert [name for name in (*EXCEPTIONS, *CORE) if f"def {name}(" not in text] == []
+    assert not CORE & EXCEPTIONS.keys()
 
 
 # The configuration

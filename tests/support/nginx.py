@@ -134,20 +134,36 @@ def running(server: int, secret: str, domain: str = "") -> Iterator[Nginx]:
                 print(front.log)  # pytest shows it when the test fails
 
 
-@cache
+class NoNginx(Exception):
+    """None can be had here; says why."""
+
+
 def binary() -> Path:
-    """An nginx that works: the installed one, or Debian's package unpacked. Skips the test where there is none."""
+    """An nginx for a test that cannot do without."""
+    try:
+        return find()
+    except NoNginx as error:
+        refuse_or_skip(f"there is no nginx of the distribution: {error}")
+
+
+@cache
+def find() -> Path:
+    """An nginx that runs: the installed one, or the distribution's package unpacked.
+
+    Raises:
+        NoNginx: there is none.
+    """
     if _INSTALLED.exists():
         return _INSTALLED
     found = _FOLDER / "usr" / "sbin" / "nginx"
     _FOLDER.mkdir(parents=True, exist_ok=True)
     with (_FOLDER / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this run may be about to
         if not found.exists():
             _fetch()
     said = subprocess.run([found, "-V"], capture_output=True, text=True, check=False)
     if said.returncode != 0:
-        refuse_or_skip(f"the distribution's nginx does not run: {said.stderr.strip()}")
+        raise NoNginx(said.stderr.strip())
     return found
 
 
@@ -156,10 +172,12 @@ def _fetch() -> None:
         if _download().returncode != 0 and os.getuid() == 0:  # a new machine has no package lists
             subprocess.run(["apt-get", "-q", "update"], capture_output=True, check=True)
             _download().check_returncode()
-        (package,) = _FOLDER.glob("nginx_*.deb")
-        subprocess.run(["dpkg-deb", "-x", package, _FOLDER], capture_output=True, check=True)
+        package = max(_FOLDER.glob("nginx_*.deb"), key=lambda path: path.stat().st_mtime)
+        unpacked = _FOLDER / "new"
+        subprocess.run(["dpkg-deb", "-x", package, unpacked], capture_output=True, check=True)
+        (unpacked / "usr").rename(_FOLDER / "usr")
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        refuse_or_skip(f"the distribution's package nginx cannot be fetched: {error}")
+        raise NoNginx(f"its package cannot be fetched: {error}") from error
 
 
 def _download() -> subprocess.CompletedProcess[bytes]:
