@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 from litestar import Litestar
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
+from litestar.exceptions import NotFoundException
 from litestar.middleware import AbstractMiddleware
 from litestar.router import Router
 from litestar.routes import HTTPRoute
@@ -23,7 +24,7 @@ from app.api.controller import ApiController, bound
 from app.api.diagnostics import Diagnostics
 from app.api.edge import Edge, Gate
 from app.api.endpoints import Endpoints
-from app.api.errors import allowed, problem_of
+from app.api.errors import NOT_FOUND, Problem, allowed, problem_of
 from app.api.health import Server
 from app.api.history import History
 from app.api.lifecycle import Lifecycle
@@ -48,6 +49,10 @@ BOTH_MOUNTS: Final[tuple[type[ApiController], ...]] = (
 """Served below `/v1` and at the root, as in the contract."""
 V1_ONLY: Final[tuple[type[ApiController], ...]] = (Metrics,)
 ROOT_ONLY: Final[tuple[type[ApiController], ...]] = (Server, docs.Docs)
+_ELSEWHERE: Final = (
+    "This server has the role proxy: it carries requests to sandboxes, and answers /health, /ready and /version. "
+    "Send this request to a server with the role api or all."
+)
 _CORS: Final = CORSConfig(
     allow_methods=["DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"],
     expose_headers=[
@@ -66,21 +71,18 @@ _CORS: Final = CORSConfig(
 def create_app(context: ApiContext) -> Litestar:
     """The ASGI application. Opens nothing and starts nothing; the context's owner does."""
     authenticate = context.authenticate or built_in(context.api_key, context.sealer)
-    both = [bound(each, context) for each in BOTH_MOUNTS]
     app = Litestar(
-        [
-            Router("/v1", route_handlers=[*both, *(bound(each, context) for each in V1_ONLY), *refusing()]),
-            Router("/", route_handlers=[*both, *refusing()], include_in_schema=False),
-            *(bound(each, context) for each in ROOT_ONLY),
-        ],
+        _handlers(context) if context.serves_api else [bound(Server, context)],
         request_class=ApiRequest,
         before_request=cast("Any", check),
         dependencies={"principal": Provide(cast("Any", principal), sync_to_thread=False)},
         dto=StrictBody,
         return_dto=None,
-        exception_handlers={Exception: cast("Any", _refuse)},
+        exception_handlers={Exception: cast("Any", _refuse if context.serves_api else _refuse_elsewhere)},
         cors_config=None if authenticate is None else _CORS,
-        openapi_config=openapi.config(docs.router(), docs.LocalSwagger(), docs.Document()),
+        openapi_config=(
+            openapi.config(docs.router(), docs.LocalSwagger(), docs.Document()) if context.serves_api else None
+        ),
         request_max_body_size=None,
         logging_config=None,
         debug=False,
@@ -95,6 +97,15 @@ def create_app(context: ApiContext) -> Litestar:
         cors.app = gate
     app.asgi_handler = Edge(cors or gate, context, _methods(app))
     return app
+
+
+def _handlers(context: ApiContext) -> list[Any]:
+    both = [bound(each, context) for each in BOTH_MOUNTS]
+    return [
+        Router("/v1", route_handlers=[*both, *(bound(each, context) for each in V1_ONLY), *refusing()]),
+        Router("/", route_handlers=[*both, *refusing()], include_in_schema=False),
+        *(bound(each, context) for each in ROOT_ONLY),
+    ]
 
 
 def _methods(app: Litestar) -> dict[str, str]:
@@ -112,3 +123,8 @@ def _refuse(request: ApiRequest, error: Exception) -> Answer[bytes]:
     fields = None if handler is None else handler.parsed_fn_signature.parameters
     problem = request.call.problem = problem_of(error, request.call.request_id, fields)
     return Answer(problem.body, *problem.headers, status=problem.status)
+
+
+def _refuse_elsewhere(request: ApiRequest, error: Exception) -> Answer[bytes]:
+    """As `_refuse`, in a process that has no lifecycle API."""
+    return _refuse(request, Problem(404, NOT_FOUND, _ELSEWHERE) if isinstance(error, NotFoundException) else error)

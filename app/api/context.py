@@ -80,6 +80,10 @@ class ApiContext(Struct, frozen=True, kw_only=True):
     """What the SDKs report."""
     waiters: Waiters = field(default_factory=Waiters)
     """The requests that wait."""
+    serves_api: bool = True
+    """Whether the lifecycle API is served, and not only the server's own paths."""
+    asked_to_stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set as soon as the process is asked to stop. `/ready` says so, while requests are still served."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the process is asked to stop; requests that wait then answer what they have, or 503 when it is
     their body that they wait for."""

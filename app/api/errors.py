@@ -46,6 +46,7 @@ SHOW_EACH: Final = "show_each"
 
 VALIDATION = "GENERAL::VALIDATION_ERROR"
 INVALID_HEADER = "GENERAL::INVALID_HEADER"
+NOT_FOUND = "GENERAL::NOT_FOUND"
 STOPPING = "GENERAL::SERVER_STOPPING"
 INVALID_PARAMETER = "SANDBOX::INVALID_PARAMETER"
 STATUSES: Final[Mapping[type[Rejected], int]] = {
@@ -195,7 +196,7 @@ def problem_of(error: BaseException, request_id: str, fields: Mapping[str, Field
                 "server, or call one that runs the newer version.",
             )
         case NotFoundException():
-            return Problem(404, "GENERAL::NOT_FOUND", "There is no such path. /openapi.json lists the paths.")
+            return Problem(404, NOT_FOUND, "There is no such path. /openapi.json lists the paths.")
         case MethodNotAllowedException():
             allow = allowed((error.headers or {}).get("allow", "").split(", "))
             message = f"This path takes {allow}."

@@ -5,8 +5,9 @@ again when it is over. `/ready` checks everything that this process needs, each 
 without a worker needs no engine.
 
 `/ready` needs no key, so it must be cheap to ask: the checks run once for all who ask at the same time, and the result
-holds for two seconds. Callers without a key learn which checks fail; only callers with a key learn why, because the
-reasons name addresses. The schema is checked until it is found right once; it does not go back.
+holds for two seconds. A process that is asked to stop says so at once. Callers without a key learn which checks fail;
+only callers with a key learn why, because the reasons name addresses. The schema is checked until it is found right
+once; it does not go back.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class Server(ApiController):
         what is wrong; others learn which checks fail. Not in the public contract.
         """
         checks = await self._checks.result()
+        if self.context.asked_to_stop.is_set():
+            checks = {**checks, "process": "this server was asked to stop"}
         fine = set(checks.values()) == {_OK}
         principal = request.call.principal
         if principal is None or principal is ANONYMOUS:

@@ -18,6 +18,7 @@ from app.cli import doctor, logs, status, timeline
 from app.cli import engines as engine_commands
 from app.cli import keys as key_commands
 from app.cli import links as link_commands
+from app.cli import nginx as nginx_commands
 from app.cli.demonstration.play import play
 from app.cli.reporting import say
 from app.domain.sandbox.endpoints import MAX_PORT
@@ -80,7 +81,7 @@ def cli() -> None:
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="all", show_default=True)
 @click.option("--no-migrate", is_flag=True, help="Do not touch the schema; exit when it is older than this version.")
 def serve(config: Path | None, role: str, *, no_migrate: bool) -> None:
-    """Run the API and the worker, or one of them."""
+    """Run the API and the worker, or one of them, or only the proxy to sandboxes."""
     settings = settings_of(config)
     logs.configure(settings.log)
     go(lambda: run(settings, Role(role), say, upgrade=not no_migrate), loop=settings.server.loop)
@@ -101,10 +102,11 @@ def migrate(config: Path | None) -> None:
 
 @cli.command(name="doctor")
 @_CONFIG
-def check(config: Path | None) -> None:
-    """Check database, migrations, engine, port and clock; exit 1 when something is wrong."""
+@click.option("--role", type=click.Choice([role.value for role in Role]), default="all", show_default=True)
+def check(config: Path | None, role: str) -> None:
+    """Check database, migrations, clock, and what a server of this role needs; exit 1 when something is wrong."""
     settings = settings_of(config)
-    sys.exit(0 if go(lambda: doctor.examine(settings, say)) else 1)
+    sys.exit(0 if go(lambda: doctor.examine(settings, say, Role(role))) else 1)
 
 
 @cli.command()
@@ -198,6 +200,24 @@ def revoke_links(config: Path | None, sandbox: UUID) -> None:
     """End all links of SANDBOX, and what they let in."""
     settings = settings_of(config)
     go(lambda: link_commands.revoke(settings, sandbox, say))
+
+
+@cli.command(name="nginx")
+@_CONFIG
+@click.option("--domain", help="The domain of [proxy] wildcard; it is the default.")
+@click.option("--listen", default="127.0.0.1:8088", show_default=True, help="ADDRESS:PORT where nginx listens.")
+@click.option("--tls", nargs=2, metavar="CERT KEY", help="Files of the certificate and of its key.")
+@click.option("--proxy", metavar="ADDRESS", help="A server with the role proxy; else [server] host and port.")
+@click.option(
+    "--secret-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where to write the secret that the configuration includes; else nginx-secret.conf in the state directory.",
+)
+def print_nginx(config: Path | None, **given: Any) -> None:
+    """Print the configuration of an nginx that carries bytes to sandboxes, where servers only decide."""
+    settings = settings_of(config)
+    wanted = nginx_commands.Wanted(**given)
+    click.echo(go(lambda: nginx_commands.show(settings, wanted, say)), nl=False)
 
 
 @cli.command(name="demo")

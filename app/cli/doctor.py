@@ -19,6 +19,7 @@ from app.errors import SandledgerError, SettingsError
 from app.runtime.driver import EngineInfo
 from app.server.assembly import database_of, docker_driver, open_database, read_master_keys
 from app.server.listener import listen
+from app.server.process import Role
 from app.settings import Settings, check_exposure
 from app.store.database.installation import read_installation
 from app.store.database.migrate import migrate
@@ -30,7 +31,7 @@ from app.store.vault.keyfile import NoKeyFile
 _SKEW_S = 2.0
 _ANSWER_WITHIN_S = 2.0
 _MAX_ANSWER_BYTES = 1000
-_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked here, not listened on
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked here, not listened on
 """Where a server that listens on all addresses is asked."""
 _CLOCK = Statement(select(func.extract("epoch", func.clock_timestamp()).label("epoch")))
 
@@ -52,21 +53,29 @@ class Finding(Struct, frozen=True):
         return "WARN" if self.warning else "ok  "
 
 
-async def examine(settings: Settings, say: Say) -> bool:
-    """Look at everything, print it, and say whether a server could start and work.
+async def examine(settings: Settings, say: Say, role: Role = Role.ALL) -> bool:
+    """Look at everything that a server of this role needs, print it, and say whether it could start and work.
 
     Makes no database and changes no schema.
     """
     say("looking at port, database, migrations, clock, master key and engine ...")
-    findings = [
-        await asyncio.to_thread(_port, settings),
-        _attempt("exposure", lambda: check_exposure(settings) or "not open to the world without a key"),
-        *await _store(settings, say),
-        *await _engine(settings),
-    ]
+    findings = [*await _listening(settings, role), *await _store(settings, say)]
+    if role.has_worker:
+        findings += await _engine(settings)
+    else:
+        findings.append(Finding("engine", fine=True, text=f"the role {role} needs none"))
     for finding in findings:
         say(f"{finding.mark}  {finding.subject:<12} {finding.text}")
     return all(finding.fine for finding in findings)
+
+
+async def _listening(settings: Settings, role: Role) -> list[Finding]:
+    if not role.listens:
+        return [Finding("port", fine=True, text=f"the role {role} listens on none")]
+    return [
+        await asyncio.to_thread(_port, settings),
+        _attempt("exposure", lambda: check_exposure(settings) or "not open to the world without a key"),
+    ]
 
 
 async def _store(settings: Settings, say: Say) -> list[Finding]:
@@ -161,7 +170,7 @@ def _port(settings: Settings) -> Finding:
         host, port = settings.server.host, settings.server.port
         # Only a taken port is ours for sure: an address that is not this machine's may lead to another one's server.
         taken = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE
-        if taken and _is_a_server(_ANYWHERE.get(host, host), port):
+        if taken and _is_a_server(ANYWHERE.get(host, host), port):
             return Finding("port", fine=True, text=f"{host}:{port}: a server answers there already", warning=True)
         return Finding("port", fine=False, text=str(error))
 

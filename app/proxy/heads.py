@@ -10,6 +10,7 @@ Header                                 to the sandbox                      to th
 hop-by-hop, and all in `Connection`    removed                             removed
 `Content-Length`, `Transfer-Encoding`  removed: the client frames again    length kept where there is a body
 our own (key, `Sandledger-*`, …)       removed                             `Sandledger-*` removed
+`X-Sandledger-*`, which are nginx's    removed                             removed
 `X-EXECD-ACCESS-TOKEN`                 ours, for the agent only            kept
 `OPENSANDBOX-EGRESS-AUTH`              kept for port 18080 only            kept
 `Authorization`, `Cookie`              removed [kept, without our cookie]  kept
@@ -84,15 +85,19 @@ _NEVER_SENT: Final = _HOP_BY_HOP | {
     b"x-request-id",
 }
 _NOT_FROM_OUR_ORIGIN: Final = _NEVER_SENT | {b"authorization", b"cookie"}
-_OURS: Final = b"sandledger-"
+_OURS: Final = (b"sandledger-", b"x-sandledger-")
 _FORWARDED: Final = b"x-forwarded-"
+CONFINED_PAGE: Final = (
+    b"content-security-policy",
+    b"sandbox allow-scripts allow-forms allow-popups allow-downloads",
+)
+"""What a page gets that is reached by path."""
 _NO_BODY: Final = (204, 304)
 _NO_PAGE: Final = (101, *_NO_BODY)
 _QUOTABLE: Final = re.compile(r"[!#-\[\]-~]*")
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
-_SANDBOX: Final = (b"content-security-policy", b"sandbox allow-scripts allow-forms allow-popups allow-downloads")
-_OF_AN_ORIGIN: Final = frozenset(
+OF_AN_ORIGIN: Final = frozenset(
     (
         b"alt-svc",
         b"clear-site-data",
@@ -144,7 +149,7 @@ def to_sandbox(headers: Headers, passage: Passage) -> list[tuple[bytes, bytes]]:
     kept_back = _NOT_FROM_OUR_ORIGIN if passage.prefix else _NEVER_SENT
     for name, value in headers:
         plain = name.replace(b"_", b"-")
-        if plain in kept_back or plain in named or plain.startswith((_OURS, _FORWARDED)):
+        if plain in kept_back or plain in named or plain.startswith((*_OURS, _FORWARDED)):
             continue
         if plain == _TOKEN and passage.token is not None:
             continue
@@ -235,7 +240,7 @@ def to_client(status: int, headers: Headers, passage: Passage) -> list[tuple[byt
     if not known:
         sent.append((b"x-request-id", passage.request_id.encode()))
     if passage.prefix and not passage.same_origin_pages and status not in _NO_PAGE:
-        sent.append(_SANDBOX)
+        sent.append(CONFINED_PAGE)
     return sent
 
 
@@ -243,7 +248,7 @@ def _steers(name: bytes, passage: Passage) -> bool:
     """Whether it steers a server in front of us, or all of an origin that is not the program's alone."""
     if name == b"x-sendfile" or (name.startswith(b"x-accel-") and name != b"x-accel-buffering"):
         return True
-    return bool(passage.prefix) and name in _OF_AN_ORIGIN
+    return bool(passage.prefix) and name in OF_AN_ORIGIN
 
 
 def confined(cookie: bytes, prefix: str) -> bytes:

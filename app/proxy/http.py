@@ -15,7 +15,7 @@ way round.
 * **The answer comes before the body has**: it is passed on at once, while the body goes on. The connection is closed
   after it, since the rest of the body would stand where the next request begins.
 * **Time**: until the head of the answer something must move every `idle_seconds`: a piece of the body, or the answer.
-  After that an event stream may be silent for hours.
+  After that an event stream may be silent for hours, or for `stream_idle_seconds` where the operator wants it.
 * **The sandbox ends, or is started again**: its streams are cut (`app.proxy.watch`).
 * **A link** that let a stream in ends, or is revoked: the stream is cut. Its first visit is answered here.
 * **The server stops**: streams get `drain_seconds`, and those that are left are cut.
@@ -33,14 +33,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
 from math import ceil
-from typing import Final, TypeAlias, cast
+from typing import Final, cast
 from uuid import UUID
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from app.agent.token import TOKEN_HEADER
-from app.domain.sandbox.links import Link, LinkKey
+from app.domain.sandbox.links import Link
 from app.proxy.activity import Activity
 from app.proxy.admit import Admitted, ByKey, ByLinks, Credentials, admit
 from app.proxy.agent import nothing_listens
@@ -48,8 +47,9 @@ from app.proxy.client import Answer, AnswerFailed, Client, ConnectFailed, Cut, O
 from app.proxy.cors import PREFLIGHT, is_preflight, readable
 from app.proxy.heads import Headers, Passage, to_client, to_sandbox
 from app.proxy.inbound import Exchange, Inbound, Receive, Scope, Send
-from app.proxy.limits import Limits, Stream, Streams
+from app.proxy.limits import Stream, Streams
 from app.proxy.links import first_visit
+from app.proxy.options import Identify, Options, passage_of, prefix_of
 from app.proxy.pace import Pace, Passing
 from app.proxy.refusals import (
     ERROR_HEADER,
@@ -62,42 +62,15 @@ from app.proxy.refusals import (
     too_slow,
 )
 from app.proxy.resolve import Resolver, Target, generation_of
-from app.proxy.route import Route
-from app.proxy.splice import HALF_CLOSED_SECONDS, splice
+from app.proxy.splice import splice
 from app.proxy.watch import watch
 
-Identify: TypeAlias = Callable[[Headers, Route], Credentials]
-"""From the headers and the route of a request to what it shows. Raises `Refusal`."""
-IDLE_SECONDS: Final = 180.0
 _PROVE_SECONDS: Final = 2.0
 _UNAUTHORISED: Final = 401
 _OK: Final = 200
 _CLOSE: Final = (b"connection", b"close")
 _EMPTY: Final = (b"content-length", b"0")
 _LOG = logging.getLogger(__name__)
-
-
-class Options(Struct, frozen=True):
-    """How the relay works."""
-
-    via: str
-    """Our name in `Via`."""
-    adds_token: bool = True
-    """Whether callers reach the agent without its token."""
-    external_path: str | None = None
-    """The path before `/sandboxes`, as clients see it; None = as they sent it."""
-    limits: Limits = Limits()
-    cors: bool = False
-    """Whether pages of other origins may call, see `app.proxy.cors`."""
-    links: LinkKey | None = None
-    """The key of signed links; None = none are taken."""
-    secure: bool = False
-    """Whether clients reach this server by TLS that ends in front of it."""
-    same_origin_pages: bool = False
-    """Whether pages of sandboxes may be pages of this server, in the form with the path."""
-    idle_seconds: float = IDLE_SECONDS
-    half_closed_seconds: float = HALF_CLOSED_SECONDS
-    """How long one direction of a WebSocket may outlive the other."""
 
 
 class Relay:
@@ -112,7 +85,8 @@ class Relay:
         self.activity = activity
         self.pace = Pace()
         self.streams = Streams(options.limits)
-        self._watch = asyncio.create_task(watch(self.streams, resolver.rows), name="proxy-watch")
+        watching = watch(self.streams, resolver.rows, options.stream_idle_seconds)
+        self._watch = asyncio.create_task(watching, name="proxy-watch")
 
     async def drain(self, seconds: float) -> None:
         """Wait for the streams to end, and cut those that are left then."""
@@ -179,12 +153,6 @@ class Relay:
         await _answer(303, headers, b"", inbound, send)
 
 
-def prefix_of(route: Route, external: str | None) -> str:
-    """The path up to the port as the client sees it. Empty in the form with the host. `external` as in `Options`."""
-    own = route.prefix
-    return own if external is None or not own else external + own[own.index("/sandboxes/") :]
-
-
 class _Stream:
     """One admitted request."""
 
@@ -227,7 +195,7 @@ class _Stream:
                 if inbound.has_body:
                     inbound.on_move = lambda: _within(clock, idle)
                 answer, passage = await self._ask(target)
-                inbound.still()
+                inbound.on_move = self._place.touch
                 clock.reschedule(None)
                 if exchange.gone:
                     return
@@ -247,24 +215,20 @@ class _Stream:
 
     async def _ask(self, target: Target) -> tuple[Answer, Passage]:
         inbound, route, scope = self._inbound, self._route, self._inbound.scope
-        passage = Passage(
-            prefix=prefix_of(route, self._options.external_path),
-            port=cast("int", route.port),
-            token=target.token if self._adds_token else None,
-            to_agent=not target.path,
+        passage = passage_of(
+            self._options,
+            route,
+            target,
+            adds_token=self._adds_token,
             host=inbound.one(b"host"),
-            address=target.address,
             client=scope["client"][0] if scope.get("client") else "unknown",
             scheme=scope["scheme"],
             request_id=inbound.request_id,
-            via=self._options.via,
-            same_origin_pages=self._options.same_origin_pages,
         )
-        rest = route.rest.decode("latin-1")
         outgoing = Outgoing(
             scope["method"],
             target,
-            rest if rest.startswith("/") else f"/{rest}",
+            route.path,
             to_sandbox(inbound.headers, passage),
             inbound.body() if inbound.has_body else None,
             inbound.length,
@@ -335,6 +299,7 @@ class _Stream:
             self._place.leave,
             half_closed_seconds=options.half_closed_seconds,
             stall_seconds=options.idle_seconds,
+            moved=self._place.touch,
         )
 
     async def _copy(self, answer: Answer, passage: Passage) -> None:
@@ -348,6 +313,7 @@ class _Stream:
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         try:
             while piece := await answer.read():
+                self._place.touch()
                 await self._passing.out(len(piece))
                 if answer.ended and inbound.ended:
                     await send({"type": "http.response.body", "body": piece, "more_body": False})

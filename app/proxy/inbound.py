@@ -77,6 +77,17 @@ def exchange_of(scope: Scope) -> Exchange | None:
     return None if extensions is None else extensions.get(EXTENSION)
 
 
+def value_of(headers: Headers, name: bytes) -> bytes:
+    """The value of a header; empty = it is not there."""
+    return next((value.strip() for each, value in headers if each == name), b"")
+
+
+def request_id_of(headers: Headers) -> str:
+    """The client's, or a new one."""
+    sent = value_of(headers, b"x-request-id")
+    return sent.decode() if _REQUEST_ID.fullmatch(sent) else os.urandom(16).hex()
+
+
 class Inbound:
     """The client's side of a stream."""
 
@@ -97,12 +108,11 @@ class Inbound:
         self.on_move: Callable[[], None] = _nothing
         """Called when a piece of the body came."""
         self._receive = receive
-        sent = self.one(b"x-request-id")
-        self.request_id = sent.decode() if _REQUEST_ID.fullmatch(sent) else os.urandom(16).hex()
+        self.request_id = request_id_of(self.headers)
 
     def one(self, name: bytes) -> bytes:
         """The value of a header; empty = it is not there."""
-        return next((value.strip() for each, value in self.headers if each == name), b"")
+        return value_of(self.headers, name)
 
     def frame(self) -> None:
         """Find out how long the body is.

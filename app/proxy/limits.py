@@ -37,7 +37,7 @@ Key: TypeAlias = tuple[UUID, str]
 class Stream:
     """One open stream."""
 
-    __slots__ = ("_streams", "_timer", "cut", "generation", "key", "link_number", "run")
+    __slots__ = ("_since", "_streams", "_timer", "cut", "generation", "has_moved", "key", "link_number", "run")
 
     def __init__(self, streams: Streams, key: Key) -> None:
         self.key = key
@@ -48,6 +48,9 @@ class Stream:
         """Breaks it; None = it has no answer yet, and no link let it in."""
         self.link_number: int | None = None
         """Of the link that let it in; None = no link did."""
+        self.has_moved = True
+        """Whether bytes passed, in any direction, since `is_still` was asked."""
+        self._since = 0.0
         self._streams = streams
         self._timer: asyncio.TimerHandle | None = None
 
@@ -59,6 +62,17 @@ class Stream:
     def _end(self) -> None:
         if self.cut is not None:
             self.cut()
+
+    def touch(self) -> None:
+        """Bytes passed."""
+        self.has_moved = True
+
+    def is_still(self, now: float, seconds: float) -> bool:
+        """Whether nothing passed for so long. It is asked again and again, and knows of no time between two answers."""
+        if self.has_moved:
+            self.has_moved, self._since = False, now
+            return False
+        return now - self._since >= seconds
 
     def leave(self) -> None:
         """Give the place back, once."""

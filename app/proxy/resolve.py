@@ -202,6 +202,14 @@ class Resolver:
             raise store_unavailable("The database is not reachable at the moment; try again.") from None
         return self._target(sandbox, port)
 
+    async def target_now(self, sandbox_id: UUID, tenant: str, port: int, generation: int | None) -> Target:
+        """As `target`, for who does not wait for a sandbox that is on its way.
+
+        Raises:
+            Refusal, NotFound, StoreUnavailable: nowhere, or not yet.
+        """
+        return self._target(await self._read(sandbox_id, tenant, generation), port)
+
     def _target(self, sandbox: Sandbox, port: int) -> Target:
         """As `target_of`; once for a state that many requests meet."""
         known = self._targets.get((sandbox.id, port))

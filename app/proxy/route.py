@@ -47,6 +47,12 @@ class Route(Struct, frozen=True):
         """Keep links, and what programs have in their queries, out of tracebacks."""
         return f"Route({self.sandbox_id}, {self.port})"
 
+    @property
+    def path(self) -> str:
+        """The same as a request target, which begins with `/`."""
+        rest = self.rest.decode("latin-1")
+        return rest if rest.startswith("/") else f"/{rest}"
+
 
 def route(target: bytes, host: bytes = b"", domain: bytes = b"") -> Route | None:
     """The route of a request target and a `Host`; None = it is not for a sandbox. `domain` is that of the form with the

@@ -33,11 +33,12 @@ def splice(
     *,
     half_closed_seconds: float,
     stall_seconds: float,
+    moved: Callable[[], None],
 ) -> None:
-    """Join two connections; each comes with what it has sent already. `ended` is called once, when neither is left. To
-    cut a pair, abort one of the two.
+    """Join two connections; each comes with what it has sent already. `ended` is called once, when neither is left, and
+    `moved` whenever bytes come. To cut a pair, abort one of the two.
     """
-    pair = _Pair(passing, ended, half_closed_seconds, stall_seconds)
+    pair = _Pair(passing, ended, half_closed_seconds, stall_seconds, moved)
     ends = pair.ends = _End(client[0], pair), _End(backend[0], pair)
     lost = [end for end in ends if end.transport.is_closing()]
     for end, early in zip(ends, (backend[1], client[1]), strict=True):
@@ -56,13 +57,19 @@ def splice(
 class _Pair:
     """What both ends share."""
 
-    __slots__ = ("_half_closed_seconds", "_stall_seconds", "_timer", "ended", "ends", "passing")
+    __slots__ = ("_half_closed_seconds", "_stall_seconds", "_timer", "ended", "ends", "moved", "passing")
 
     def __init__(
-        self, passing: Passing, ended: Callable[[], None], half_closed_seconds: float, stall_seconds: float
+        self,
+        passing: Passing,
+        ended: Callable[[], None],
+        half_closed_seconds: float,
+        stall_seconds: float,
+        moved: Callable[[], None],
     ) -> None:
         self.passing = passing
         self.ended = ended
+        self.moved = moved
         self.ends: tuple[_End, ...] = ()
         self._half_closed_seconds = half_closed_seconds
         self._stall_seconds = stall_seconds
@@ -136,6 +143,7 @@ class _End(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Pass it on."""
+        self._pair.moved()
         transport = self.other.transport
         if not transport.is_closing():
             transport.write(data)

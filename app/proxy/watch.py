@@ -5,7 +5,10 @@ container that ends, though not on every network at once, and it gives the conta
 streams that are open are compared with the log: twice a second with what is known of the sandbox, and the row is read
 when the signal has news of it. A paused sandbox keeps its streams, since it goes on where it stopped.
 
-**How it fails.** While the database is away nothing is cut. A signal that was lost costs `rows.LOST_SECONDS`.
+Where the operator wants it (`[proxy] idle_seconds`), a stream on which no byte passes for so long is cut too.
+
+**How it fails.** While the database is away no stream is cut because of its sandbox. A signal that was lost costs
+`rows.LOST_SECONDS`.
 """
 
 from __future__ import annotations
@@ -32,11 +35,21 @@ def is_over(sandbox: Sandbox | None, stream: Stream) -> bool:
     return not sandbox.may_run or sandbox.generation != stream.generation or sandbox.run != stream.run
 
 
-async def watch(streams: Streams, rows: Rows) -> None:
-    """Cut what is over, until cancelled."""
+def _cut_still(streams: Streams, idle_seconds: float) -> None:
+    now = asyncio.get_running_loop().time()
+    for key in streams.keys:
+        for stream in streams.of(key):
+            if stream.cut is not None and stream.is_still(now, idle_seconds):
+                stream.cut()
+
+
+async def watch(streams: Streams, rows: Rows, idle_seconds: float | None = None) -> None:
+    """Cut what is over, until cancelled. `idle_seconds`: and what is still for so long."""
     while True:
         await streams.some()
         await asyncio.sleep(LOOK_SECONDS)
+        if idle_seconds is not None:
+            _cut_still(streams, idle_seconds)
         try:
             for key in streams.keys:
                 sandbox = rows.known(key) or await rows.read(*key)

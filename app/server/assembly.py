@@ -316,8 +316,19 @@ def read_master_keys(settings: Settings, *, make: bool = False) -> tuple[MasterK
     return master_keys(ours.master_key, ours.previous_master_key, ours.master_key_file, ours.state_dir, make=make)
 
 
-def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event, waiters: Waiters) -> Litestar:
-    """The HTTP application on these parts."""
+class Stopping(Struct, frozen=True):
+    """The two moments of a stop. Made inside the event loop."""
+
+    asked: asyncio.Event
+    """The process is asked to stop. Everything is still served, for `[proxy] drain_announce_seconds`."""
+    begun: asyncio.Event
+    """Nothing new is accepted, and what waits is answered."""
+
+
+def api_app(
+    parts: Opened, worker: Worker | None, stopping: Stopping, waiters: Waiters, *, serves_api: bool = True
+) -> Litestar:
+    """The HTTP application on these parts. Without the lifecycle API it has the server's own paths only."""
     settings = parts.settings
     return create_app(
         ApiContext(
@@ -339,6 +350,8 @@ def api_app(parts: Opened, worker: Worker | None, stopping: asyncio.Event, waite
             worker_alive=None if worker is None else lambda: worker.alive,
             engine_mismatch=None if worker is None else lambda: worker.station.mismatch,
             waiters=waiters,
-            stopping=stopping,
+            stopping=stopping.begun,
+            asked_to_stop=stopping.asked,
+            serves_api=serves_api,
         )
     )

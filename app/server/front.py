@@ -6,6 +6,9 @@ Litestar does not know them. That is why they are no handlers, and why the OpenA
 
 Who may send them is decided by the same functions as for the API (`app.api.auth`). Without keys every request is taken
 for one that acts, also a GET: nobody knows what it does in the sandbox.
+
+A server in front that has the secret of the installation (`sandledger nginx`) asks here what it may carry itself, and
+says for whom it passes other requests on: the client's address and scheme, which are its own otherwise.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ from app.api.errors import Problem
 from app.domain.sandbox.links import LinkKey
 from app.proxy.activity import Activity
 from app.proxy.admit import ByKey, Credentials, by_links, check_page
-from app.proxy.http import Identify, Options, Relay
+from app.proxy.decide import PATH, Decider, Hop, hop_of, secret_of
+from app.proxy.http import Relay
 from app.proxy.inbound import Receive, Scope, Send, exchange_of
 from app.proxy.limits import Limits, with_descriptors
 from app.proxy.links import in_cookies
+from app.proxy.options import Identify, Options
 from app.proxy.refusals import Refusal, invalid_header
 from app.proxy.resolve import Resolver, Way
 from app.proxy.route import Route
 from app.server.assembly import Opened
+from app.server.listener import domain_of
 from app.server.network import engine_host
 from app.settings import is_loopback
 
@@ -40,21 +46,56 @@ _ACTS = "CONNECT"
 """A method that is no read."""
 
 
+class Before(Struct, frozen=True):
+    """What a server in front of this one needs."""
+
+    decide: Decider
+    secret: bytes
+
+    def __repr__(self) -> str:
+        """Keep the secret out of tracebacks."""
+        return "Before(***)"
+
+
 class Front:
     """The outermost ASGI application of a server."""
 
-    def __init__(self, app: App, relay: Relay) -> None:
+    def __init__(self, app: App, relay: Relay, before: Before) -> None:
         self._app = app
         self._relay = relay
+        self._before = before
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        exchange = exchange_of(scope) if scope["type"] == "http" else None
+        exchange = None
+        if scope["type"] == "http":
+            exchange = exchange_of(scope)
+            hop = hop_of(scope["headers"], self._before.secret)
+            if hop is not None:
+                if exchange is None and scope["path"] == PATH:
+                    await self._decide(hop, send)
+                    return
+                _believe(scope, hop)
         if exchange is None:
             self._relay.pace.asked()
             await self._app(scope, receive, send)
         else:
             await self._relay(exchange, scope, receive, send)
+
+    async def _decide(self, hop: Hop, send: Send) -> None:
+        """204 with what nginx does; 401 = it passes the request on."""
+        headers = await self._before.decide(hop)
+        status, headers = (401, [(b"content-length", b"0")]) if headers is None else (204, headers)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _believe(scope: Scope, hop: Hop) -> None:
+    """Take the request for the client's own."""
+    scope["headers"] = hop.headers
+    scope["scheme"] = hop.scheme
+    if hop.client is not None:
+        scope["client"] = (hop.client, 0)
 
 
 class Doors(Struct, frozen=True):
@@ -111,31 +152,35 @@ def _by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
     return found
 
 
-def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
-    """The relay of a server. Made inside the event loop; close it after the listener."""
+def carriers(parts: Opened, stopping: asyncio.Event) -> tuple[Relay, Before]:
+    """The relay of a server, and what one in front asks. Made inside the event loop; close the relay after the
+    listener.
+    """
     settings = parts.settings
     authenticate, is_open = built_in(settings.server.api_key, parts.sealer), settings.proxy.auth == "open"
     links, address = LinkKey(parts.keys.link), settings.proxy.public_address or settings.server.eip
     origins = frozenset(each.lower() for each in settings.proxy.allowed_origins)
-    return Relay(
-        admission(authenticate, Doors(is_loopback(settings.server.host), is_open, links, origins)),
-        Resolver(
-            parts.service.view,
-            parts.signal,
-            Way(parts.keys.token, engine_host(settings), has_agents=bool(settings.runtime.execd_image)),
-            stopping,
-        ),
-        Options(
-            via=f"sandledger-{str(parts.installation)[:8]}",
-            adds_token=not is_open,
-            cors=authenticate is not None and not is_open,
-            external_path=external_path(address),
-            links=links,
-            secure=address.lower().startswith("https://"),
-            limits=with_descriptors(Limits()),
-            same_origin_pages=settings.proxy.same_origin_pages,
-        ),
-        Activity(parts.database),
+    identify = admission(authenticate, Doors(is_loopback(settings.server.host), is_open, links, origins))
+    resolver = Resolver(
+        parts.service.view,
+        parts.signal,
+        Way(parts.keys.token, engine_host(settings), has_agents=bool(settings.runtime.execd_image)),
+        stopping,
+    )
+    options = Options(
+        via=f"sandledger-{str(parts.installation)[:8]}",
+        adds_token=not is_open,
+        cors=authenticate is not None and not is_open,
+        external_path=external_path(address),
+        links=links,
+        secure=address.lower().startswith("https://"),
+        limits=with_descriptors(Limits()),
+        same_origin_pages=settings.proxy.same_origin_pages,
+        stream_idle_seconds=settings.proxy.idle_seconds,
+    )
+    decide = Decider(identify, resolver, options, domain_of(settings.proxy.wildcard).encode())
+    return Relay(identify, resolver, options, Activity(parts.database)), Before(
+        decide, secret_of(parts.keys.token).encode()
     )
 
 

@@ -1,4 +1,5 @@
-"""One server process: opens what it needs, runs the API and the worker in one event loop, stops in order.
+"""One server process: opens what it needs, runs the API and the worker in one event loop, stops in order. The role
+`proxy` is an API process without the lifecycle API: what it carries takes no time of an event loop that answers it.
 
 Start: database (embedded or not), migrations, master key, engine, listening socket. An engine that is down is no
 reason not to start: creates are accepted and wait, `/ready` says why. A port that is taken, a database that is not
@@ -7,10 +8,11 @@ there, or a wrong key is.
 A database or a schema that is gone later is waited for: requests are answered 503, the log says why. When it comes back
 as another installation the process ends with exit code 1, see `app.store.database.installation`.
 
-Stop (SIGTERM or SIGINT): the listener closes, requests whose body has not arrived are answered 503 at once, other
-requests in flight finish within `timeout_graceful_shutdown`, the worker hands its leases back, nothing is marked
-failed. Streams and WebSockets to sandboxes go on for `[proxy] drain_seconds` and are then cut. A second signal ends the
-process at once; leases then run out and another worker, or this one after its restart, goes on from the log.
+Stop (SIGTERM or SIGINT): `/ready` says 503 for `[proxy] drain_announce_seconds`. Then the listener closes, requests
+whose body has not arrived are answered 503 at once, other requests in flight finish within `timeout_graceful_shutdown`,
+the worker hands its leases back, nothing is marked failed. Streams and WebSockets to sandboxes go on for `[proxy]
+drain_seconds` and are then cut. A second signal ends the process at once; leases then run out and another worker, or
+this one after its restart, goes on from the log.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from app.server.assembly import (
     MakeDriver,
     Opened,
     Say,
+    Stopping,
     agent_policy,
     api_app,
     deadline_limits,
@@ -40,7 +43,7 @@ from app.server.assembly import (
     opened,
     work_policy,
 )
-from app.server.front import Front, relay_of
+from app.server.front import Front, carriers
 from app.server.life import life_file, show_life
 from app.server.listener import listen, uvicorn_server
 from app.settings import Settings, check_exposure
@@ -61,6 +64,17 @@ class Role(StrEnum):
     ALL = "all"
     API = "api"
     WORKER = "worker"
+    PROXY = "proxy"
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether it reaches engines."""
+        return self in (Role.ALL, Role.WORKER)
+
+    @property
+    def listens(self) -> bool:
+        """Whether it serves HTTP."""
+        return self is not Role.WORKER
 
 
 async def _engine_line(parts: Opened, worker: Worker | None) -> str:
@@ -76,10 +90,12 @@ async def _engine_line(parts: Opened, worker: Worker | None) -> str:
     return f"{info.kind} {info.version} at {info.address}"
 
 
-async def _banner(parts: Opened, worker: Worker | None, address: str | None, say: Say) -> None:
+async def _banner(parts: Opened, role: Role, worker: Worker | None, address: str | None, say: Say) -> None:
     engine = await _engine_line(parts, worker)
     say(f"sandledger {__version__}")
-    if address is not None:
+    if role is Role.PROXY:
+        say(f"  proxy     {address}/v1/sandboxes/<id>/proxy/<port>/, and no lifecycle API")
+    elif address is not None:
         key = "-H 'OPEN-SANDBOX-API-KEY: <your key>' " if parts.settings.server.api_key else ""
         say(f"  API       {address}/v1")
         say(f"  docs      {address}/docs")
@@ -116,9 +132,9 @@ async def run(
     Raises:
         SettingsError, StoreUnavailable: the start did not work; the message says what to do.
     """
-    if role is not Role.WORKER:
+    if role.listens:
         check_exposure(settings)
-    listener = None if role is Role.WORKER else listen(settings)
+    listener = listen(settings) if role.listens else None
     stop = _Stop(say)
     stop.install()
     async with AsyncExitStack() as stack:
@@ -126,7 +142,7 @@ async def run(
             stack.callback(listener.close)
         parts = await stack.enter_async_context(opened(settings, say, make_driver, upgrade=upgrade))
         worker = None
-        if role is not Role.API:
+        if role.has_worker:
             worker = Worker(
                 database=parts.database,
                 service=parts.service,
@@ -139,11 +155,15 @@ async def run(
                 agent=agent_policy(settings, parts.keys.token),
                 worker_id=f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}",
             )
-        await _run(parts, worker, listener, stop, say)
+        await _run(parts, (role, worker), listener, stop, say)
     say("stopped")
 
 
-async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | None, stop: _Stop, say: Say) -> None:
+async def _run(
+    parts: Opened, does: tuple[Role, Worker | None], listener: socket.socket | None, stop: _Stop, say: Say
+) -> None:
+    role, worker = does
+    stopping = Stopping(stop.asked, asyncio.Event())
     async with AsyncExitStack() as closing, asyncio.TaskGroup() as tasks:
         news = tasks.create_task(parts.signal.run(), name="signal")
         watch = tasks.create_task(_keep_embedded(parts), name="embedded-postgres")
@@ -158,16 +178,20 @@ async def _run(parts: Opened, worker: Worker | None, listener: socket.socket | N
         address = None
         if listener is not None:
             waiters = Waiters()
-            relay = relay_of(parts, stop.asked)
+            relay, before = carriers(parts, stopping.begun)
             closing.push_async_callback(relay.close)  # also when an error of another task ends the process
-            front = Front(api_app(parts, worker, stop.asked, waiters), relay)
+            app = api_app(parts, worker, stopping, waiters, serves_api=role is not Role.PROXY)
+            front = Front(app, relay, before)
             http = uvicorn_server(parts.settings, front, waiters)
             serving = tasks.create_task(http.serve([listener]), name="http")
             listener.listen(parts.settings.server.backlog)  # the banner's curl line works from the moment it is read
             host, port = listener.getsockname()[:2]
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        await _banner(parts, worker, address, say)
+        await _banner(parts, role, worker, address, say)
         await stop.asked.wait()
+        if http is not None:
+            await asyncio.sleep(parts.settings.proxy.drain_announce_seconds)
+        stopping.begun.set()
         if http is not None and relay is not None:
             http.leave()
             draining = tasks.create_task(relay.drain(parts.settings.proxy.drain_seconds), name="drain")

@@ -239,6 +239,11 @@ class ProxySettings(Table, frozen=True):
     drain_seconds: WholeSeconds = 30
     """Seconds that open streams and WebSockets get to finish at shutdown. What supervises the server has to wait longer
     than that before it kills it."""
+    drain_announce_seconds: Grace = 0
+    """Seconds at shutdown in which everything is still served, but `/ready` says 503, so that a load balancer sends no
+    more. They come before `drain_seconds`."""
+    idle_seconds: Seconds | None = None
+    """Seconds after which a stream or a WebSocket on which no byte passes is cut; None = never."""
 
 
 _MIN_CONNECTIONS = 5

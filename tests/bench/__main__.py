@@ -19,7 +19,7 @@ from typing import TypeAlias
 import msgspec
 
 from app.store.embedded.server import EmbeddedPostgres
-from tests.bench import inside, on_engine, over_http, proxied, public
+from tests.bench import inside, offload, on_engine, over_http, proxied, public
 from tests.bench.figures import CONSOLE, Figure, Result, measure, show
 from tests.bench.stage import LARGE, Bench
 
@@ -40,6 +40,7 @@ CASES: Mapping[str, BenchCase] = {
     "bulk": proxied.bulk,
     "streams": proxied.streams,
     "websockets": proxied.websockets,
+    "offload": offload.offload,
     "engine": on_engine.creates,
     "public": public.reads,
 }

@@ -43,8 +43,8 @@ _MODULE = "tests.bench.backends"
 class Ways:
     """Three ways to the same program: base URL and path before its own."""
 
-    def __init__(self, direct: str, bare: str, ours: str, sandbox: UUID, pid: int) -> None:
-        self.server, self.pid = ours, pid
+    def __init__(self, direct: str, bare: str, ours: str, sandbox: UUID, pid: int, config: str) -> None:
+        self.server, self.pid, self.config = ours, pid, config
         self.sandbox = sandbox
         own = "/proxy/3000"
         self.ways = {
@@ -58,12 +58,13 @@ class Ways:
 async def ways(bench: Bench) -> AsyncGenerator[Ways]:
     """A server, a bare proxy, and a sandbox that the log says runs at the backend's address."""
     dsn = await bench.fresh()
+    config = bench.config(dsn)
     with (
         running(["agent"], _MODULE) as (direct, _),
         running(["bare", direct], _MODULE) as (bare, _),
-        running([bench.config(dsn), "api", "fake"]) as (ours, pid),
+        running([config, "api", "fake"]) as (ours, pid),
     ):
-        yield Ways(direct, bare, ours, await _sandbox(dsn, urlsplit(direct).netloc), pid)
+        yield Ways(direct, bare, ours, await _sandbox(dsn, urlsplit(direct).netloc), pid, config)
 
 
 async def _sandbox(dsn: str, address: str) -> UUID:
@@ -83,7 +84,7 @@ async def _sandbox(dsn: str, address: str) -> UUID:
     return sandbox
 
 
-def _small(prefix: str) -> Callable[[Client], Awaitable[None]]:
+def asking(prefix: str) -> Callable[[Client], Awaitable[None]]:
     async def ask(client: Client) -> None:
         status, data = await client.request("GET", f"{prefix}/small")
         assert (status, len(data)) == (200, 100), data
@@ -99,10 +100,10 @@ async def small(bench: Bench) -> Sequence[Figure]:
         for _ in range(ROUNDS):
             for name, into in rates.items():
                 base, prefix = three.ways[name]
-                into.append(await throughput(base, _small(prefix), COUNT // ROUNDS, 32))
+                into.append(await throughput(base, asking(prefix), COUNT // ROUNDS, 32))
             for name in times:
                 base, prefix = three.ways[name]
-                times[name] += await latencies(base, _small(prefix), 200)
+                times[name] += await latencies(base, asking(prefix), 200)
     mine, floor = p50(rates["ours"]), p50(rates["bare"])
     added = {name: p50(times[name]) - p50(times["direct"]) for name in ("bare", "ours")}
     return [
@@ -202,7 +203,7 @@ async def streams(bench: Bench) -> Sequence[Figure]:
     async with ways(bench) as three:
         base, prefix = three.ways["ours"]
         parts = urlsplit(base)
-        await throughput(base, _small(prefix), 1000, 32)
+        await throughput(base, asking(prefix), 1000, 32)
         before = memory_mib(three.pid)
         writers: list[asyncio.StreamWriter] = []
         for _ in range(STREAMS):

@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 from tests.support.marks import remove_mark
 from tests.support.warm import WarmProcess
 
-API_LINE = re.compile(r"API\s+(http://\S+)/v1")
+API_LINE = re.compile(r"(?:API|proxy)\s+(http://[^/\s]+)/v1")
 ID_LABEL = "sandledger.io/object"
 LABEL = "sandledger.io/installation"
 KEY = "test-key-0123456789"

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeAlias
 from uuid import UUID, uuid4
 
@@ -21,19 +21,25 @@ from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.tenants import ANY_TENANT
 from app.proxy.activity import Activity
-from app.proxy.http import Options, Relay
+from app.proxy.decide import Decider
+from app.proxy.http import Relay
+from app.proxy.options import Options
 from app.proxy.resolve import Resolver, Way
-from app.server.front import Doors, Front, admission
-from app.server.listener import uvicorn_server
+from app.server.front import Before, Doors, Front, admission
+from app.server.listener import domain_of, uvicorn_server
 from app.service.sandboxes import Service
 from app.settings import Settings
 from app.views.current import CurrentView
 from tests.api.conftest import WORKER
+from tests.support import nginx
 
 TOKEN_KEY = b"t" * 32
 LINKS = LinkKey(b"l" * 32)
 VIA = "sandledger-0198f000"
 WITHIN_SECONDS = 30
+SECRET = "5ec" * 20
+through: str = "direct"
+"""How callers reach a server: `direct`, or through `nginx`."""
 RST = b"\x01\x00\x00\x00\x00\x00\x00\x00"
 """Linger for no time: a close is a reset."""
 
@@ -254,19 +260,23 @@ async def serving(
         context.stopping,
         pending_seconds=pending_seconds,
     )
-    relay = Relay(
-        admission(authenticate, Doors(context.loopback_only, is_open, LINKS, frozenset(allowed_origins))),
-        resolver,
-        options or Options(VIA, adds_token=not is_open, cors=authenticate is not None and not is_open, links=LINKS),
-        Activity(context.database),
+    identify = admission(authenticate, Doors(context.loopback_only, is_open, LINKS, frozenset(allowed_origins)))
+    options = options or Options(
+        VIA, adds_token=not is_open, cors=authenticate is not None and not is_open, links=LINKS
     )
+    relay = Relay(identify, resolver, options, Activity(context.database))
+    settings = settings or Settings()
+    domain = domain_of(settings.proxy.wildcard)
+    before = Before(Decider(identify, resolver, options, domain.encode()), SECRET.encode())
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(2048)
-    server = uvicorn_server(settings or Settings(), Front(create_app(context), relay))
+    server = uvicorn_server(settings, Front(create_app(context), relay, before))
     running = asyncio.create_task(server.serve([listener]))
+    port = listener.getsockname()[1]
     try:
-        yield Rig(listener.getsockname()[1], relay, context.service)
+        with nginx.running(port, SECRET, domain) if through == "nginx" else nullcontext() as front:
+            yield Rig(port if front is None else front.port, relay, context.service)
     finally:
         context.stopping.set()
         server.leave()

@@ -6,6 +6,7 @@ import asyncio
 from uuid import UUID
 
 from app.proxy.client import MAX_HEAD_BYTES
+from tests.proxy import rig as rig_
 from tests.proxy.rig import Agent, Request, Rig, answer, calling, request, say
 
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -42,7 +43,9 @@ SMUGGLED: dict[str, tuple[tuple[str, ...], bytes]] = {
 async def test_what_two_servers_could_read_differently_is_refused(rig: Rig, agent: Agent, sandbox: UUID):
     for name, (headers, body) in SMUGGLED.items():
         reply = await say(rig.port, post(sandbox, *headers, body=body))
-        assert (reply.status, agent.requests) == (400, []), name
+        # nginx says 501 to codings that it does not know.
+        assert reply.status in ((400, 501) if rig_.through == "nginx" else (400,)), name
+        assert agent.requests == [], name
 
 
 async def test_a_line_that_ends_with_lf_alone_is_refused(rig: Rig, agent: Agent, sandbox: UUID):

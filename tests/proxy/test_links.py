@@ -16,7 +16,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.state import Sandbox
 from app.domain.tenants import ANY_TENANT, AnyTenant
 from app.errors import StoreUnavailable
-from app.proxy.http import Options
+from app.proxy.options import Options
 from app.service.sandboxes import Service
 from app.settings import LogSettings, ProxySettings, Settings
 from app.store.database.pool import Database

@@ -7,6 +7,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.proxy.route import Route, route
+from tests.proxy.nginx_pass import passed
 from tests.proxy.rig import Agent, Rig, calling, request, say
 
 IDENTITY = "0198f000-0000-7000-8000-00000000aaaa"
@@ -49,12 +50,13 @@ RESTS = [
 
 @pytest.mark.parametrize("mount", ["", "/v1"])
 async def test_the_rest_of_the_path_arrives_as_it_was_sent(rig: Rig, agent: Agent, sandbox: UUID, mount: str):
-    for rest in RESTS:
+    rests = passed(RESTS)
+    for rest in rests:
         for port, path in (("44772", ""), ("3000", "/proxy/3000")):
             reply = await say(rig.port, request(f"{mount}/sandboxes/{sandbox}/proxy/{port}{rest}"))
             assert reply.status == 200, reply.body
             assert agent.requests[-1].target == path + rest
-    assert len(agent.requests) == 2 * len(RESTS)
+    assert len(agent.requests) == 2 * len(rests)
 
 
 async def test_without_a_path_the_root_is_asked_for(rig: Rig, agent: Agent, sandbox: UUID):

@@ -12,12 +12,13 @@ from weakref import WeakSet
 
 import pytest
 
-from app.proxy.http import Options
 from app.proxy.limits import Limits, with_descriptors
+from app.proxy.options import Options
 from app.settings import Settings
 from app.settings.schema import ServerSettings
 from tests.api.conftest import MakeContext
 from tests.proxy.rig import VIA, Agent, Caller, Holding, Request, Rig, answer, calling, request, say, serving
+from tests.proxy.websockets import echo_back, echoes, ended, handshake, opened
 
 PIECE = bytes(range(256)) * 256
 MIB = 1024 * 1024
@@ -401,6 +402,35 @@ async def test_a_sandbox_that_says_nothing_is_504(make_context: MakeContext, age
             events.go.set()
             assert await caller.chunk() == b"!", "between two bytes of an answer there is no limit"
     assert not agent.open
+
+
+async def test_a_stream_that_stands_still_is_cut_where_the_operator_wants_it(make_context: MakeContext, agent: Agent):
+    """A body, a silent answer and a silent WebSocket. Those on which bytes pass, in either direction, stay."""
+    options = Options(VIA, stream_idle_seconds=0.5)
+    async with serving(make_context(api_key=None), options=options) as rig:
+        sandbox = await rig.running(agent)
+        agent.handlers["/proxy/3000/events"] = agent.raw["/proxy/3000/up"] = Holding(EVENTS + b"1\r\n.\r\n")
+        agent.handlers["/proxy/3000/ws"] = echoes
+        async with (
+            calling(rig.port) as silent,
+            calling(rig.port) as still,
+            calling(rig.port) as moving,
+            calling(rig.port) as sending,
+        ):
+            silent.writer.write(get(sandbox, "events"))
+            assert b"event-stream" in await head_of(silent)
+            sending.writer.write(get(sandbox, "up", "Transfer-Encoding: chunked", method="POST"))
+            assert b"event-stream" in await head_of(sending)
+            await opened(still, handshake(sandbox))
+            await opened(moving, handshake(sandbox))
+            cut = asyncio.create_task(asyncio.wait([asyncio.create_task(ended(each)) for each in (silent, still)]))
+            while not cut.done():
+                await echo_back(moving, b"x")
+                sending.writer.write(b"1\r\n.\r\n")
+            assert [each.result() for each in (await cut)[0] if each.result()] == [b"1\r\n.\r\n"], "no last chunk"
+            await echo_back(moving, b"still there")
+            assert rig.relay.streams.open == 2
+        await agent.until(lambda: not agent.open)
 
 
 async def test_a_slow_head_has_an_end(rig: Rig, agent: Agent, sandbox: UUID):

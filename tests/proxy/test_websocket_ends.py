@@ -15,8 +15,8 @@ from app.domain.sandbox.observed import Power
 from app.domain.sandbox.state import Desired, Failure, Sandbox
 from app.domain.tenants import ANY_TENANT, AnyTenant
 from app.errors import StoreUnavailable
-from app.proxy.http import Options
 from app.proxy.limits import Limits, Streams
+from app.proxy.options import Options
 from app.proxy.watch import is_over
 from app.views.current import CurrentView
 from tests.api.conftest import WORKER, MakeContext

@@ -13,6 +13,7 @@ from app.domain.tenants import ANY_TENANT
 from app.proxy.route import Route, route
 from app.settings import ProxySettings, Settings
 from tests.api.conftest import KEY, WORKER, MakeContext
+from tests.proxy.nginx_pass import passed
 from tests.proxy.rig import Agent, Reply, Request, Rig, answer, calling, request, say, serving
 from tests.proxy.test_paths import RESTS
 from tests.proxy.test_states import PRINCIPALS
@@ -84,7 +85,7 @@ def test_without_a_domain_no_host_does():
 
 async def test_all_paths_are_the_programs(wild: Rig, agent: Agent):
     sandbox = await wild.running(agent)
-    for rest in [*RESTS, "/v1/sandboxes", "/health", f"/sandboxes/{uuid4()}/proxy/1/x"]:
+    for rest in [*passed(RESTS, by_host=True), "/v1/sandboxes", "/health", f"/sandboxes/{uuid4()}/proxy/1/x"]:
         for port, path in ((44772, ""), (3000, "/proxy/3000")):
             reply = await ask(wild, sandbox, rest, port=port)
             assert reply.status == 200, reply.body

@@ -314,6 +314,8 @@ class TestBadValues:
             ('proxy.allowed_origins = ["https://ide.test/"]', "such as https://ide.example.com:8443"),
             ('proxy.wildcard = "*.a.*"', "expected *. and a domain, with a port if need be"),
             ("proxy.drain_seconds = 0", "expected a whole number from 1"),
+            ("proxy.drain_announce_seconds = -1", "expected a number from 0"),
+            ("proxy.idle_seconds = 0", "expected a number above 0"),
             (
                 "docker.port_range_min = 80",
                 "docker.port_range_min = 80 is not allowed, expected a whole number from 1024",
@@ -415,6 +417,8 @@ wildcard = "*.sandboxes.example.com:8443"
 same_origin_pages = true
 allowed_origins = ["https://ide.example.com:8443"]
 drain_seconds = 5
+drain_announce_seconds = 3
+idle_seconds = 60
 [store]
 type = "sqlite"
 [store.postgresql]
