@@ -168,7 +168,7 @@ class Overview(Struct, frozen=True):
                 ago = "never" if engine.seen_s is None else f"{engine.seen_s:.0f} s ago"
                 found.append(f"no worker serves engine {engine.name}: last seen {ago}")
         found += [
-            f"worker {line.name} cannot use engine {line.engine} for {line.since_s:.0f} s: {line.trouble}"
+            f"worker {line.name} cannot use engine {line.engine}: {line.trouble} (for {line.since_s:.0f} s)"
             for line in self.stations
         ]
         return found

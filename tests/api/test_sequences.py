@@ -159,5 +159,5 @@ def test_sequences(live: Live):
 @pytest.mark.proof
 @pytest.mark.timeout(600)
 def test_many_long_sequences(live: Live):
-    succeeded = run(live, 150, 20)
+    succeeded = run(live, 100, 20)
     assert {"createSnapshot", "pauseSandbox", "deleteSandbox"} <= succeeded.keys(), succeeded

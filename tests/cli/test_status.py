@@ -270,7 +270,7 @@ TROUBLES: list[tuple[Trouble, str]] = [
     (last_partition, "no spare partition of the log is left"),
     (snapshot_failing, "1 snapshots are stuck or failing"),
     (snapshot_deleting, "1 snapshots are stuck or failing"),
-    (deaf, "worker host-9 cannot use engine other for 0 s: no permission for the socket "),
+    (deaf, "worker host-9 cannot use engine other: no permission for the socket "),
     (hanging, "the log's horizon is 1"),
 ]
 
