@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
+from itertools import pairwise
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -125,6 +127,38 @@ async def test_processes_add_and_never_write_over_each_other(dsn: str, rig: Rig,
             await database.close()
     found = await rows(owner)
     assert {sandbox: found[sandbox].counts for sandbox in sandboxes} == dict.fromkeys(sandboxes, (40, 400, 120))
+
+
+async def test_rows_are_locked_in_one_order(database: Database, rig: Rig, owner: asyncpg.Connection):
+    """Otherwise two processes could wait for each other. The first row is locked, so the last one must stay free."""
+    made = [await rig.pending() for _ in range(8)]
+    last, first = next(
+        (a, b) for a, b in pairwise(made) if a > b
+    )  # neither their age nor the order of the marks counts
+    activity = Activity(database, every=NEVER)
+    for _ in range(2):
+        activity.asked(last)
+        activity.asked(first)
+        if not await rows(owner):
+            await activity.write()
+    async with held_by(owner, first):
+        writing = asyncio.create_task(activity.write())
+        async with asyncio.timeout(30):
+            while not await owner.fetch("SELECT FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.005)
+        free = await owner.fetch("SELECT FROM sandledger.activity WHERE sandbox_id = $1 FOR UPDATE SKIP LOCKED", last)
+        assert len(free) == 1
+    await writing
+    assert {row.counts[0] for row in (await rows(owner)).values()} == {2}
+    await activity.close()
+
+
+@asynccontextmanager
+async def held_by(owner: asyncpg.Connection, sandbox: UUID) -> AsyncIterator[None]:
+    """Lock its row."""
+    async with owner.transaction():
+        await owner.execute("SELECT FROM sandledger.activity WHERE sandbox_id = $1 FOR UPDATE", sandbox)
+        yield
 
 
 async def test_a_mark_that_is_late_moves_no_time_back(database: Database, rig: Rig, owner: asyncpg.Connection):

@@ -245,3 +245,29 @@ async def test_a_killed_server_leaves_nothing_open(home: Path, dsn: str, service
             one.kill()
             assert await ended(caller) == b""
         await theirs.until(lambda: not theirs.open)
+
+
+@pytest.mark.proof
+async def test_two_servers_of_which_one_is_killed(home: Path, dsn: str, service: Service, theirs: Agent):
+    """Both write what moved by themselves. What the killed one had written stays, and the other adds to it."""
+    sandbox = await runs_at(service, theirs)
+
+    async def counted() -> tuple[int, int]:
+        async with connected(dsn) as reader:
+            row = await reader.fetchrow("SELECT bytes_in, bytes_out FROM activity WHERE sandbox_id = $1", sandbox)
+        return (0, 0) if row is None else tuple(row)
+
+    async def is_ten() -> bool:
+        return await counted() == (10, 10)
+
+    with server(home, dsn, "one") as one, server(home, dsn, "two") as two:
+        async with calling(port_of(one)) as caller, calling(port_of(two)) as other:
+            for each in (caller, other):
+                await opened(each, handshake(sandbox, key=KEY))
+                await echo_back(each, b"12345")
+            await until(is_ten, "both servers have written")
+            one.kill()
+            await echo_back(other, b"123")
+            two.send(signal.SIGTERM)
+        assert await asyncio.to_thread(two.wait, 30) == 0
+    assert await counted() == (13, 13)
