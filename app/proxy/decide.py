@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Final
 
@@ -55,6 +56,7 @@ BY_PATH: Final = b"path"
 BY_HOST: Final = b"host"
 ASKED: Final = (CLIENT, SCHEME, METHOD, URI, HOST, UPGRADE, LENGTH, PROTOCOL, FORM)
 """What nginx says of the request beside its headers."""
+_OF_NGINX: Final = frozenset((*ASKED, SECRET))
 TARGET: Final = OURS + b"target"
 TO: Final = OURS + b"path"
 PREFIX: Final = OURS + b"prefix"
@@ -95,11 +97,13 @@ REMOVED: Final = (
 """Headers that nginx always removes."""
 REMOVED_BY_PATH: Final = (b"authorization", b"cookie")
 """The same where sandboxes share an origin."""
-_NGINXS_OWN: Final = frozenset((b"connection", b"content-length", b"expect", b"transfer-encoding", b"upgrade"))
-"""Of one hop. nginx never passes these on as the client sent them."""
+_NGINXS_OWN: Final = frozenset((b"connection", b"content-length", b"expect", b"host", b"transfer-encoding", b"upgrade"))
+"""nginx never passes these on as the client sent them: they are of one hop, or were said under another name."""
 MAX_ANSWER_BYTES: Final = 6 * 1024
 """What nginx has room for, with the status line (`proxy_buffer_size`)."""
 _PURPOSE: Final = b"nginx"
+_GONE: Final = {True: frozenset((*SET, *REMOVED, *REMOVED_BY_PATH)), False: frozenset((*SET, *REMOVED))}
+"""What does not pass as it is, by whether the form is the one with the path."""
 _HANDSHAKE: Final = (b"GET", b"HTTP/1.1")
 
 
@@ -113,6 +117,18 @@ def set_by(name: bytes) -> bytes:
     return OURS + b"set-" + name
 
 
+_SET_BY: Final = {name: set_by(name) for name in SET}
+
+
+@lru_cache(1024)
+def _ip(text: str) -> str | None:
+    """The address as it is usually written; None = it is none of IP."""
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        return None
+
+
 class Hop(Struct, frozen=True):
     """What a server in front says, which has shown the secret."""
 
@@ -123,10 +139,7 @@ class Hop(Struct, frozen=True):
     @property
     def client(self) -> str | None:
         """The client's address; None = it is none of IP."""
-        try:
-            return str(ip_address(self.said.get(CLIENT, b"").decode("latin-1")))
-        except ValueError:
-            return None
+        return _ip(self.said.get(CLIENT, b"").decode("latin-1"))
 
     @property
     def scheme(self) -> str:
@@ -139,10 +152,14 @@ def hop_of(headers: Headers, secret: bytes) -> Hop | None:
     shown = [value for name, value in headers if name == SECRET]
     if len(shown) != 1 or not hmac.compare_digest(shown[0], secret):
         return None
-    return Hop(
-        {name: value for name, value in headers if name in ASKED},
-        [(name, value) for name, value in headers if name not in ASKED and name != SECRET],
-    )
+    said: dict[bytes, bytes] = {}
+    own: list[tuple[bytes, bytes]] = []
+    for header in headers:
+        if header[0] in _OF_NGINX:
+            said[header[0]] = header[1]
+        else:
+            own.append(header)
+    return Hop(said, own)
 
 
 class Decider:
@@ -170,7 +187,7 @@ class Decider:
             return None
         if said.get(FORM) != (BY_PATH if found.prefix else BY_HOST):
             return None
-        own = [(name, value) for name, value in hop.headers if name != b"host" and name not in _NGINXS_OWN]
+        own = [header for header in hop.headers if header[0] not in _NGINXS_OWN]
         headers = [*([(b"host", host)] if host else []), *own]
         upgrade = _upgrade(said)
         if self._options.cors and not upgrade and any(name == b"origin" for name, _ in own):
@@ -202,20 +219,18 @@ def _upgrade(said: Mapping[bytes, bytes]) -> bytes:
 
 def _values(own: Headers, wanted: Headers, *, by_path: bool) -> dict[bytes, bytes] | None:
     """What nginx has to set, so that the sandbox gets the wanted headers; None = it cannot make them."""
-    gone = frozenset((*SET, *REMOVED, *(REMOVED_BY_PATH if by_path else ())))
-    passed = [(name, value) for name, value in own if name not in gone]
-    if passed != [(name, value) for name, value in wanted if name not in SET]:
+    gone = _GONE[by_path]
+    passed = [header for header in own if header[0] not in gone]
+    if passed != [header for header in wanted if header[0] not in _SET_BY]:
         return None
-    values = {name: value for name, value in wanted if name in SET}
-    return values if len(values) == sum(name in SET for name, _ in wanted) else None
+    values = {name: value for name, value in wanted if name in _SET_BY}
+    return values if len(values) + len(passed) == len(wanted) else None  # else one of them is repeated
 
 
 def _answer(
     found: Route, target: Target, passage: Passage, values: Mapping[bytes, bytes], upgrade: bytes
 ) -> list[tuple[bytes, bytes]] | None:
-    try:
-        ip_address(target.host)
-    except ValueError:
+    if _ip(target.host) is None:
         return None  # nginx has no resolver
     confined = passage.prefix and not passage.same_origin_pages
     answer = [
@@ -225,6 +240,6 @@ def _answer(
         (PORT, b"%d" % passage.port),
         (POLICY, CONFINED_PAGE[1] if confined else b""),
         (UPGRADE, upgrade),
-        *((set_by(name), value) for name, value in values.items()),
+        *[(_SET_BY[name], value) for name, value in values.items()],
     ]
-    return answer if sum(len(name) + len(value) + 4 for name, value in answer) <= MAX_ANSWER_BYTES else None
+    return answer if len(b"".join([b": \r\n".join(header) for header in answer])) <= MAX_ANSWER_BYTES else None

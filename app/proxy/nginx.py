@@ -15,6 +15,7 @@ It is for the `http` block of nginx 1.18 or newer, with the module `auth_request
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from msgspec import Struct
@@ -45,9 +46,13 @@ from app.proxy.heads import OF_AN_ORIGIN
 
 AWAY_CODE: Final = "PROXY::SERVER_AWAY"
 """Nobody answers whom nginx could ask."""
-_AWAY: Final = "The server behind nginx does not answer; it may be starting. Nothing was done. Try again."
+_AWAY: Final = (
+    "The server behind nginx does not answer, or ended before it did; it may be starting. If the request may have "
+    "changed something, look before you send it again."
+)
 _NO_ANSWER: Final = (
-    "nginx got no answer from the sandbox: no connection, or one that ended. It may have acted all the same."
+    "nginx got no answer from the sandbox: the connection ended, or nothing came for an hour. The program there may "
+    "have acted all the same."
 )
 _NOT_CONNECTED: Final = "nginx got no connection to the agent of the sandbox; it may have ended."
 _HIDDEN: Final = ("Sandledger-Error", "Sandledger-Epoch", "Sandledger-Generation", "X-Sendfile")
@@ -176,14 +181,14 @@ def _variable(name: bytes) -> str:
 
 
 # Questions pass here too: a server's rules hold for subrequests, whose $request_uri is that of the request.
-_PROXIED: Final = (
+_PROXIED: Final[Sequence[str]] = (
     "set $sandledger_asks $request_uri;",
     'if ($uri = /.sandledger/decide) { set $sandledger_asks ""; }',
     'if ($sandledger_asks ~ "^(?:/v1)?/sandboxes/[0-9A-Fa-f-]+/proxy/") {',
     "    rewrite ^ /.sandledger/$sandledger_way last;",
     "}",
 )
-_ALL: Final = ("if ($uri != /.sandledger/decide) { rewrite ^ /.sandledger/$sandledger_way last; }",)
+_ALL: Final[Sequence[str]] = ("if ($uri != /.sandledger/decide) { rewrite ^ /.sandledger/$sandledger_way last; }",)
 _HEAD: Final = r"""# Printed by `sandledger nginx`, version @version@. It belongs into the block `http` of nginx.
 
 # A request without a body that changes nothing may be sent twice.

@@ -45,6 +45,14 @@ def examine(home: Path, dsn: str) -> list[str]:
     return done.stderr.splitlines()
 
 
+def test_a_role_without_a_worker_needs_no_engine(home: Path, dsn: str):
+    path = config(home, f'[server]\nport = 0\n[sandledger]\nstate_dir = "{home}/state"\n')
+    for role, fine in (("proxy", True), ("api", True), ("worker", False)):
+        done = run("doctor", "--role", role, "--config", path, OPENSANDBOX_STORE_POSTGRESQL_DSN=dsn, DOCKER_HOST=NONE)
+        (engine,) = [line for line in done.stderr.splitlines() if "  engine " in line]
+        assert (done.returncode == 0, engine.startswith("ok")) == (fine, fine), done.stderr
+
+
 def test_a_schema_that_is_behind_is_said_and_left_as_it_is(home: Path, empty: str):
     found = [line for line in examine(home, empty) if "migrations" in line and line.startswith(("ok", "FAIL"))]
     assert len(found) == 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from app.proxy.nginx import Plan, configuration, secret_text
 from tests.conftest import ROOT
@@ -76,7 +77,7 @@ class Nginx:
             self._process = None
 
 
-def _account() -> dict[str, int]:
+def _account() -> dict[str, Any]:
     """Never root."""
     return {"user": NOBODY, "group": NOBODY} if os.getuid() == 0 else {}
 
