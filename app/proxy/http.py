@@ -18,9 +18,11 @@ way round.
   After that an event stream may be silent for hours.
 * **The sandbox ends, or is started again**: its streams are cut (`app.proxy.watch`).
 * **The server stops**: streams get `drain_seconds`, and those that are left are cut.
-* **401**: the agent says that of a token that is not its own, so another sandbox may have the address by now. But the
-  program in the sandbox may say it too. So the agent is asked by `/ping`, with the token, before such an answer is
-  passed on.
+* **Nothing listens** at a leased address: then, before anything was sent, the request goes through the agent, which
+  reaches also what listens on the sandbox's loopback only.
+* **401** through the agent: it says that of a token that is not its own, so another sandbox may have the address by
+  now. But the program in the sandbox may say it too. So the agent is asked by `/ping`, with the token, before such an
+  answer is passed on.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ IDLE_SECONDS: Final = 180.0
 _PROVE_SECONDS: Final = 2.0
 _UNAUTHORISED: Final = 401
 _OK: Final = 200
+_NOBODY: Final = "Nothing listens on port {} inside the sandbox, or only on its loopback: listen on 0.0.0.0."
 _CLOSE: Final = (b"connection", b"close")
 _LOG = logging.getLogger(__name__)
 
@@ -88,9 +91,9 @@ class Relay:
 
     def __init__(self, admit: Admit, resolver: Resolver, options: Options) -> None:
         self._admit = admit
-        self._resolver = resolver
-        self._options = options
-        self._client = Client()
+        self.resolver = resolver
+        self.options = options
+        self.client = Client()
         self.streams = Streams(options.limits)
         self._watch = asyncio.create_task(watch(self.streams, resolver.rows), name="proxy-watch")
 
@@ -105,13 +108,13 @@ class Relay:
         """End all connections to sandboxes."""
         self._watch.cancel()
         self.streams.cut()
-        self._resolver.rows.close()
-        await self._client.close()
+        self.resolver.rows.close()
+        await self.client.close()
 
     async def __call__(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         inbound, route = Inbound(exchange, scope, receive), exchange.route
-        if self._options.cors and is_preflight(scope["method"], inbound.headers):
+        if self.options.cors and is_preflight(scope["method"], inbound.headers):
             await _answer(204, PREFLIGHT, b"", inbound, send)
             return
         try:
@@ -121,22 +124,23 @@ class Relay:
             inbound.frame()
             generation = generation_of(scope["headers"])
             place = self.streams.enter(tenant, route.sandbox_id)
-            stream = _Stream(self._client, self._options, place, inbound, send)
+            stream = _Stream(self, place, inbound, send)
             try:
-                await stream.run(lambda port: self._resolver.target(route.sandbox_id, tenant, port, generation))
+                await stream.run(lambda port: self.resolver.target(route.sandbox_id, tenant, port, generation))
             finally:
                 if not stream.spliced:
                     place.leave()
         except Refusal as refusal:
-            await _refuse(refusal, inbound, send, cors=self._options.cors)
+            await _refuse(refusal, inbound, send, cors=self.options.cors)
 
 
 class _Stream:
     """One admitted request."""
 
-    def __init__(self, client: Client, options: Options, place: Stream, inbound: Inbound, send: Send) -> None:
-        self._client = client
-        self._options = options
+    def __init__(self, relay: Relay, place: Stream, inbound: Inbound, send: Send) -> None:
+        self._client = relay.client
+        self._options = relay.options
+        self._resolver = relay.resolver
         self._route = inbound.exchange.route
         self._place = place
         self._inbound = inbound
@@ -164,7 +168,7 @@ class _Stream:
                 self._place.generation, self._place.run = target.generation, target.run
                 if inbound.has_body:
                     inbound.on_move = lambda: _within(clock, idle)
-                answer, passage = await self._ask(target)
+                answer, passage = await self._asked(target)
                 inbound.still()
                 clock.reschedule(None)
                 if exchange.gone:
@@ -183,13 +187,30 @@ class _Stream:
             if self._answer is not None:
                 self._answer.abort()
 
+    async def _asked(self, target: Target) -> tuple[Answer, Passage]:
+        """Ask the program itself where that may be done, else the agent."""
+        if target.leased:
+            try:
+                return await self._ask(target)
+            except ConnectFailed as error:
+                inside = self._resolver.not_accepted(target) if error.refused else None
+                if inside is None:
+                    raise not_connected(_NOBODY.format(target.port_inside)) from None
+                target = inside
+        try:
+            return await self._ask(target)
+        except ConnectFailed:
+            raise not_connected("The sandbox's agent does not accept connections; it may have ended.") from None
+
     async def _ask(self, target: Target) -> tuple[Answer, Passage]:
+        """Raises `ConnectFailed`, and `Refusal`."""
         inbound, route, scope = self._inbound, self._route, self._inbound.scope
         passage = Passage(
             prefix=self._prefix(),
             port=cast("int", route.port),
-            token=target.token if self._options.adds_token else None,
+            token=target.token if self._options.adds_token and not target.leased else None,
             to_agent=not target.path,
+            is_program=target.leased,
             host=inbound.one(b"host"),
             address=target.address,
             client=scope["client"][0] if scope.get("client") else "unknown",
@@ -209,7 +230,7 @@ class _Stream:
             inbound.exchange.upgrade,
         )
         answer = self._answer = await self._sent(outgoing)
-        if answer.status == _UNAUTHORISED:
+        if answer.status == _UNAUTHORISED and not target.leased:
             await self._prove(target)
         return answer, passage
 
@@ -221,8 +242,6 @@ class _Stream:
     async def _sent(self, outgoing: Outgoing) -> Answer:
         try:
             return await self._client.send(outgoing)
-        except ConnectFailed:
-            raise not_connected("The sandbox's agent does not accept connections; it may have ended.") from None
         except AnswerFailed as error:
             if self._inbound.exchange.gone:
                 raise TimeoutError from None

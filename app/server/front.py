@@ -14,16 +14,18 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from msgspec.structs import replace
+
 from app.api.auth import ANONYMOUS, API_KEY, Authenticate, built_in, check_keyless, principal_of
 from app.api.errors import Problem
 from app.proxy.http import Admit, Options, Relay
 from app.proxy.inbound import Receive, Scope, Send, exchange_of
 from app.proxy.limits import Limits, with_descriptors
 from app.proxy.refusals import Refusal, invalid_header
-from app.proxy.resolve import Resolver, Way
+from app.proxy.resolve import Access, Resolver
 from app.proxy.route import Route
 from app.server.assembly import Opened
-from app.server.network import engine_host
+from app.server.network import nowhere, way_of
 from app.settings import is_loopback
 
 App: TypeAlias = Any
@@ -85,12 +87,16 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
     """The relay of a server. Made inside the event loop; close it after the listener."""
     settings = parts.settings
     authenticate, is_open = built_in(settings.server.api_key, parts.sealer), settings.proxy.auth == "open"
+    way = way_of(settings, parts.installation)
+    if is_open:
+        # The agent asks callers without a key for its token. Nobody would, at the program itself.
+        way = replace(way, stands_on=nowhere)
     return Relay(
         admission(authenticate, loopback_only=is_loopback(settings.server.host), is_open=is_open),
         Resolver(
             parts.service.view,
             parts.signal,
-            Way(parts.keys.token, engine_host(settings), has_agents=bool(settings.runtime.execd_image)),
+            Access(parts.keys.token, way, has_agents=bool(settings.runtime.execd_image)),
             stopping,
         ),
         Options(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import cache
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -19,6 +20,7 @@ from msgspec import Meta, Struct
 from msgspec.inspect import Field, Metadata, StructType, Type, UnionType, type_info
 
 from app.settings.values import (
+    SUBNETS,
     ApiKey,
     Count,
     CountOrNone,
@@ -36,6 +38,7 @@ from app.settings.values import (
     PublicAddress,
     Quantity,
     Seconds,
+    Subnet,
     Text,
     WholeSeconds,
     WildcardDomain,
@@ -160,7 +163,11 @@ class DockerSettings(Table, frozen=True):
     host: EngineAddress | None = None
     """Address of the engine; None = the engine's default socket. `DOCKER_HOST` wins."""
     network_mode: Text = "bridge"
-    """`bridge`, `host` or the name of a network. The public server defaults to `host`, where sandboxes share ports."""
+    """`bridge` (a network of our own, on which sandboxes do not reach each other), `default` (the engine's own bridge),
+    `host` or the name of a network. The public server defaults to `host`, where sandboxes share ports."""
+    subnets: Annotated[tuple[Subnet, ...], Meta(min_length=1)] = SUBNETS
+    """Subnets for the network of our own, in CIDR form; the first that the engine takes. An address is used again ten
+    minutes after its sandbox was removed."""
     host_ip: Host = ""
     """Address of the engine's machine in endpoints, when this server runs in a container; empty = not known."""
     publish_host: Host = ""
@@ -213,6 +220,9 @@ class DockerSettings(Table, frozen=True):
             raise ValueError(
                 f"port_range_min ({low}) must be below port_range_max ({high}): each sandbox publishes two ports"
             )
+        for subnet in self.subnets:
+            if not IPv4Network(subnet).is_private:  # raises ValueError for host bits
+                raise ValueError(f"subnets: {subnet} is not a private network")
 
 
 class ProxySettings(Table, frozen=True):

@@ -41,6 +41,7 @@ from app.runtime.driver import Driver
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.service.snapshots import KIND as SNAPSHOT
+from app.store.addresses import Addresses
 from app.store.database.pool import Database
 from app.store.database.statement import Connections
 from app.store.deadlines.rows import DeadlineRows
@@ -56,6 +57,7 @@ from app.work.commits import Commits
 from app.work.diagnostics import Diagnostics
 from app.work.fetches import Fetches
 from app.work.fire import Deadlines
+from app.work.networks import Networks
 from app.work.policy import WorkPolicy
 from app.work.probes import Probes
 from app.work.reconcile.actors import Actors
@@ -75,6 +77,7 @@ _BACKGROUND_SHARE = 8
 _CONTENDED_S = 0.01
 _PARTITIONS_S = 3600.0
 _FORGET_S = 15.0
+_REAP_S = 300.0
 _AGENTS_S = 300.0
 _PURGE_S = 3600.0
 _LOG = logging.getLogger(__name__)
@@ -124,6 +127,9 @@ class Worker:
         if agent is not None:
             self.agents = Agents(station=self.station, engines=engines, policy=agent, meta=meta)
             self.probes = Probes(service=service, actors=self._actors, policy=agent)
+        self.networks = Networks(
+            station=self.station, engines=engines, addresses=Addresses(database, driver.name), meta=meta
+        )
         self.diagnostics = Diagnostics(driver, KeptEnds(database), policy)
         self.answers = self._make_answers(EngineRequests(database), engines.stream_id(driver.name))
         self.reconciler = self._make_reconciler(Workloads(database, sealer, self.agents))
@@ -200,6 +206,7 @@ class Worker:
             fetches=self.fetches,
             agents=self.agents,
             probes=self.probes,
+            networks=self.networks,
             outcomes=self.outcomes,
             diagnostics=self.diagnostics,
             policy=self._policy,
@@ -254,6 +261,7 @@ class Worker:
                     await asyncio.gather(timers.stop(self._grace), self._drain(self._grace))
                     await self.fetches.close()
                     await self.commits.close()
+                    await self.networks.close()
                     if self.probes is not None:
                         await self.probes.close()
                 for other in others:
@@ -274,6 +282,7 @@ class Worker:
         timers.every(_PARTITIONS_S, self._ensure_partitions)
         if self.agents is not None:
             timers.every(_AGENTS_S, self.agents.look_around)
+        timers.every(_REAP_S, self.networks.reap)
         timers.every(_FORGET_S, self.answers.requests.purge)
         timers.every(_PURGE_S, self.diagnostics.kept.purge)
         timers.every(min(policy.sweep_tick, policy.sweep_every), self.sweeper.tick)

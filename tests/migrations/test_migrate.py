@@ -208,12 +208,13 @@ TYPES = {
     "BYTEA": "bytea",
     "TIMESTAMP WITH TIME ZONE": "timestamptz",
     "DATE": "date",
+    "INET": "inet",
 }
 
 
 async def test_column_by_column(dsn: str):
     tables = list(metadata.sorted_tables)
-    assert len(tables) == 15
+    assert len(tables) == 16
     async with connected(dsn, owner=True) as owner:
         for table in tables:
             dialect = PGDialect_asyncpg()
@@ -223,6 +224,7 @@ async def test_column_by_column(dsn: str):
 
 
 PRIVILEGES = {
+    "addresses": "INSERT SELECT UPDATE",
     "alembic_version": "SELECT",
     "client_metrics": "INSERT SELECT UPDATE",
     "deadlines": "DELETE INSERT SELECT UPDATE",

@@ -16,11 +16,12 @@ from app.api.auth import built_in
 from app.api.context import ApiContext
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.address import Way
 from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power
 from app.domain.sandbox.spec import SandboxSpec
 from app.domain.tenants import ANY_TENANT
 from app.proxy.http import Options, Relay
-from app.proxy.resolve import Resolver, Way
+from app.proxy.resolve import Access, Resolver
 from app.server.front import Front, admission
 from app.server.listener import uvicorn_server
 from app.service.sandboxes import Service
@@ -240,13 +241,14 @@ async def serving(
     has_agents: bool = False,
     settings: Settings | None = None,
     view: CurrentView | None = None,
+    way: Way | None = None,
 ) -> AsyncGenerator[Rig]:
     """As a server process puts it together."""
     authenticate = context.authenticate or built_in(context.api_key, context.sealer)
     resolver = Resolver(
         view or context.service.view,
         context.signal,
-        Way(TOKEN_KEY, has_agents=has_agents),
+        Access(TOKEN_KEY, way or Way(), has_agents=has_agents),
         context.stopping,
         pending_seconds=pending_seconds,
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from app.domain.sandbox.address import Reach, agent_at, has_agent
+from app.domain.sandbox.address import Reach, Way, agent_at, has_agent
 from app.domain.sandbox.observed import Address
 
-ENGINE = "10.0.0.9"
+ENGINE = Way("10.0.0.9")
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,7 @@ execd_run_as_init = true
 [docker]
 host = "unix:///e.sock"
 network_mode = "host"
+subnets = ["10.9.0.0/16"]
 host_ip = "10.0.0.9"
 publish_host = "0.0.0.0"
 port_range_min = 1024

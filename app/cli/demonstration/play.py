@@ -360,9 +360,12 @@ async def _stage(settings: Settings, home: Path, agent: str) -> AsyncGenerator[D
 
 
 async def _remove_mark(demo: Demo, installation: str) -> None:
-    """The mark outlives a server; this installation ends with the demo."""
-    volume = await demo.docker.volumes.get(f"sandledger-mark-{installation.replace('-', '')[:8]}")
+    """The mark and our network outlive a server; this installation ends with the demo."""
+    short = installation.replace("-", "")[:8]
+    volume = await demo.docker.volumes.get(f"sandledger-mark-{short}")
     await volume.delete()
+    network = await demo.docker.networks.get(f"sandledger-{short}")
+    await network.delete()
 
 
 async def play(settings: Settings, agent: str) -> None:
