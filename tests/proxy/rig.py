@@ -79,9 +79,9 @@ class Agent:
         self.changed = asyncio.Event()
         self._server: asyncio.Server | None = None
 
-    async def start(self, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, limit=2**20, backlog=2048)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+    async def start(self, port: int = 0, host: str = "127.0.0.1") -> None:
+        self._server = await asyncio.start_server(self._serve, host, port, limit=2**20, backlog=2048)
+        self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         assert self._server is not None
@@ -180,9 +180,9 @@ async def _read_all(reader: asyncio.StreamReader) -> None:
 
 
 @asynccontextmanager
-async def agent(port: int = 0) -> AsyncGenerator[Agent]:
+async def agent(port: int = 0, host: str = "127.0.0.1") -> AsyncGenerator[Agent]:
     made = Agent()
-    await made.start(port)
+    await made.start(port, host)
     try:
         yield made
     finally:
