@@ -193,7 +193,9 @@ class _Stream:
             try:
                 return await self._ask(target)
             except ConnectFailed as error:
-                inside = self._resolver.not_accepted(target) if error.refused else None
+                if not error.refused:
+                    raise not_connected("The sandbox does not answer at its address; it may have ended.") from None
+                inside = self._resolver.not_accepted(target)
                 if inside is None:
                     raise not_connected(_NOBODY.format(target.port_inside)) from None
                 target = inside

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from msgspec.structs import replace
 
@@ -26,7 +27,7 @@ from app.proxy.resolve import Access, Resolver
 from app.proxy.route import Route
 from app.server.assembly import Opened
 from app.server.network import nowhere, way_of
-from app.settings import is_loopback
+from app.settings import Settings, is_loopback
 
 App: TypeAlias = Any
 """An ASGI application."""
@@ -87,16 +88,12 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
     """The relay of a server. Made inside the event loop; close it after the listener."""
     settings = parts.settings
     authenticate, is_open = built_in(settings.server.api_key, parts.sealer), settings.proxy.auth == "open"
-    way = way_of(settings, parts.installation)
-    if is_open:
-        # The agent asks callers without a key for its token. Nobody would, at the program itself.
-        way = replace(way, stands_on=nowhere)
     return Relay(
         admission(authenticate, loopback_only=is_loopback(settings.server.host), is_open=is_open),
         Resolver(
             parts.service.view,
             parts.signal,
-            Access(parts.keys.token, way, has_agents=bool(settings.runtime.execd_image)),
+            access_of(settings, parts.installation, parts.keys.token),
             stopping,
         ),
         Options(
@@ -108,6 +105,15 @@ def relay_of(parts: Opened, stopping: asyncio.Event) -> Relay:
             same_origin_pages=settings.proxy.same_origin_pages,
         ),
     )
+
+
+def access_of(settings: Settings, installation: UUID, token_key: bytes) -> Access:
+    """How this server gets into sandboxes."""
+    way = way_of(settings, installation)
+    if settings.proxy.auth == "open":
+        # The agent asks callers without a key for its token. Nobody would, at the program itself.
+        way = replace(way, stands_on=nowhere)
+    return Access(token_key, way, has_agents=bool(settings.runtime.execd_image))
 
 
 def external_path(address: str) -> str | None:

@@ -17,11 +17,9 @@ import pytest
 
 from app.cli.local_image import ensure_busybox_image
 from app.domain.sandbox import commands as cmd
-from app.domain.sandbox.address import Way, leasable, own_network
+from app.domain.sandbox.address import Way, own_network
 from app.domain.sandbox.state import Phase
 from app.runtime.docker import DockerDriver, DockerOptions, connect, names
-from app.runtime.driver import Image, Ref, Workload
-from app.runtime.workload import Agent
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import DockerSettings
@@ -35,8 +33,6 @@ from tests.work.stage import Stage
 
 pytestmark = pytest.mark.engine
 IMAGE = "sandledger-demo:1"
-SLOTS = 16
-"""As many creates as a worker has at once."""
 
 
 class Rig:
@@ -109,35 +105,6 @@ def _listen(stack: ExitStack, port: int) -> None:
     taken.listen()
 
 
-@pytest.mark.parametrize(
-    "creates", [4, pytest.param(200, marks=[pytest.mark.proof, pytest.mark.timeout(900)])], ids=["few", "many"]
-)
-async def test_half_of_the_range_is_taken_and_none_fails(rig: Rig, creates: int):
-    with ExitStack() as stack:
-        ports = half_taken(stack, 5 * creates)
-        driver = rig.driver(port_range=ports)
-        network, installed = (
-            await driver.prepare_network(),
-            await driver.install_agent(await ensure_agent_image(rig.docker)),
-        )
-        assert network is not None
-        first, _ = leasable(network.subnet)
-        slots = asyncio.Semaphore(SLOTS)
-
-        async def create(number: int) -> list[str]:
-            agent = Agent(installed.volume, "t0ken")
-            work = Workload(Ref(uuid4()), "t", Image(IMAGE), ("sleep", "600"), {}, agent=agent, ip=str(first + number))
-            async with slots:
-                seen = await driver.ensure(work)
-            assert seen.address is not None
-            return list(seen.address.ports.values())
-
-        found = await asyncio.gather(*map(create, range(creates)))
-        published = {int(each.rpartition(":")[2]) for pair in found for each in pair}
-        assert len(published) == 2 * creates
-        assert all(ports[0] <= port <= ports[1] for port in published)
-
-
 @pytest.fixture
 async def stage(dsn: str, database: Database, signal: Signal, sealer: Sealer, rig: Rig) -> Stage:
     service = Service(database, signal)
@@ -145,6 +112,26 @@ async def stage(dsn: str, database: Database, signal: Signal, sealer: Sealer, ri
     made.installation = rig.installation
     made.engines = Engines(database, signal, made.installation, service.engines)
     return made
+
+
+@pytest.mark.parametrize(
+    "creates", [4, pytest.param(200, marks=[pytest.mark.proof, pytest.mark.timeout(900)])], ids=["few", "many"]
+)
+async def test_half_of_the_range_is_taken_and_none_fails(stage: Stage, rig: Rig, until: Any, creates: int):
+    """An attempt may: it tries a few ports. Then there is another."""
+    agent = AgentPolicy(await ensure_agent_image(rig.docker), b"k" * 32)
+    with ExitStack() as stack:
+        ports = half_taken(stack, 8 * creates)
+        async with stage.working(stage.worker(rig.driver(port_range=ports), agent=agent)):
+            made = await asyncio.gather(*(stage.create(image=IMAGE) for _ in range(creates)))
+            async with asyncio.timeout(30 + 3 * creates):
+                while not await stage.is_phase(Phase.RUNNING, *made)():
+                    await asyncio.sleep(0.1)
+        addresses = [(await stage.sandbox(each)).address for each in made]
+        published = {int(port.rpartition(":")[2]) for each in addresses if each for port in each.ports.values()}
+        assert len(published) == 2 * creates
+        assert all(ports[0] <= port <= ports[1] for port in published)
+        assert len({each.ip for each in addresses if each}) == creates
 
 
 @pytest.mark.parametrize(
