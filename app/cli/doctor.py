@@ -146,7 +146,18 @@ async def _engine(settings: Settings) -> list[Finding]:
     except SandledgerError as error:
         return [Finding("engine", fine=False, text=str(error))]
     engine = Finding("engine", fine=True, text=f"{info.kind} {info.version} at {info.address}")
-    return [engine, *_live_restore(info)]
+    return [engine, *_live_restore(info), *_network(settings)]
+
+
+def _network(settings: Settings) -> list[Finding]:
+    mode = settings.docker.network_mode
+    if mode == "bridge":
+        return [Finding("network", fine=True, text="our own: sandboxes do not reach each other, addresses are leased")]
+    text = (
+        f"{mode}: sandboxes may reach each other, and none has an address that is known to be its own, so the proxy "
+        'goes through the agent; docker.network_mode = "bridge" is a network of our own'
+    )
+    return [Finding("network", fine=True, text=text, warning=True)]
 
 
 def _live_restore(info: EngineInfo) -> list[Finding]:

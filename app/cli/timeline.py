@@ -69,6 +69,8 @@ def _describe_observation(event: ev.Event) -> str:
             return f"{after / 1000:.1f} s after the start, says the {via}"
         case ev.AgentUnreachable(reason=reason, message=message, after_ms=after):
             return f"{reason} after {after / 1000:.1f} s: {message}"
+        case ev.AddressChanged(address=address):
+            return _at(address).removeprefix(", ")
         case ev.Paused(kept=kept):
             return f"{kept} kept"
         case ev.RuntimeExited(exit_code=code, oom=oom, reason=reason):

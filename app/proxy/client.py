@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -54,6 +55,11 @@ _SWITCHING: Final = 101
 
 class ConnectFailed(Exception):
     """Nothing was sent."""
+
+    def __init__(self, message: str, *, refused: bool) -> None:
+        super().__init__(message)
+        self.refused = refused
+        """Whether the machine at the address answered that nothing listens there."""
 
 
 class AnswerFailed(Exception):
@@ -164,7 +170,8 @@ class Client:
                     pass
             return await _request(self._new, outgoing)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise ConnectFailed(str(error)) from error
+            refused = isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno == errno.ECONNREFUSED
+            raise ConnectFailed(str(error), refused=refused) from error
         except (aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as error:
             raise AnswerFailed(str(error) or type(error).__name__) from error
 

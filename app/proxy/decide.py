@@ -104,6 +104,7 @@ MAX_ANSWER_BYTES: Final = 6 * 1024
 _PURPOSE: Final = b"nginx"
 _GONE: Final = {True: frozenset((*SET, *REMOVED, *REMOVED_BY_PATH)), False: frozenset((*SET, *REMOVED))}
 """What does not pass as it is, by whether the form is the one with the path."""
+_READS: Final = (b"GET", b"HEAD", b"OPTIONS")
 _HANDSHAKE: Final = (b"GET", b"HTTP/1.1")
 
 
@@ -196,6 +197,8 @@ class Decider:
         if not isinstance(shown, ByKey):
             return None
         target = await self._resolver.target_now(found.sandbox_id, shown.tenant, found.port, generation_of(headers))
+        if target.leased and not _may_repeat(hop) and not self._resolver.accepts(target):
+            return None
         passage = passage_of(
             self._options,
             found,
@@ -208,6 +211,15 @@ class Decider:
         )
         values = _values(own, to_sandbox(headers, passage), by_path=bool(found.prefix))
         return None if values is None else _answer(found, target, passage, values, upgrade)
+
+
+def _may_repeat(hop: Hop) -> bool:
+    """Whether nginx gives the request to the relay when the program accepts no connection. One that may act is sent
+    only once, so the relay carries it until it has learned that the program itself accepts connections.
+    """
+    said = hop.said
+    framed = said.get(LENGTH, b"") not in (b"", b"0") or any(name == b"transfer-encoding" for name, _ in hop.headers)
+    return said.get(METHOD) in _READS and not framed
 
 
 def _upgrade(said: Mapping[bytes, bytes]) -> bytes:

@@ -131,6 +131,8 @@ class Passage(Struct, frozen=True):
     request_id: str
     via: str
     """Our name in `Via`."""
+    is_program: bool = False
+    """The program itself is asked, without the agent, whose token it must not see."""
     same_origin_pages: bool = False
     """Whether pages of sandboxes may be pages of this server."""
 
@@ -151,7 +153,7 @@ def to_sandbox(headers: Headers, passage: Passage) -> list[tuple[bytes, bytes]]:
         plain = name.replace(b"_", b"-")
         if plain in kept_back or plain in named or plain.startswith((*_OURS, _FORWARDED)):
             continue
-        if plain == _TOKEN and passage.token is not None:
+        if plain == _TOKEN and (passage.token is not None or passage.is_program):
             continue
         if plain == _EGRESS and passage.port != EGRESS_PORT:
             continue

@@ -19,9 +19,11 @@ way round.
 * **The sandbox ends, or is started again**: its streams are cut (`app.proxy.watch`).
 * **A link** that let a stream in ends, or is revoked: the stream is cut. Its first visit is answered here.
 * **The server stops**: streams get `drain_seconds`, and those that are left are cut.
-* **401**: the agent says that of a token that is not its own, so another sandbox may have the address by now. But the
-  program in the sandbox may say it too. So the agent is asked by `/ping`, with the token, before such an answer is
-  passed on.
+* **Nothing listens** at a leased address: then, before anything was sent, the request goes through the agent, which
+  reaches also what listens on the sandbox's loopback only.
+* **401** through the agent: it says that of a token that is not its own, so another sandbox may have the address by
+  now. But the program in the sandbox may say it too. So the agent is asked by `/ping`, with the token, before such an
+  answer is passed on.
 * **502** in the agent's words says that nothing listens on the port (`app.proxy.agent`). The caller gets our own words.
 """
 
@@ -68,6 +70,7 @@ from app.proxy.watch import watch
 _PROVE_SECONDS: Final = 2.0
 _UNAUTHORISED: Final = 401
 _OK: Final = 200
+_NOBODY: Final = "Nothing listens on port {} inside the sandbox, or only on its loopback: listen on 0.0.0.0."
 _CLOSE: Final = (b"connection", b"close")
 _EMPTY: Final = (b"content-length", b"0")
 _LOG = logging.getLogger(__name__)
@@ -79,9 +82,9 @@ class Relay:
     def __init__(self, identify: Identify, resolver: Resolver, options: Options, activity: Activity) -> None:
         """`close` closes the activity."""
         self._identify = identify
-        self._resolver = resolver
-        self._options = options
-        self._client = Client()
+        self.resolver = resolver
+        self.options = options
+        self.client = Client()
         self.activity = activity
         self.pace = Pace()
         self.streams = Streams(options.limits)
@@ -99,15 +102,15 @@ class Relay:
         """End all connections to sandboxes."""
         self._watch.cancel()
         self.streams.cut()
-        self._resolver.rows.close()
-        await self._client.close()
+        self.resolver.rows.close()
+        await self.client.close()
         await self.activity.close()
 
     async def __call__(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         route = exchange.route
         inbound = Inbound(exchange, scope, receive, Passing(self.activity, self.pace, route.sandbox_id))
-        if self._options.cors and is_preflight(scope["method"], inbound.headers):
+        if self.options.cors and is_preflight(scope["method"], inbound.headers):
             await _answer(204, PREFLIGHT, b"", inbound, send)
             return
         try:
@@ -122,31 +125,31 @@ class Relay:
                 await self._remember(admitted, inbound, send)
                 return
             place = self.streams.enter(tenant, route.sandbox_id)
-            stream = _Stream(self._client, self._options, place, inbound, send)
+            stream = _Stream(self, place, inbound, send)
             try:
                 if admitted.link is not None:
-                    stream.by_link(admitted.link, self._resolver.rows.now())
-                await stream.run(lambda port: self._resolver.target(route.sandbox_id, tenant, port, generation))
+                    stream.by_link(admitted.link, self.resolver.rows.now())
+                await stream.run(lambda port: self.resolver.target(route.sandbox_id, tenant, port, generation))
             finally:
                 if not stream.spliced:
                     place.leave()
         except Refusal as refusal:
-            await _refuse(refusal, inbound, send, cors=self._options.cors)
+            await _refuse(refusal, inbound, send, cors=self.options.cors)
 
     async def _admit(self, shown: Credentials, sandbox_id: UUID, port: int) -> Admitted:
         """Who sends it. Only a link needs the row for that."""
         if isinstance(shown, ByKey):
             return Admitted(shown.tenant)
-        sandbox, key = await self._resolver.unproven(sandbox_id), self._options.links
+        sandbox, key = await self.resolver.unproven(sandbox_id), self.options.links
         if sandbox is None or key is None:
             raise link_invalid()
-        return admit(sandbox, port, shown, key, self._resolver.rows.now())
+        return admit(sandbox, port, shown, key, self.resolver.rows.now())
 
     async def _remember(self, admitted: Admitted, inbound: Inbound, send: Send) -> None:
         """Have the browser keep the link, and come again without it in the address."""
-        link, options, route = admitted.link, self._options, inbound.exchange.route
+        link, options, route = admitted.link, self.options, inbound.exchange.route
         assert link is not None, "without a link it is no first visit"
-        seconds = max(1, ceil((link.expires_at - self._resolver.rows.now()).total_seconds()))
+        seconds = max(1, ceil((link.expires_at - self.resolver.rows.now()).total_seconds()))
         prefix = prefix_of(route, options.external_path)
         secure = options.secure or inbound.scope["scheme"] == "https"
         headers = [*first_visit(admitted.value, seconds, prefix, route.rest, secure=secure), _EMPTY]
@@ -156,9 +159,10 @@ class Relay:
 class _Stream:
     """One admitted request."""
 
-    def __init__(self, client: Client, options: Options, place: Stream, inbound: Inbound, send: Send) -> None:
-        self._client = client
-        self._options = options
+    def __init__(self, relay: Relay, place: Stream, inbound: Inbound, send: Send) -> None:
+        self._client = relay.client
+        self._options = relay.options
+        self._resolver = relay.resolver
         self._route = inbound.exchange.route
         self._place = place
         self._passing = inbound.passing
@@ -167,7 +171,7 @@ class _Stream:
         self._answer: Answer | None = None
         self.spliced = False
         """Whether the place is given back by the joined connections."""
-        self._adds_token = options.adds_token
+        self._adds_token = relay.options.adds_token
 
     def by_link(self, link: Link, now: datetime) -> None:
         """A link let it in: it ends with the link. Browsers do not have the agent's token, so it is added for them."""
@@ -194,7 +198,7 @@ class _Stream:
                 self._place.generation, self._place.run = target.generation, target.run
                 if inbound.has_body:
                     inbound.on_move = lambda: _within(clock, idle)
-                answer, passage = await self._ask(target)
+                answer, passage = await self._asked(target)
                 inbound.on_move = self._place.touch
                 clock.reschedule(None)
                 if exchange.gone:
@@ -213,7 +217,29 @@ class _Stream:
             if self._answer is not None:
                 self._answer.abort()
 
+    async def _asked(self, target: Target) -> tuple[Answer, Passage]:
+        """Ask the program itself where that may be done, else the agent."""
+        self._passing.asked()
+        if target.leased:
+            try:
+                found = await self._ask(target)
+            except ConnectFailed as error:
+                if not error.refused:
+                    raise not_connected("The sandbox does not answer at its address; it may have ended.") from None
+                inside = self._resolver.not_accepted(target)
+                if inside is None:
+                    raise not_connected(_NOBODY.format(target.port_inside)) from None
+                target = inside
+            else:
+                self._resolver.accepted(target)
+                return found
+        try:
+            return await self._ask(target)
+        except ConnectFailed:
+            raise not_connected("The sandbox's agent does not accept connections; it may have ended.") from None
+
     async def _ask(self, target: Target) -> tuple[Answer, Passage]:
+        """Raises `ConnectFailed`, and `Refusal`."""
         inbound, route, scope = self._inbound, self._route, self._inbound.scope
         passage = passage_of(
             self._options,
@@ -234,10 +260,9 @@ class _Stream:
             inbound.length,
             inbound.exchange.upgrade,
         )
-        self._passing.asked()
         answer = self._answer = await self._sent(outgoing)
         self._passing.answered()
-        if answer.status == _UNAUTHORISED:
+        if answer.status == _UNAUTHORISED and not target.leased:
             await self._prove(target)
         try:
             silent = bool(target.path) and await nothing_listens(answer)
@@ -253,8 +278,6 @@ class _Stream:
     async def _sent(self, outgoing: Outgoing) -> Answer:
         try:
             return await self._client.send(outgoing)
-        except ConnectFailed:
-            raise not_connected("The sandbox's agent does not accept connections; it may have ended.") from None
         except AnswerFailed as error:
             if self._inbound.exchange.gone:
                 raise TimeoutError from None

@@ -61,8 +61,9 @@ def passage_of(
     return Passage(
         prefix=prefix_of(route, options.external_path),
         port=cast("int", route.port),
-        token=target.token if adds_token else None,
+        token=target.token if adds_token and not target.leased else None,
         to_agent=not target.path,
+        is_program=target.leased,
         host=host,
         address=target.address,
         client=client,

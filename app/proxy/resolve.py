@@ -1,8 +1,15 @@
 """From the head row to an address, and what stands in the way of that.
 
 No engine is called and no socket is opened: the log has the address (`sandbox.started.address`), and
-`app.domain.sandbox.address` says where the agent is. User traffic goes to the agent with the sandbox's token. Engines
-give an address away when its container ends. The token is how the next owner is found out: its agent answers 401.
+`app.domain.sandbox.address` says where the agent is, and whether the address is leased. Engines give an address away
+when its container ends, so an address is used only while it is known whose it is:
+
+* On our own network it is leased: nobody else gets it for ten minutes after the removal. A request goes to the port
+  itself, without a token, when this server stands on that network. When nothing accepts the connection there, a program
+  may listen on the sandbox's loopback only, which the agent reaches: then, before anything was sent, the request goes
+  through the agent, and so does what follows for `LOOPBACK_SECONDS`.
+* Anywhere else it goes through the agent with the sandbox's token. The token is how the next owner of the address is
+  found out: its agent answers 401.
 
 =================================== ==========================================================
 state                               answer
@@ -13,7 +20,7 @@ made for another generation         410 SANDBOX::ENDPOINT_REPLACED
 Pending, Resuming                   waits, 20 s at most; then 404
                                     KUBERNETES::POD_IP_NOT_AVAILABLE, or 409
 Paused, Pausing, exited, failed     409 DOCKER::SANDBOX_NOT_RUNNING; a connect would hang
-Running without an agent's address  502 PROXY::ADDRESS_NOT_PROVEN
+Running, neither lease nor agent    502 PROXY::ADDRESS_NOT_PROVEN
 =================================== ==========================================================
 """
 
@@ -28,7 +35,7 @@ from uuid import UUID
 from msgspec import Struct
 
 from app.agent.token import AGENT_PORT, agent_token
-from app.domain.sandbox.address import LOOPBACK, Reach, agent_at, has_agent
+from app.domain.sandbox.address import Reach, Way, agent_at, has_agent, leased_at
 from app.domain.sandbox.decide import visible
 from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.sandbox.status import status_of
@@ -50,6 +57,8 @@ from app.views.current import CurrentView
 
 GENERATION_HEADER: Final = b"sandledger-generation"
 PENDING_SECONDS: Final = 20.0
+LOOPBACK_SECONDS: Final = 60.0
+"""For how long a port that accepted no connection is reached through the agent."""
 _READ_AGAIN_SECONDS: Final = 1.0
 _UNPROVEN_READS: Final = 4
 _UNPROVEN_WAITING: Final = 256
@@ -58,19 +67,19 @@ _UNDER_WAY: Final = (Phase.PENDING, Phase.RESUMING)
 _GENERATION: Final = re.compile(rb"[0-9]{1,9}")
 
 
-class Way(Struct, frozen=True):
-    """How this server reaches agents."""
+class Access(Struct, frozen=True):
+    """How this server gets into sandboxes."""
 
     token_key: bytes
     """The key `token` of the installation."""
-    engine_host: str = LOOPBACK
-    """How it reaches the engine's machine."""
+    way: Way = Way()
+    """How it reaches what the engine runs."""
     has_agents: bool = False
     """Whether sandboxes get an agent now. It counts only where no published port says it, as on the host network."""
 
     def __repr__(self) -> str:
         """Keep the key out of logs and tracebacks."""
-        return f"Way({self.engine_host!r})"
+        return f"Access({self.way!r})"
 
 
 class Target(Struct, frozen=True):
@@ -82,12 +91,22 @@ class Target(Struct, frozen=True):
     host: str
     port: int
     path: str
-    """What stands before the rest of the path: empty for the agent itself."""
+    """What stands before the rest of the path: empty for the agent itself, and for a program itself."""
     token: str
+    """The agent's; empty = this is the program itself, at an address that is leased."""
+    port_inside: int
+    """The port that was asked for."""
+    through_agent: Target | None = None
+    """Of a program itself: the way through the agent. None = there is no agent."""
 
     def __repr__(self) -> str:
         """Keep the token out of logs."""
         return f"Target({self.host}:{self.port}{self.path})"
+
+    @property
+    def leased(self) -> bool:
+        """Whether this is the program itself, and nobody else's by the lease of its address."""
+        return not self.token
 
     @property
     def address(self) -> str:
@@ -109,7 +128,7 @@ def generation_of(headers: Sequence[tuple[bytes, bytes]]) -> int | None:
     return int(given[0])
 
 
-def target_of(sandbox: Sandbox, port: int, way: Way) -> Target:
+def target_of(sandbox: Sandbox, port: int, access: Access) -> Target:
     """The target of a sandbox that is not on its way to Running.
 
     Raises:
@@ -118,14 +137,25 @@ def target_of(sandbox: Sandbox, port: int, way: Way) -> Target:
     if sandbox.phase is not Phase.RUNNING:
         status = status_of(sandbox)
         raise not_running(f"The sandbox is {status.state}: {status.message}")
-    # Without an agent whatever has the address by now would get the token, and its answer would pass for the sandbox's.
-    known = has_agent(sandbox.address, configured=way.has_agents)
-    reach = agent_at(sandbox.address, way.engine_host) if known else None
-    if reach is None or sandbox.object_id is None:
+    through_agent = _through_agent(sandbox, port, access)
+    leased = leased_at(sandbox.address, access.way)
+    if leased is not None and port != AGENT_PORT:
+        return Target(sandbox.id, sandbox.generation, sandbox.run, leased, port, "", "", port, through_agent)
+    if through_agent is None:
         raise not_proven(
-            "The sandbox has no agent that this server reaches, so it is not known whose address it is. "
-            "Set runtime.execd_image, and create the sandbox again."
+            "The sandbox has no agent that this server reaches, and this server does not stand on the network where "
+            "addresses are leased, so it is not known whose address it is. Set runtime.execd_image, and create the "
+            'sandbox again; or use docker.network_mode = "bridge" with a server on the engine\'s machine.'
         )
+    return through_agent
+
+
+def _through_agent(sandbox: Sandbox, port: int, access: Access) -> Target | None:
+    # Without an agent whatever has the address by now would get the token, and its answer would pass for the sandbox's.
+    known = has_agent(sandbox.address, configured=access.has_agents)
+    reach = agent_at(sandbox.address, access.way) if known else None
+    if reach is None or sandbox.object_id is None:
+        return None
     return Target(
         sandbox.id,
         sandbox.generation,
@@ -133,8 +163,13 @@ def target_of(sandbox: Sandbox, port: int, way: Way) -> Target:
         reach.host,
         reach.port,
         "" if port == AGENT_PORT else f"/proxy/{port}",
-        agent_token(way.token_key, sandbox.object_id, sandbox.generation),
+        agent_token(access.token_key, sandbox.object_id, sandbox.generation),
+        port,
     )
+
+
+def _key(target: Target) -> tuple[UUID, int, int, int]:
+    return target.sandbox_id, target.generation, target.run, target.port_inside
 
 
 class Resolver:
@@ -144,7 +179,7 @@ class Resolver:
         self,
         view: CurrentView,
         signal: Signal,
-        way: Way,
+        access: Access,
         stopping: asyncio.Event,
         *,
         pending_seconds: float = PENDING_SECONDS,
@@ -153,11 +188,15 @@ class Resolver:
         self.rows = Rows(view, signal)
         self._view = view
         self._signal = signal
-        self._way = way
+        self._access = access
         self._stopping = stopping
         self._pending_seconds = pending_seconds
         self._targets: dict[tuple[UUID, int], tuple[Sandbox, Target]] = {}
         """What the same state, and not only an equal one, led to."""
+        self._accepting: set[tuple[UUID, int, int, int]] = set()
+        """Ports at which a leased address accepted a connection."""
+        self._only_inside: dict[tuple[UUID, int, int, int], float] = {}
+        """Ports at which a leased address accepted no connection, and until when they are reached through the agent."""
         self._unproven = asyncio.Semaphore(_UNPROVEN_READS)
         self._unproven_waiting = 0
 
@@ -200,7 +239,33 @@ class Resolver:
             raise Refusal(404, error.code, error.message) from None
         except StoreUnavailable:
             raise store_unavailable("The database is not reachable at the moment; try again.") from None
-        return self._target(sandbox, port)
+        return self._detour(self._target(sandbox, port))
+
+    def not_accepted(self, target: Target) -> Target | None:
+        """The way through the agent, after the program itself accepted no connection; remembered for a while."""
+        if target.through_agent is not None:
+            if len(self._only_inside) >= MAX_ROWS:
+                self._only_inside.clear()
+            self._only_inside[_key(target)] = asyncio.get_running_loop().time() + LOOPBACK_SECONDS
+        return target.through_agent
+
+    def accepted(self, target: Target) -> None:
+        """The program itself accepted a connection."""
+        if len(self._accepting) >= MAX_ROWS:
+            self._accepting.clear()
+        self._accepting.add(_key(target))
+
+    def accepts(self, target: Target) -> bool:
+        """Whether the program itself has accepted a connection before."""
+        return _key(target) in self._accepting
+
+    def _detour(self, target: Target) -> Target:
+        if target.through_agent is None or (until := self._only_inside.get(_key(target))) is None:
+            return target
+        if asyncio.get_running_loop().time() < until:
+            return target.through_agent
+        del self._only_inside[_key(target)]
+        return target
 
     async def target_now(self, sandbox_id: UUID, tenant: str, port: int, generation: int | None) -> Target:
         """As `target`, for who does not wait for a sandbox that is on its way.
@@ -208,7 +273,7 @@ class Resolver:
         Raises:
             Refusal, NotFound, StoreUnavailable: nowhere, or not yet.
         """
-        return self._target(await self._read(sandbox_id, tenant, generation), port)
+        return self._detour(self._target(await self._read(sandbox_id, tenant, generation), port))
 
     def _target(self, sandbox: Sandbox, port: int) -> Target:
         """As `target_of`; once for a state that many requests meet."""
@@ -217,7 +282,7 @@ class Resolver:
             return known[1]
         if len(self._targets) >= MAX_ROWS:
             self._targets.clear()
-        target = target_of(sandbox, port, self._way)
+        target = target_of(sandbox, port, self._access)
         self._targets[sandbox.id, port] = (sandbox, target)
         return target
 

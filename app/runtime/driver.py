@@ -13,7 +13,8 @@ of waiting for it.
 
 Failures: `RuntimeUnavailable` when the engine cannot be reached or is failing (says nothing about the sandbox),
 `RuntimeRejected` when its answer is final for this request, `AttemptFailed` when this attempt failed and another may
-work, `ImageMissing` when `ensure` needs a `fetch` first, `AgentMissing` when it needs an `install_agent` first.
+work, `ImageMissing` when `ensure` needs a `fetch` first, `AgentMissing` when it needs an `install_agent` first,
+`NetworkMissing` when it needs a `prepare_network` first.
 Anything else that escapes is a bug and is counted.
 
 Cancellation: once `ensure` has begun to create, it finishes create and start before it lets the cancellation through,
@@ -53,6 +54,7 @@ __all__ = [
     "Logs",
     "Misnamed",
     "Observed",
+    "OwnNetwork",
     "Part",
     "Pausing",
     "Power",
@@ -141,6 +143,16 @@ class InstalledAgent(Struct, frozen=True):
     """This call had them copied. False = they were there. Two calls at the same time may both say True."""
 
 
+class OwnNetwork(Struct, frozen=True):
+    """Our own network on the engine. A container gets an address of it that was leased before."""
+
+    name: str
+    subnet: str
+    """In CIDR form; `app.domain.sandbox.address.leasable` says which addresses of it are leased."""
+    network_id: str
+    """The engine's own id of it. A network that was made again has another one."""
+
+
 class Leftover(Struct, frozen=True):
     """Something of ours on the engine that is part of no whole object: e.g. an object without its part `main`."""
 
@@ -199,6 +211,8 @@ class Driver(Protocol):
         Raises:
             ImageMissing: the engine does not have the image.
             AgentMissing: the volume of `Workload.agent` does not hold the agent: `install_agent` makes it again.
+            AddressTaken: something else has the address `Workload.ip`.
+            NetworkMissing: our own network is gone: `prepare_network` makes it again.
             AttemptFailed: e.g. `PORTS_EXHAUSTED`, there is no free port to publish the agent on.
             RuntimeRejected: final, e.g. `NAME_TAKEN` when a stranger's object has the name.
         """
@@ -303,6 +317,14 @@ class Driver(Protocol):
     async def clean_agents(self, keep: str, before: datetime) -> tuple[str, ...]:
         """Remove the files of other agent images than `keep`, an image id, that no sandbox mounts and that were copied
         before that time, by the engine's clock. The names of what this call removed.
+        """
+        ...
+
+    async def prepare_network(self) -> OwnNetwork | None:
+        """Our own network, made unless it is there. None = sandboxes stand on another one, so no address is leased.
+
+        Raises:
+            AttemptFailed: `START_FAILED`, e.g. a stranger's network has the name, or no configured subnet is free.
         """
         ...
 

@@ -6,8 +6,10 @@
     ├── RuntimeUnavailable     engine trouble: retried, never counted
     ├── ImageMissing           `ensure` needs a `fetch` first
     ├── AttemptFailed          this attempt failed for a reason of its own: counted, retried with back-off
+    │   ├── AddressTaken       something else has the leased address: lease another
     │   ├── AgentMissing       `ensure` needs an `install_agent` first
-    │   └── ImagePullFailed    the registry's trouble: rate limit, unreachable, too slow
+    │   ├── ImagePullFailed    the registry's trouble: rate limit, unreachable, too slow
+    │   └── NetworkMissing     `ensure` needs a `prepare_network` first
     └── RuntimeRejected        final
 """
 
@@ -38,6 +40,14 @@ class AttemptFailed(RuntimeFault):
 
 class AgentMissing(AttemptFailed):
     """The volume with the agent's files is gone or empty, so the worker has to forget that it is installed."""
+
+
+class AddressTaken(AttemptFailed):
+    """Something that our leases do not know has the address on our own network."""
+
+
+class NetworkMissing(AttemptFailed):
+    """Our own network is gone, or it is another one than the address was leased on."""
 
 
 class ImagePullFailed(AttemptFailed):

@@ -71,6 +71,8 @@ class Workload(Struct, frozen=True):
     """Log position that led to the object; a label of it."""
     agent: Agent | None = None
     """None = the sandbox runs without one."""
+    ip: str = ""
+    """The address on our own network that is leased for it; empty = it does not stand there."""
 
     def __repr__(self) -> str:
         """Keep env values out of tracebacks."""

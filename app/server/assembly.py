@@ -16,6 +16,7 @@ from msgspec import Struct
 from app.api.app import create_app
 from app.api.context import ApiContext, EndpointParts
 from app.api.waiters import Waiters
+from app.domain.sandbox.address import own_network
 from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.links import LinkKey
 from app.domain.sandbox.quantity import parse_memory, parse_nano_cpus
@@ -24,7 +25,7 @@ from app.errors import SettingsError
 from app.runtime.docker import DockerOptions, connect
 from app.runtime.docker.options import CAPABILITIES
 from app.runtime.driver import Driver
-from app.server.network import engine_host, network_of
+from app.server.network import network_of, way_of
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.settings import DockerSettings, Settings, is_loopback, publish_host, redacted_dsn
@@ -90,9 +91,13 @@ def docker_options(settings: Settings, installation: UUID) -> DockerOptions:
         SettingsError: names the key.
     """
     docker, bounds = settings.docker, limit_bounds(settings)
+    if docker.network_mode == own_network(installation):
+        # Addresses that the engine chooses there would count as leased.
+        raise SettingsError(f'docker.network_mode = "{docker.network_mode}" is our own network: say "bridge"')
     return DockerOptions(
         installation=installation,
         network_mode=docker.network_mode,
+        subnets=docker.subnets,
         api_timeout=docker.api_timeout,
         pull_timeout=docker.pull_timeout_seconds,
         commit_timeout=settings.sandledger.snapshots.commit_seconds,
@@ -175,12 +180,12 @@ def deadline_limits(settings: Settings) -> Limits:
     )
 
 
-def agent_policy(settings: Settings, token_key: bytes) -> AgentPolicy | None:
+def agent_policy(settings: Settings, installation: UUID, token_key: bytes) -> AgentPolicy | None:
     """The agent that sandboxes get; None = none. `token_key` is the installation's key `token`."""
     runtime = settings.runtime
     if not runtime.execd_image:
         return None
-    return AgentPolicy(runtime.execd_image, token_key, runtime.execd_run_as_init, engine_host(settings))
+    return AgentPolicy(runtime.execd_image, token_key, runtime.execd_run_as_init, way_of(settings, installation))
 
 
 @asynccontextmanager

@@ -16,8 +16,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.api.auth import ANONYMOUS, API_KEY, Authenticate, built_in, check_keyless, principal_of
 from app.api.errors import Problem
@@ -31,12 +33,12 @@ from app.proxy.limits import Limits, with_descriptors
 from app.proxy.links import in_cookies
 from app.proxy.options import Identify, Options
 from app.proxy.refusals import Refusal, invalid_header
-from app.proxy.resolve import Resolver, Way
+from app.proxy.resolve import Access, Resolver
 from app.proxy.route import Route
 from app.server.assembly import Opened
 from app.server.listener import domain_of
-from app.server.network import engine_host
-from app.settings import is_loopback
+from app.server.network import nowhere, way_of
+from app.settings import Settings, is_loopback
 
 App: TypeAlias = Any
 """An ASGI application."""
@@ -161,12 +163,8 @@ def carriers(parts: Opened, stopping: asyncio.Event) -> tuple[Relay, Before]:
     links, address = LinkKey(parts.keys.link), settings.proxy.public_address or settings.server.eip
     origins = frozenset(each.lower() for each in settings.proxy.allowed_origins)
     identify = admission(authenticate, Doors(is_loopback(settings.server.host), is_open, links, origins))
-    resolver = Resolver(
-        parts.service.view,
-        parts.signal,
-        Way(parts.keys.token, engine_host(settings), has_agents=bool(settings.runtime.execd_image)),
-        stopping,
-    )
+    access = access_of(settings, parts.installation, parts.keys.token)
+    resolver = Resolver(parts.service.view, parts.signal, access, stopping)
     options = Options(
         via=f"sandledger-{str(parts.installation)[:8]}",
         adds_token=not is_open,
@@ -182,6 +180,15 @@ def carriers(parts: Opened, stopping: asyncio.Event) -> tuple[Relay, Before]:
     return Relay(identify, resolver, options, Activity(parts.database)), Before(
         decide, secret_of(parts.keys.token).encode()
     )
+
+
+def access_of(settings: Settings, installation: UUID, token_key: bytes) -> Access:
+    """How this server gets into sandboxes."""
+    way = way_of(settings, installation)
+    if settings.proxy.auth == "open":
+        # The agent asks callers without a key for its token. Nobody would, at the program itself.
+        way = replace(way, stands_on=nowhere)
+    return Access(token_key, way, has_agents=bool(settings.runtime.execd_image))
 
 
 def external_path(address: str) -> str | None:

@@ -10,8 +10,9 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
-from app.domain.sandbox.address import LOOPBACK
+from app.domain.sandbox.address import LOOPBACK, Way, own_link, own_network
 from app.domain.sandbox.endpoints import Network
 from app.settings import Settings
 
@@ -19,6 +20,8 @@ _MARKS: Final = (".dockerenv", "run/.containerenv")
 """Files that engines put into containers, below the root."""
 _RUNTIMES: Final = frozenset({"docker", "podman", "oci", "containerd", "lxc", "systemd-nspawn"})
 """Values of the variable `container` that mean one."""
+LINKS: Final = Path("/sys/class/net")
+"""Network interfaces of this machine, or of the container that this process is in."""
 _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104 - compared only
 _ELSEWHERE: Final = ("192.0.2.1", 9)
 """An address of the documentation network: any that is not this machine's leads to the same answer."""
@@ -40,9 +43,23 @@ def network_of(settings: Settings, environ: Mapping[str, str], root: Path = Path
     )
 
 
-def engine_host(settings: Settings) -> str:
-    """How this server reaches the machine of its engine, where a recorded address does not say it."""
-    return settings.docker.host_ip or LOOPBACK
+def way_of(settings: Settings, installation: UUID, links: Path = LINKS) -> Way:
+    """How this server reaches what its engine runs.
+
+    It stands on our own network where that network's interface is. A server elsewhere, or in a container, has none of
+    that name. There the same addresses may be somebody else's, so they are not used.
+    """
+    host = settings.docker.host_ip or LOOPBACK
+
+    def stands_on(network: str) -> bool:
+        return (links / own_link(network)).exists()
+
+    return Way(host, own_network(installation), stands_on if settings.proxy.resolve_internal else nowhere)
+
+
+def nowhere(_network: str) -> bool:
+    """This server stands on no network of ours."""
+    return False
 
 
 def in_container(environ: Mapping[str, str], root: Path) -> bool:

@@ -152,7 +152,7 @@ async def run(
                 sealer=parts.sealer,
                 policy=work_policy(settings),
                 limits=deadline_limits(settings),
-                agent=agent_policy(settings, parts.keys.token),
+                agent=agent_policy(settings, parts.installation, parts.keys.token),
                 worker_id=f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}",
             )
         await _run(parts, (role, worker), listener, stop, say)

@@ -37,7 +37,7 @@ from app.domain.sandbox.deadlines import Limits
 from app.domain.sandbox.decide import decide, unknown, visible
 from app.domain.sandbox.observed import Capabilities, Pausing
 from app.domain.sandbox.spec import check_timeout
-from app.domain.sandbox.state import Sandbox, evolve
+from app.domain.sandbox.state import RuntimeState, Sandbox, evolve
 from app.domain.snapshot.decide import restorable
 from app.domain.snapshot.decide import visible as visible_snapshot
 from app.domain.stream import Meta
@@ -45,6 +45,7 @@ from app.domain.tenants import AnyTenant
 from app.errors import Conflict, KeyRetired, KeyReused, PreconditionFailed, Unsupported
 from app.service.snapshots import Snapshots
 from app.service.streams import UNSET, Draft, StaleVersion, advance, decoded, refuse_newer
+from app.store import addresses
 from app.store.database.pool import Database
 from app.store.database.statement import Executor, Statement
 from app.store.deadlines import effects as deadlines
@@ -118,12 +119,15 @@ def _create(*, keyed: bool, sets: bool) -> Statement:
 
 
 @cache
-def _move(changed: frozenset[str], *, touch: bool, sets: bool, clears: bool, erase: bool, completes: bool) -> Statement:
+def _move(
+    changed: frozenset[str], *, touch: bool, sets: bool, clears: bool, erase: bool, frees: bool, completes: bool
+) -> Statement:
     effects = [
         *([queue.touch] if touch else []),
         *([deadlines.set_deadlines] if sets else []),
         *([deadlines.clear_deadlines] if clears else []),
         *([vault.erase] if erase else []),
+        *([addresses.free] if frees else []),
     ]
     report = queue.complete if completes else None
     return append_statement(KIND, sandboxes, current.move(changed), effects, report=report)
@@ -343,6 +347,7 @@ class Service:
             sets=any(change is not None for change in changes.values()),
             clears=any(change is None for change in changes.values()),
             erase=before.may_run and not after.may_run,
+            frees=after.observed is RuntimeState.REMOVED and before.observed is not RuntimeState.REMOVED,
             completes=completion is not None and completion.is_reached(after),
         )
         written = await append(

@@ -18,20 +18,17 @@ this version does not serve are warnings; those whose silent loss would weaken i
 from app.settings.dsn import redacted_dsn
 from app.settings.exposure import check_exposure, is_loopback, publish_host
 from app.settings.loading import Loaded, load
+from app.settings.own import AgentSettings, ApiSettings, SandledgerSettings, WorkerSettings
 from app.settings.schema import (
-    AgentSettings,
-    ApiSettings,
     DockerSettings,
     Level,
     LogSettings,
     PostgresqlSettings,
     ProxySettings,
     RuntimeSettings,
-    SandledgerSettings,
     ServerSettings,
     Settings,
     StoreSettings,
-    WorkerSettings,
 )
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from app.settings.schema import MASK
+from app.settings.table import MASK
 
 _DSN = re.compile(r"(?P<scheme>[a-z][a-z0-9+]*)://(?P<authority>[^/?#]*)(?P<rest>[^@#]*)", re.IGNORECASE)
 _SHOWN = frozenset(

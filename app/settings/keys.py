@@ -18,7 +18,8 @@ from msgspec.inspect import StructType
 
 from app.errors import SettingsError
 from app.settings import unserved
-from app.settings.schema import Settings, fields_of, marks
+from app.settings.schema import Settings
+from app.settings.table import fields_of, marks
 
 Toml = dict[str, Any]
 """A table as `tomllib` hands it out."""

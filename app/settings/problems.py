@@ -15,7 +15,8 @@ from msgspec import inspect
 
 from app.errors import SettingsError
 from app.settings.keys import Toml, is_table, lookup
-from app.settings.schema import MASK, Settings, fields_of, marks
+from app.settings.schema import Settings
+from app.settings.table import MASK, fields_of, marks
 
 _MAX_SHOWN_CHARS = 80
 _PLACE = re.compile(r" - at `\$\.?([^`\[]*)([^`]*)`$")

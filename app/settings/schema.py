@@ -4,21 +4,23 @@ Names, bounds and defaults follow the public server, so that its configuration f
 differs (`server.host`, `docker.network_mode`, `store.type`), the field says so. `app.settings.keys` walks these types
 to distinguish known keys from unknown ones, `app.settings.problems` to say what a key allows; nothing is listed twice.
 
-The kinds of values, with their bounds, are in `app.settings.values`.
+The kinds of values, with their bounds, are in `app.settings.values`, the tables below `[sandledger]` in `app.settings.own`.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from functools import cache
+from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta, Struct
-from msgspec.inspect import Field, Metadata, StructType, Type, UnionType, type_info
+from msgspec import Meta
 
+from app.settings.own import SandledgerSettings
+from app.settings.table import Table
 from app.settings.values import (
+    SUBNETS,
     ApiKey,
     Count,
     CountOrNone,
@@ -28,57 +30,17 @@ from app.settings.values import (
     Grace,
     Host,
     Insecure,
-    Lease,
     LogSize,
-    MasterKey,
     Origin,
     Port,
-    PreviousMasterKey,
     PublicAddress,
     Quantity,
     Seconds,
+    Subnet,
     Text,
     WholeSeconds,
     WildcardDomain,
 )
-
-MASK = "***"
-
-
-def marks(kind: Type) -> dict[str, object]:
-    """The `Meta(extra=...)` of a field's type, looking through `| None`."""
-    if isinstance(kind, UnionType):
-        return {name: mark for member in kind.types for name, mark in marks(member).items()}
-    if not isinstance(kind, Metadata):
-        return {}
-    return cast("dict[str, object]", kind.extra or {})
-
-
-@cache
-def fields_of(cls: type) -> dict[str, Field]:
-    """The fields of a table struct by key."""
-    info = type_info(cls)
-    assert isinstance(info, StructType)
-    return {field.encode_name: field for field in info.fields}
-
-
-@cache
-def _secrets(cls: type) -> frozenset[str]:
-    return frozenset(name for name, field in fields_of(cls).items() if "secret" in marks(field.type))
-
-
-class Table(Struct, frozen=True):
-    """One TOML table. Its repr shows that a secret is set, never which."""
-
-    def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """Rich has its own repr of structs, in tracebacks too: it must hide secrets too."""
-        hidden = _secrets(type(self))
-        values: list[tuple[str, Any]] = [(name, getattr(self, name)) for name in self.__struct_fields__]
-        return [(name, MASK if name in hidden and value else value) for name, value in values]
-
-    def __repr__(self) -> str:
-        """Mask secrets, at every depth: nested tables are printed by this same method."""
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
 
 
 class ServerSettings(Table, frozen=True):
@@ -161,7 +123,11 @@ class DockerSettings(Table, frozen=True):
     host: EngineAddress | None = None
     """Address of the engine; None = the engine's default socket. `DOCKER_HOST` wins."""
     network_mode: Text = "bridge"
-    """`bridge`, `host` or the name of a network. The public server defaults to `host`, where sandboxes share ports."""
+    """`bridge` (a network of our own, on which sandboxes do not reach each other), `default` (the engine's own bridge),
+    `host` or the name of a network. The public server defaults to `host`, where sandboxes share ports."""
+    subnets: Annotated[tuple[Subnet, ...], Meta(min_length=1)] = SUBNETS
+    """Subnets for the network of our own, in CIDR form; the first that the engine takes. An address is used again ten
+    minutes after its sandbox was removed."""
     host_ip: Host = ""
     """Address of the engine's machine in endpoints, when this server runs in a container; empty = not known."""
     publish_host: Host = ""
@@ -214,6 +180,9 @@ class DockerSettings(Table, frozen=True):
             raise ValueError(
                 f"port_range_min ({low}) must be below port_range_max ({high}): each sandbox publishes two ports"
             )
+        for subnet in self.subnets:
+            if not IPv4Network(subnet).is_private:  # raises ValueError for host bits
+                raise ValueError(f"subnets: {subnet} is not a private network")
 
 
 class ProxySettings(Table, frozen=True):
@@ -282,114 +251,6 @@ class StoreSettings(Table, frozen=True):
     type: Literal["postgresql", "sqlite"] = "postgresql"
     """`sqlite`, the public server's default, is read as "no server of my own" and warned about."""
     postgresql: PostgresqlSettings = PostgresqlSettings()
-
-
-class WorkerSettings(Table, frozen=True):
-    """`[sandledger.worker]`: reconciling, expiry and clean-up."""
-
-    concurrency: Annotated[int, Meta(ge=1, le=10_000)] = 16
-    """Sandboxes of one tenant that one process works on at once; four more are kept for other tenants."""
-    lease_seconds: Lease = 10
-    """Seconds until work claimed by a silent worker is free again; renewed at a third of it."""
-    sweep_seconds: Seconds = 300
-    """Seconds between two full comparisons with the engine, by any one of its workers."""
-    backoff_base_seconds: Seconds = 1
-    """Longest wait, in seconds, before the first retry; doubles with each failure."""
-    backoff_max_seconds: Seconds = 300
-    """Longest wait, in seconds, before any retry."""
-    orphan_grace_seconds: Grace = 120
-    """Age in seconds below which an object that no sandbox owns is not removed."""
-    missing_grace_seconds: Grace = 10
-    """Seconds an expected object has to be missing before it counts as lost."""
-    expiry_lease_seconds: Lease = 4
-    """Seconds after which an expiry that was claimed and not finished fires again."""
-    orphan_dry_run: bool = False
-    """Report orphans and do not remove them."""
-
-    def __post_init__(self) -> None:
-        """Check what one field cannot say."""
-        if self.backoff_base_seconds > self.backoff_max_seconds:
-            raise ValueError(
-                f"backoff_base_seconds ({self.backoff_base_seconds:g}) exceeds"
-                f" backoff_max_seconds ({self.backoff_max_seconds:g})"
-            )
-
-
-class DeadlineSettings(Table, frozen=True):
-    """`[sandledger.deadlines]`: how long a sandbox may stay in a phase that is a transition."""
-
-    pending_seconds: Seconds = 900
-    """Seconds until a sandbox that does not run yet has failed."""
-    pausing_seconds: Seconds = 60
-    """Seconds until a pause that does not happen is given up; the sandbox stays Running."""
-    resuming_seconds: Seconds = 60
-    """Seconds until a resume that does not happen is given up; the sandbox stays Paused."""
-    stopping_seconds: Seconds = 60
-    """Seconds until a removal that does not end is reported; each next report waits twice as long."""
-
-
-class AgentSettings(Table, frozen=True):
-    """`[sandledger.agent]`: the agent inside sandboxes."""
-
-    ready_seconds: Seconds = 30
-    """Seconds that a sandbox which runs waits for its agent; it is Running after that even if none answers."""
-
-
-class DiagnosticsSettings(Table, frozen=True):
-    """`[sandledger.diagnostics]`: what is kept of sandboxes that are gone, beside their events."""
-
-    keep_days: Annotated[int, Meta(ge=0, le=3650)] = 7
-    """Days that the end of a sandbox's log, its exit code and an inspection are kept after its removal; 0 = nothing
-    is kept."""
-
-
-class MetricsSettings(Table, frozen=True):
-    """`[sandledger.metrics]`: what SDKs report about their own calls."""
-
-    keep_days: Annotated[int, Meta(ge=1, le=3650)] = 400
-    """Days that their counts are kept."""
-
-
-class SnapshotSettings(Table, frozen=True):
-    """`[sandledger.snapshots]`: how long snapshots may take."""
-
-    freeze_seconds: Seconds = 180
-    """Seconds that a sandbox may stand still for a snapshot; after that it goes on, and the snapshot has failed."""
-    commit_seconds: Seconds = 600
-    """Seconds until a snapshot that is not ready has failed."""
-
-
-class ApiSettings(Table, frozen=True):
-    """`[sandledger.api]`: bounds of requests."""
-
-    wait_seconds_max: Annotated[int, Meta(ge=0, le=300)] = 300
-    """Longest `Prefer: wait`, in seconds, that is honoured."""
-    body_limit_bytes: Annotated[int, Meta(ge=1024, le=2**31 - 1)] = 1024 * 1024
-    """Largest request body in bytes."""
-    metadata_max_entries: CountOrNone = 256
-    """Metadata entries a sandbox may have."""
-
-
-class SandledgerSettings(Table, frozen=True):
-    """`[sandledger]`: what the public server has no word for."""
-
-    state_dir: Path = Path(".state")
-    """Embedded database and generated keys. `load` (`app.settings.loading`) puts the default of this machine here."""
-    master_key_file: Path | None = None
-    """File of the key that seals secrets; None = one in `state_dir`. Not opened here."""
-    master_key: MasterKey | None = None
-    """That key itself; wins over `master_key_file`."""
-    previous_master_key: PreviousMasterKey | None = None
-    """The key that was in use before a rotation; it only opens what it sealed."""
-    start_wait_seconds: Grace = 60
-    """Seconds that a server waits at its start for a database that is not there yet; 0 = not at all."""
-    worker: WorkerSettings = WorkerSettings()
-    deadlines: DeadlineSettings = DeadlineSettings()
-    agent: AgentSettings = AgentSettings()
-    diagnostics: DiagnosticsSettings = DiagnosticsSettings()
-    metrics: MetricsSettings = MetricsSettings()
-    snapshots: SnapshotSettings = SnapshotSettings()
-    api: ApiSettings = ApiSettings()
 
 
 class Settings(Table, frozen=True):

@@ -88,6 +88,14 @@ WildcardDomain = Annotated[
         description="*. and a domain, with a port if need be, such as *.sandboxes.example.com",
     ),
 ]
+Subnet = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9]{1,3}(\.[0-9]{1,3}){3}/(1[6-9]|2[0-4])\Z",
+        description="a private IPv4 subnet with 16 to 24 bits, such as 10.212.0.0/18",
+    ),
+]
+SUBNETS = tuple(f"10.{212 + number // 4}.{number % 4 * 64}.0/18" for number in range(16))
 Port = Annotated[int, Meta(ge=1024, le=65535)]
 LogSize = Annotated[
     str, Meta(pattern=r"^[1-9][0-9]*[kmg]?\Z", description="a size in bytes, or with k, m or g, such as 10m")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from sqlalchemy import Double, Interval, Text, bindparam, delete, func, literal_column
 from sqlalchemy.dialects.postgresql import insert
 
+from app.domain.text import storable
 from app.store.database.statement import Connections, Statement
 from app.store.tables import stations
 
@@ -59,7 +60,7 @@ class Stations:
         """
         if trouble is not None:
             self._said = True
-            await self._connections.fetch(_SAY, **self._key, name=self._name, trouble=trouble)
+            await self._connections.fetch(_SAY, **self._key, name=self._name, trouble=storable(trouble))
         elif self._said:
             await self._connections.fetch(_CLEAR, **self._key)
             self._said = False

@@ -23,7 +23,7 @@ from sqlalchemy import (
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import INET, JSONB
 
 metadata = MetaData(schema="sandledger")
 
@@ -153,6 +153,7 @@ engines = Table(
     Column("capabilities", JSONB, nullable=False),
     Column("capacity", JSONB, nullable=False),
     Column("agents", JSONB, nullable=False, comment="Image id -> id of the container that copied the agent's files."),
+    Column("network", JSONB, comment="Our own network there; none = there was none yet."),
     Column("server_version", Text, nullable=False),
     Column("api_version", Text, nullable=False),
     Column("last_seen_at", DateTime(timezone=True), comment="Not folded: when a worker last reached it."),
@@ -299,6 +300,23 @@ kept_ends = Table(
     Column("inspect", JSONB, comment="What the engine said of it, without sealed values."),
     Column("error", Text, comment="Why something is missing."),
     Column("keep_until", DateTime(timezone=True), nullable=False),
+)
+
+addresses = Table(
+    "addresses",
+    metadata,
+    Column("engine", Text, primary_key=True, comment="On whose network of ours."),
+    Column("ip", INET, primary_key=True),
+    Column("tenant", Text, comment="Of the sandbox that has it, or had it last; none = nobody yet."),
+    Column("stream_id", Uuid, comment="The sandbox that has it, or had it last."),
+    Column("object_id", Uuid, comment="Its object on the engine."),
+    Column("generation", Integer, comment="Of the object that the address was last leased for."),
+    Column("leased_at", DateTime(timezone=True)),
+    Column(
+        "freed_at",
+        DateTime(timezone=True),
+        comment="When the removal of its sandbox was recorded; none = leased, -infinity = never leased.",
+    ),
 )
 
 engine_requests = Table(

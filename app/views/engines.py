@@ -31,7 +31,7 @@ from sqlalchemy import (
     update,
 )
 
-from app.domain.engine.events import Capacity
+from app.domain.engine.events import Capacity, NetworkPrepared
 from app.domain.engine.state import Engine, EngineState
 from app.domain.sandbox.observed import Capabilities
 from app.store.database.statement import Connections, Statement
@@ -53,6 +53,7 @@ _ALWAYS = (
     _E.capabilities,
     _E.capacity,
     _E.agents,
+    _E.network,
     _E.server_version,
     _E.api_version,
 )
@@ -85,6 +86,7 @@ _encode = msgspec.json.Encoder().encode
 _decode_labels = msgspec.json.Decoder(dict[str, str]).decode
 _decode_capabilities = msgspec.json.Decoder(Capabilities).decode
 _decode_capacity = msgspec.json.Decoder(Capacity).decode
+_decode_network = msgspec.json.Decoder(NetworkPrepared).decode
 
 
 def _begin(parts: Parts) -> dict[str, Any]:
@@ -120,6 +122,7 @@ def values(engine: Engine) -> dict[str, Any]:
         "capabilities": _encode(engine.capabilities).decode(),
         "capacity": _encode(engine.capacity).decode(),
         "agents": _encode(engine.agents).decode(),
+        "network": None if engine.network is None else _encode(engine.network).decode(),
         "server_version": engine.server_version,
         "api_version": engine.api_version,
     }
@@ -209,6 +212,7 @@ def from_row(row: asyncpg.Record) -> Engine:
         capabilities=_decode_capabilities(row["capabilities"]),
         capacity=_decode_capacity(row["capacity"]),
         agents=_decode_labels(row["agents"]),
+        network=None if row["network"] is None else _decode_network(row["network"]),
         server_version=row["server_version"],
         api_version=row["api_version"],
         trouble=row["trouble"],

@@ -25,7 +25,7 @@ from msgspec import Struct
 from app.agent.token import agent_token
 from app.domain.engine.decide import RecordAgentInstalled, RecordLeftover
 from app.domain.engine.events import ROLE_OF_AGENT
-from app.domain.sandbox.address import LOOPBACK
+from app.domain.sandbox.address import Way
 from app.domain.sandbox.state import Sandbox
 from app.domain.stream import Meta
 from app.errors import RuntimeFault, StoreUnavailable
@@ -46,8 +46,8 @@ class AgentPolicy(Struct, frozen=True):
     """The installation's key `token`."""
     init: bool = False
     """The agent runs as process 1."""
-    engine_host: str = LOOPBACK
-    """How this worker reaches the engine's machine."""
+    way: Way = Way()
+    """How this worker reaches agents."""
     keep_seconds: float = 3600
     """Age below which the files of an agent are not removed: another worker may be about to use them."""
 

@@ -106,7 +106,7 @@ class Probes:
                 return
 
     async def _ask(self, address: Address | None, token: str) -> Trouble | None:
-        found = agent_at(address, self._policy.engine_host)
+        found = agent_at(address, self._policy.way)
         if found is None:
             return Trouble(
                 "NETWORK_NOT_REACHABLE", "The engine shows no address of the container, so its agent cannot be asked."

@@ -36,13 +36,13 @@ from uuid import UUID
 from app import __version__
 from app.domain.sandbox.deadlines import Limits
 from app.domain.stream import Actor, ActorKind, Meta
-from app.domain.text import storable
 from app.errors import StoreUnavailable
 from app.runtime.driver import Driver
 from app.service.engines import Engines
 from app.service.sandboxes import Service
 from app.service.snapshots import KIND as SNAPSHOT
 from app.store import metrics
+from app.store.addresses import Addresses
 from app.store.database.pool import Database
 from app.store.database.statement import Connections
 from app.store.deadlines.rows import DeadlineRows
@@ -59,6 +59,7 @@ from app.work.commits import Commits
 from app.work.diagnostics import Diagnostics
 from app.work.fetches import Fetches
 from app.work.fire import Deadlines
+from app.work.networks import Networks
 from app.work.policy import WorkPolicy
 from app.work.probes import Probes
 from app.work.reconcile.actors import Actors
@@ -78,6 +79,7 @@ _BACKGROUND_SHARE = 8
 _CONTENDED_S = 0.01
 _PARTITIONS_S = 3600.0
 _FORGET_S = 15.0
+_REAP_S = 300.0
 _AGENTS_S = 300.0
 _PURGE_S = 3600.0
 _LOG = logging.getLogger(__name__)
@@ -129,6 +131,8 @@ class Worker:
         if agent is not None:
             self.agents = Agents(station=self.station, engines=engines, policy=agent, meta=meta)
             self.probes = Probes(service=service, actors=self._actors, policy=agent)
+        addresses = Addresses(database, driver.name)
+        self.networks = Networks(station=self.station, engines=engines, addresses=addresses, meta=meta)
         self.diagnostics = Diagnostics(driver, KeptEnds(database), policy)
         self.answers = self._make_answers(EngineRequests(database), engines.stream_id(driver.name))
         self.reconciler = self._make_reconciler(Workloads(database, sealer, self.agents))
@@ -205,6 +209,7 @@ class Worker:
             fetches=self.fetches,
             agents=self.agents,
             probes=self.probes,
+            networks=self.networks,
             outcomes=self.outcomes,
             diagnostics=self.diagnostics,
             policy=self._policy,
@@ -259,6 +264,7 @@ class Worker:
                     await asyncio.gather(timers.stop(self._grace), self._drain(self._grace))
                     await self.fetches.close()
                     await self.commits.close()
+                    await self.networks.close()
                     if self.probes is not None:
                         await self.probes.close()
                 for other in others:
@@ -279,6 +285,7 @@ class Worker:
         timers.every(_PARTITIONS_S, self._ensure_partitions)
         if self.agents is not None:
             timers.every(_AGENTS_S, self.agents.look_around)
+        timers.every(_REAP_S, self.networks.reap)
         timers.every(_FORGET_S, self.answers.requests.purge)
         timers.every(_PURGE_S, self.diagnostics.kept.purge)
         timers.every(_PURGE_S, lambda: metrics.purge(self._database, policy.metrics_days))
@@ -287,13 +294,11 @@ class Worker:
         return timers
 
     async def _say_trouble(self) -> None:
-        """For `sandledger status`."""
-        trouble = self.station.trouble or "no contact yet"
-        await self._stations.say(storable(trouble) if self.station.open else None)
+        station = self.station
+        await self._stations.say((station.trouble or "no contact yet") if station.open else None)
 
     async def _ensure_partitions(self) -> None:
-        made = await self._service.log.ensure_partitions()
-        if made:
+        if made := await self._service.log.ensure_partitions():
             _LOG.info("made %d partitions of the log ahead of time", made)
 
     async def _claim_until_stopped(self, news: Subscription) -> None:

@@ -430,11 +430,28 @@ CREATE TABLE engines (
     capabilities jsonb NOT NULL,
     capacity jsonb NOT NULL,
     agents jsonb NOT NULL,
+    network jsonb,
     server_version text NOT NULL,
     api_version text NOT NULL,
     last_seen_at timestamptz,
     swept_at timestamptz
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
+
+-- Which sandbox has which address of our own network (app/store/addresses.py).
+CREATE TABLE addresses (
+    engine text NOT NULL,
+    ip inet NOT NULL,
+    tenant text,
+    stream_id uuid,
+    object_id uuid,
+    generation integer,
+    leased_at timestamptz,
+    freed_at timestamptz,
+    PRIMARY KEY (engine, ip),
+    CHECK (freed_at IS NOT NULL OR (stream_id IS NOT NULL AND tenant IS NOT NULL AND leased_at IS NOT NULL))
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 200);
+CREATE UNIQUE INDEX addresses_leased ON addresses (stream_id) WHERE freed_at IS NULL;
+CREATE INDEX addresses_free ON addresses (engine, freed_at, ip) WHERE freed_at IS NOT NULL;
 
 CREATE TABLE operations (
     id uuid PRIMARY KEY,
@@ -443,7 +460,7 @@ CREATE TABLE operations (
     position bigint NOT NULL,
     schema smallint NOT NULL
 );
-GRANT SELECT, INSERT, UPDATE ON engines, operations TO :app_role;
+GRANT SELECT, INSERT, UPDATE ON engines, operations, addresses TO :app_role;
 """
 
 VAULT = """
@@ -596,6 +613,15 @@ COMMENT ON COLUMN activity.last_at IS 'Not folded: when bytes moved last.';
 COMMENT ON COLUMN activity.requests IS 'Not folded: requests and WebSockets that reached it.';
 COMMENT ON COLUMN activity.bytes_in IS 'Not folded: bytes to it, without heads.';
 COMMENT ON COLUMN activity.bytes_out IS 'Not folded: bytes from it, without heads.';
+COMMENT ON TABLE addresses IS
+    'Addresses of our own network on each engine: which sandbox has one, or had it last. One sandbox has one at most.';
+COMMENT ON COLUMN addresses.engine IS 'On whose network of ours.';
+COMMENT ON COLUMN addresses.tenant IS 'Of the sandbox that has it, or had it last; none = nobody yet.';
+COMMENT ON COLUMN addresses.stream_id IS 'The sandbox that has it, or had it last.';
+COMMENT ON COLUMN addresses.object_id IS 'Its object on the engine.';
+COMMENT ON COLUMN addresses.generation IS 'Of the object that the address was last leased for.';
+COMMENT ON COLUMN addresses.freed_at IS
+    'When the removal of its sandbox was recorded; none = leased, -infinity = never leased.';
 COMMENT ON COLUMN client_metrics.day IS 'UTC, by the database''s clock.';
 COMMENT ON COLUMN client_metrics.event IS 'sandbox.create.';
 COMMENT ON COLUMN client_metrics.sdk IS 'Language and version, e.g. python/1.1.1.';
@@ -632,6 +658,7 @@ COMMENT ON COLUMN engines.trouble IS 'Why it is dark or mismatched.';
 COMMENT ON COLUMN engines.trusted_position IS
     'Objects up to this position are no sign that the log went back.';
 COMMENT ON COLUMN engines.agents IS 'Image id -> id of the container that copied the agent''s files.';
+COMMENT ON COLUMN engines.network IS 'Our own network there; none = there was none yet.';
 COMMENT ON COLUMN engines.last_seen_at IS 'Not folded: when a worker last reached it.';
 COMMENT ON COLUMN engines.swept_at IS 'Not folded: when a worker last compared all of it.';
 COMMENT ON COLUMN events.position IS 'Place in the one total order. Gaps are normal.';

@@ -75,7 +75,7 @@ async def test_an_agent_that_never_answers_costs_no_sandbox(serve: Serve, docker
         await reaches(client, made, "Running")
         status = (await client.get(f"/sandboxes/{made}")).json()["status"]
         assert status["reason"] == "AGENT_UNREACHABLE"
-        assert "nothing listens on 127.0.0.1:" in status["message"]
+        assert "nothing listens on " in status["message"]
         (silent,) = await events(client, made, "sandbox.agent_unreachable")
         assert silent["data"]["reason"] == "AGENT_NOT_LISTENING"
         assert silent["data"]["after_ms"] >= 6000

@@ -196,3 +196,5 @@ class Stack:
             found = self.engine.get("/volumes", params={"filters": filters}).raise_for_status().json()["Volumes"] or []
             for volume in found:
                 self.engine.delete(f"/volumes/{volume['Name']}").raise_for_status()
+            for network in self.engine.get("/networks", params={"filters": filters}).raise_for_status().json():
+                self.engine.delete(f"/networks/{network['Id']}").raise_for_status()

@@ -30,6 +30,14 @@ class Rig(Protocol):
         """A server of another installation on the same engine."""
         ...
 
+    def networked(self) -> Driver:
+        """A server of the same installation whose sandboxes stand on our own network."""
+        ...
+
+    async def forget_network(self) -> None:
+        """Somebody removes our network."""
+        ...
+
     def work(self, **changes: Any) -> Workload:
         """A workload that runs until it is removed."""
         ...

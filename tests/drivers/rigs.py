@@ -14,15 +14,18 @@ import aiodocker
 import msgspec
 
 from app.cli.local_image import _find_busybox, ensure_local_image, entry, regular_file, tar
+from app.domain.sandbox.address import own_network
 from app.errors import RuntimeUnavailable
 from app.runtime.docker import DockerDriver, DockerOptions, connect, names
 from app.runtime.driver import Driver, Exit, Leftover, Limits, Ref, Workload
 from app.runtime.fake import FakeDriver, FakeEngine, FakeVolume, Pull, agent_name
 from app.runtime.faults import AttemptFailed
+from app.settings import DockerSettings
 from tests.agent.image import BOOTSTRAP, SLEEPER, ensure_tiny_agent_image
 from tests.drivers.proxy import EngineProxy, Gate, Refusal
 from tests.drivers.registry import Registry, serve
 from tests.drivers.rig import BUSYBOX, SlowAgent, SlowImage, workload
+from tests.support.marks import remove_mark
 
 
 def shellless() -> bytes:
@@ -45,6 +48,14 @@ class FakeRig:
 
     def another(self) -> Driver:
         return FakeDriver(self.engine, self._installation, before=self._before, after=self._after)
+
+    def networked(self) -> Driver:
+        return FakeDriver(
+            self.engine, self._installation, before=self._before, after=self._after, subnet="10.99.0.0/24"
+        )
+
+    async def forget_network(self) -> None:
+        self.engine.networks.clear()
 
     def elsewhere(self) -> Driver:
         return FakeDriver(self.engine, uuid4())
@@ -241,6 +252,13 @@ class DockerRig:
         self._installations.append(uuid4())
         return self.with_options(msgspec.structs.replace(self.options, installation=self._installations[-1]))
 
+    def networked(self) -> Driver:
+        subnets = DockerSettings().subnets
+        return self.with_options(msgspec.structs.replace(self.options, network_mode="bridge", subnets=subnets))
+
+    async def forget_network(self) -> None:
+        await (await self.direct.networks.get(own_network(self._installations[0]))).delete()
+
     def with_options(self, options: DockerOptions) -> DockerDriver:
         self._drivers.append(connect(options, self.proxy.address))
         return self._drivers[-1]
@@ -410,6 +428,8 @@ class DockerRig:
         for name in self._strangers:
             if await self.exists(name):
                 await self.direct.containers.container(name).delete(force=True, v=True)
+        for installation in self._installations:
+            await remove_mark(self.direct, installation)
         await self._forget_volumes()
         await self._forget_snapshots()
         await self._forget_images()

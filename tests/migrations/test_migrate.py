@@ -208,6 +208,7 @@ TYPES = {
     "BYTEA": "bytea",
     "TIMESTAMP WITH TIME ZONE": "timestamptz",
     "DATE": "date",
+    "INET": "inet",
 }
 
 
@@ -224,6 +225,7 @@ async def test_column_by_column(dsn: str):
 
 PRIVILEGES = {
     "activity": "INSERT SELECT UPDATE",
+    "addresses": "INSERT SELECT UPDATE",
     "alembic_version": "SELECT",
     "client_metrics": "DELETE INSERT SELECT UPDATE",
     "deadlines": "DELETE INSERT SELECT UPDATE",

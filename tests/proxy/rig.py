@@ -16,6 +16,7 @@ from app.api.auth import built_in
 from app.api.context import ApiContext
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
+from app.domain.sandbox.address import Way
 from app.domain.sandbox.links import LinkKey
 from app.domain.sandbox.observed import Address, Exit, Observed, Part, Power
 from app.domain.sandbox.spec import SandboxSpec
@@ -24,7 +25,7 @@ from app.proxy.activity import Activity
 from app.proxy.decide import Decider
 from app.proxy.http import Relay
 from app.proxy.options import Options
-from app.proxy.resolve import Resolver, Way
+from app.proxy.resolve import Access, Resolver
 from app.server.front import Before, Doors, Front, admission
 from app.server.listener import domain_of, uvicorn_server
 from app.service.sandboxes import Service
@@ -87,9 +88,9 @@ class Agent:
         self.changed = asyncio.Event()
         self._server: asyncio.Server | None = None
 
-    async def start(self, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, limit=2**20, backlog=2048)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+    async def start(self, port: int = 0, host: str = "127.0.0.1") -> None:
+        self._server = await asyncio.start_server(self._serve, host, port, limit=2**20, backlog=2048)
+        self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         assert self._server is not None
@@ -188,9 +189,9 @@ async def _read_all(reader: asyncio.StreamReader) -> None:
 
 
 @asynccontextmanager
-async def agent(port: int = 0) -> AsyncGenerator[Agent]:
+async def agent(port: int = 0, host: str = "127.0.0.1") -> AsyncGenerator[Agent]:
     made = Agent()
-    await made.start(port)
+    await made.start(port, host)
     try:
         yield made
     finally:
@@ -250,13 +251,14 @@ async def serving(
     allowed_origins: Collection[str] = (),
     settings: Settings | None = None,
     view: CurrentView | None = None,
+    way: Way | None = None,
 ) -> AsyncGenerator[Rig]:
     """As a server process puts it together."""
     authenticate = context.authenticate or built_in(context.api_key, context.sealer)
     resolver = Resolver(
         view or context.service.view,
         context.signal,
-        Way(TOKEN_KEY, has_agents=has_agents),
+        Access(TOKEN_KEY, way or Way(), has_agents=has_agents),
         context.stopping,
         pending_seconds=pending_seconds,
     )

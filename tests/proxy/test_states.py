@@ -11,12 +11,13 @@ import pytest
 
 from app.api.auth import Principal
 from app.domain.sandbox import commands as cmd
+from app.domain.sandbox.address import Way
 from app.domain.sandbox.observed import Address, Power
 from app.domain.sandbox.state import Sandbox
 from app.domain.stream import Actor, ActorKind
 from app.domain.tenants import ANY_TENANT, AnyTenant
 from app.proxy.refusals import Refusal
-from app.proxy.resolve import Way, target_of
+from app.proxy.resolve import Access, target_of
 from app.runtime.fake import FakeDriver, FakeEngine
 from app.views.current import CurrentView
 from tests.api.conftest import INSTALLATION, KEY, WORKER, MakeContext
@@ -137,10 +138,10 @@ async def test_an_address_that_means_every_address_is_this_machine(rig: Rig, age
 
 def test_on_the_host_network_the_agent_has_its_own_port():
     sandbox = Running().observe(Power.RUNNING, address=Address("host")).sandbox
-    target = target_of(sandbox, 3000, Way(parts.TOKEN_KEY, "10.0.0.9", has_agents=True))
+    target = target_of(sandbox, 3000, Access(parts.TOKEN_KEY, Way("10.0.0.9"), has_agents=True))
     assert (target.address, target.path) == ("10.0.0.9:44772", "/proxy/3000")
     with pytest.raises(Refusal, match="ADDRESS_NOT_PROVEN"):
-        target_of(sandbox, 3000, Way(parts.TOKEN_KEY, "10.0.0.9"))
+        target_of(sandbox, 3000, Access(parts.TOKEN_KEY, Way("10.0.0.9")))
 
 
 async def test_another_generation_is_gone(rig: Rig, agent: Agent, sandbox: UUID):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Literal
+from uuid import UUID
 
 import pytest
 
 from app.domain.sandbox.endpoints import Network
-from app.server.network import in_container, network_of, outbound_address
+from app.server.front import access_of
+from app.server.network import in_container, network_of, nowhere, outbound_address, way_of
 from app.settings import DockerSettings, ProxySettings, RuntimeSettings, ServerSettings, Settings
 
 FULL = Settings(
@@ -54,3 +57,24 @@ def test_who_listens_on_every_address_names_one_of_its_own(tmp_path: Path, host:
     found = network_of(Settings(server=ServerSettings(host=host)), {}, tmp_path)
     assert found.outbound == outbound_address()
     assert not ip_address(found.outbound).is_unspecified
+
+
+def test_it_stands_on_our_network_where_the_interface_is(tmp_path: Path):
+    """A server in a container, or on another machine, has none of that name."""
+    installation = UUID("0198f000-0000-7000-8000-00000000aaaa")
+    way = way_of(Settings(), installation, tmp_path)
+    assert way.own_network == "sandledger-0198f000"
+    assert not way.stands_on(way.own_network)
+    (tmp_path / "slnet-0198f000").mkdir()
+    assert way.stands_on(way.own_network), "a worker may make it later"
+    settings = Settings(proxy=ProxySettings(resolve_internal=False))
+    assert not way_of(settings, installation, tmp_path).stands_on(way.own_network)
+
+
+@pytest.mark.parametrize(("auth", "stands"), [("key", True), ("open", False)])
+def test_an_open_proxy_goes_to_no_program_itself(auth: Literal["key", "open"], stands: bool):
+    """Nobody would ask its callers for anything: the agent's token is what they have to know."""
+    installation = UUID("0198f000-0000-7000-8000-00000000aaaa")
+    settings = Settings(proxy=ProxySettings(auth=auth))
+    way = access_of(settings, installation, b"k").way
+    assert (way.stands_on is not nowhere) is stands

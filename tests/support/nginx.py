@@ -44,7 +44,7 @@ class Nginx:
         self.folder = folder
         self._listener = listener
         self.port: int = listener.getsockname()[1]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[Any] | None = None
 
     @property
     def log(self) -> str:

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
-from app.domain.sandbox.observed import Exit, Power, Verdict, Waiting
+from app.domain.sandbox.observed import Address, Exit, Power, Verdict, Waiting
 from app.domain.sandbox.state import PROBE, Phase, evolve
 from app.errors import Rejected
 from tests.support.stream import BEGIN, ID, LIMITS, SECOND, Stream, requested, seen
@@ -44,6 +44,11 @@ OBSERVATIONS = [
         for power in (Power.RUNNING, Power.PAUSED)
         for runtime_id in ("r1", "r2")
         for started_at in (BEGIN, BEGIN + SECOND)
+    ),
+    *(
+        seen(power, runtime_id, started_at=BEGIN, address=Address("bridge", "172.17.0.2"))
+        for power in (Power.RUNNING, Power.PAUSED)
+        for runtime_id in ("r1", "r2")
     ),
 ]
 COMMANDS: list[cmd.Command] = [

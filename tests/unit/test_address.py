@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
-from app.domain.sandbox.address import Reach, agent_at, has_agent
+from app.domain.sandbox.address import Reach, Way, agent_at, engines_own, has_agent, leasable, leased_at
 from app.domain.sandbox.observed import Address
 
-ENGINE = "10.0.0.9"
+ENGINE = Way("10.0.0.9")
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,35 @@ def test_a_published_port_says_whether_there_is_one(configured: bool):
 def test_where_nothing_is_published_the_settings_do(configured: bool):
     assert has_agent(Address("host"), configured=configured) is configured
     assert has_agent(None, configured=configured) is configured
+
+
+OWN = Way("10.0.0.9", "sandledger-0198f000", lambda network: network == "sandledger-0198f000")
+LEASED = Address("sandledger-0198f000", "10.212.4.1", {"44772": "127.0.0.1:32768"})
+
+
+@pytest.mark.parametrize(
+    ("address", "way", "own", "agent"),
+    [
+        (LEASED, OWN, "10.212.4.1", "10.212.4.1:44772"),
+        (LEASED, replace(OWN, stands_on=lambda _: False), None, "127.0.0.1:32768"),
+        (LEASED, replace(OWN, own_network="sandledger-other"), None, "127.0.0.1:32768"),
+        (LEASED, ENGINE, None, "127.0.0.1:32768"),
+        (replace(LEASED, network="bridge"), OWN, None, "127.0.0.1:32768"),
+        (replace(LEASED, ip=""), OWN, None, "127.0.0.1:32768"),
+        # Where this server stands, the same address may be somebody else's.
+        (replace(LEASED, ports={}), replace(OWN, stands_on=lambda _: False), None, None),
+    ],
+)
+def test_an_address_is_leased_on_our_own_network_only(address: Address, way: Way, own: str | None, agent: str | None):
+    assert leased_at(address, way) == own
+    reach = agent_at(address, way)
+    assert (None if reach is None else str(reach)) == agent
+
+
+def test_what_is_leased_and_what_is_the_engines():
+    first, last = leasable("10.212.0.0/18")
+    assert (str(first), str(last)) == ("10.212.4.0", "10.212.63.254")
+    assert str(engines_own("10.212.0.0/18")) == "10.212.0.0/22"
+    assert first not in engines_own("10.212.0.0/18")
+    with pytest.raises(ValueError, match=r"host bits"):
+        leasable("10.212.0.1/18")

@@ -47,6 +47,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 STORE: dict[str, tuple[str, ...]] = {
     "app.store.tables": (),
     "app.store.durable": (),
+    "app.store.addresses": ("app.store.log", "app.store.database", "app.store.tables"),
     "app.store.embedded": ("app.store.durable",),
     "app.store.database": ("app.store.tables",),
     "app.store.log": ("app.store.database", "app.store.tables"),

@@ -20,6 +20,7 @@ from app.domain.engine.decide import (
     RecordAgentInstalled,
     RecordLeftover,
     RecordLogWentBack,
+    RecordNetwork,
     RecordSighting,
     RecordSilence,
     Sighting,
@@ -354,3 +355,16 @@ def test_an_agent_that_was_removed_is_forgotten():
     stream.do(RecordLeftover("agent", f"sandledger-agent-01234567-{IMAGE[7:19]}"))
     assert stream.engine.agents == {}
     assert stream.do(COPY) != ()
+
+
+# Our own network there
+
+NETWORK = RecordNetwork("sandledger-0198f000", "10.212.0.0/18", "id-1")
+
+
+def test_one_network_is_recorded_once_whoever_reports_it():
+    stream = Stream()
+    assert stream.do(NETWORK) == (ev.NetworkPrepared("sandledger-0198f000", "10.212.0.0/18", "id-1"),)
+    assert stream.do(NETWORK) == ()
+    assert stream.do(replace(NETWORK, network_id="id-2")) != (), "it was made again"
+    assert stream.engine.network == ev.NetworkPrepared("sandledger-0198f000", "10.212.0.0/18", "id-2")

@@ -445,3 +445,47 @@ def test_it_may_run_until_an_exit_a_loss_a_failure_or_an_end(phase: Phase):
 def test_a_loss_is_the_last_of_it_and_a_refused_pause_is_not():
     assert not in_phase(Phase.RUNNING).after(cmd.RecordLost(BEGIN)).sandbox.may_run
     assert in_phase(Phase.PAUSING).after(cmd.RecordPowerRefused("REFUSED", "no")).sandbox.may_run
+
+
+# Another address of the same run
+
+
+@pytest.mark.parametrize("power", [Power.RUNNING, Power.PAUSED])
+def test_a_later_look_that_finds_another_address_is_told(power: Power):
+    stream = ran_since()
+    moved = cmd.RecordSeen(seen(power, started_at=BEGIN, address=THERE), "observe")
+    assert ev.AddressChanged(THERE) in stream.do(moved)
+    assert stream.sandbox.address == THERE
+    assert stream.do(moved) == ()
+
+
+@pytest.mark.parametrize("at", [BEGIN, None])
+@pytest.mark.parametrize(
+    "shown",
+    [None, Address(HERE.network), Address(HERE.network, HERE.ip), Address(HERE.network, "", HERE.ports), HERE],
+    ids=["nothing", "network", "ip", "ports", "all"],
+)
+def test_what_is_not_shown_overwrites_nothing(shown: Address | None, at: datetime | None):
+    """An engine that restarts, and one that lists, show less than there is."""
+    stream = ran_since()
+    assert stream.do(cmd.RecordSeen(seen(Power.RUNNING, started_at=at, address=shown), "sweep")) == ()
+    assert stream.sandbox.address == HERE
+
+
+def test_an_address_of_an_earlier_run_is_no_news():
+    stream = ran_since(LATER)
+    assert stream.do(cmd.RecordSeen(seen(Power.RUNNING, started_at=BEGIN, address=THERE), "sweep")) == ()
+
+
+def test_ports_alone_may_change():
+    stream = ran_since()
+    other = Address(HERE.network, HERE.ip, {"8080": "127.0.0.1:1"})
+    assert stream.do(cmd.RecordSeen(seen(Power.RUNNING, started_at=BEGIN, address=other), "observe")) == (
+        ev.AddressChanged(other),
+    )
+
+
+def test_one_that_ends_needs_no_address():
+    stream = ran_since()
+    stream.do(cmd.Terminate())
+    assert stream.do(cmd.RecordSeen(seen(Power.RUNNING, started_at=BEGIN, address=THERE), "observe")) == ()

@@ -95,6 +95,7 @@ def _example(kind: Any) -> Any:
         str: "x",
         int: 1,
         datetime: datetime.fromisoformat("2026-03-01T12:00:00+00:00"),
+        sandbox.Address: {"network": "x"},
         sandbox.SandboxSpec: {"image": "busybox", "entrypoint": ["sleep"]},
     }
     return simple.get(kind, "0198f000-0000-7000-8000-000000000001" if "UUID" in str(kind) else [])

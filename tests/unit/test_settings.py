@@ -14,7 +14,7 @@ from msgspec.inspect import StructType
 from app.errors import SettingsError
 from app.settings import Loaded, Settings, check_exposure, load, unserved
 from app.settings.loading import CHECKOUT, default_state_dir
-from app.settings.schema import fields_of
+from app.settings.table import fields_of
 
 CANARY = "c4nary-Value"
 KEY = base64.b64encode(bytes(range(32))).decode()
@@ -389,6 +389,7 @@ execd_run_as_init = true
 [docker]
 host = "unix:///e.sock"
 network_mode = "host"
+subnets = ["10.9.0.0/16"]
 host_ip = "10.0.0.9"
 publish_host = "0.0.0.0"
 port_range_min = 1024

@@ -32,7 +32,7 @@ from app.settings import Settings
 
 _LABEL = "sandledger.io/installation"
 _ID_LABEL = "sandledger.io/object"
-_KEPT_ROLES = ("mark", "agent")
+_KEPT_ROLES = ("mark", "agent", "network")
 _CONFIG = """\
 [server]
 port = 0
@@ -135,14 +135,15 @@ class Demo:
             for one in await self.docker.containers.list(all=True, filters=filters)
             if one["Labels"].get("sandledger.io/role") not in _KEPT_ROLES
         ]
-        networks = await self.docker.networks.list(filters={"label": [f"{_LABEL}={installation}"]})
+        found = await self.docker.networks.list(filters={"label": [f"{_LABEL}={installation}"]})
+        networks = [one["Name"] for one in found if one["Labels"].get("sandledger.io/role") not in _KEPT_ROLES]
         answer = await self.docker.volumes.list(filters={"label": [f"{_LABEL}={installation}"]})
         volumes = [
             volume["Name"]
             for volume in cast("list[dict[str, Any]]", answer["Volumes"] or [])
             if volume["Labels"].get("sandledger.io/role") not in _KEPT_ROLES
         ]
-        return [*(f"container {one.id}" for one in containers), *map(str, networks), *volumes]
+        return [*(f"container {one.id}" for one in containers), *networks, *volumes]
 
 
 def _reason(data: dict[str, Any]) -> str:
@@ -320,7 +321,9 @@ async def _endings(demo: Demo, sandboxes: list[str], installation: str) -> None:
     demo.say("Nothing of ours is left on the engine")
     left = await demo.leftovers(installation)
     check(not left, f"left behind: {left}")
-    demo.saw("no container, network or volume bears our label, but the mark by which the engine is known and the agent")
+    demo.saw(
+        "no container or volume bears our label, but the mark by which the engine is known, the agent, our network"
+    )
 
 
 async def _installation(demo: Demo, sandbox: str) -> str:
@@ -360,9 +363,12 @@ async def _stage(settings: Settings, home: Path, agent: str) -> AsyncGenerator[D
 
 
 async def _remove_mark(demo: Demo, installation: str) -> None:
-    """The mark outlives a server; this installation ends with the demo."""
-    volume = await demo.docker.volumes.get(f"sandledger-mark-{installation.replace('-', '')[:8]}")
+    """The mark and our network outlive a server; this installation ends with the demo."""
+    short = installation.replace("-", "")[:8]
+    volume = await demo.docker.volumes.get(f"sandledger-mark-{short}")
     await volume.delete()
+    network = await demo.docker.networks.get(f"sandledger-{short}")
+    await network.delete()
 
 
 async def play(settings: Settings, agent: str) -> None:

@@ -85,8 +85,23 @@ class RecordAgentInstalled(Struct, frozen=True):
     """The engine's id of what copied them. The same one again = no event: every worker that finds it reports it."""
 
 
+class RecordNetwork(Struct, frozen=True):
+    """Record our own network as a worker found or made it. The same one again = no event."""
+
+    name: str
+    subnet: str
+    network_id: str
+
+
 Command: TypeAlias = (
-    RecordSighting | RecordSilence | RecordLogWentBack | Trust | RecordLeftover | RestoreMark | RecordAgentInstalled
+    RecordSighting
+    | RecordSilence
+    | RecordLogWentBack
+    | Trust
+    | RecordLeftover
+    | RestoreMark
+    | RecordAgentInstalled
+    | RecordNetwork
 )
 
 
@@ -133,6 +148,9 @@ def decide(engine: Engine, command: Command, now: datetime) -> Events:
             return (ev.MarkRestored(engine.mark, expected, found),)
         case RecordAgentInstalled(image_id=image_id, helper=helper):
             return () if engine.agents.get(image_id) == helper else (_installed(command),)
+        case RecordNetwork(name=name, subnet=subnet, network_id=network_id):
+            prepared = ev.NetworkPrepared(name, subnet, storable(network_id))
+            return () if engine.network == prepared else (prepared,)
 
 
 def _installed(command: RecordAgentInstalled) -> ev.AgentInstalled:

@@ -105,7 +105,19 @@ class AgentInstalled(Struct, frozen=True, omit_defaults=True):
     """The engine's id of what copied them, by which two reports of one copy are known."""
 
 
-Event: TypeAlias = Registered | Seen | Dark | Back | Mismatch | LeftoverRemoved | MarkRestored | AgentInstalled
+class NetworkPrepared(Struct, frozen=True, omit_defaults=True):
+    """Our own network is on the engine. Sandboxes that are made from then on get addresses of it."""
+
+    name: str
+    subnet: str
+    """In CIDR form, e.g. `10.212.0.0/18`."""
+    network_id: str = ""
+    """The engine's id of it, by which two reports of one network are known."""
+
+
+Event: TypeAlias = (
+    Registered | Seen | Dark | Back | Mismatch | LeftoverRemoved | MarkRestored | AgentInstalled | NetworkPrepared
+)
 Recorded: TypeAlias = stream.Recorded[Event]
 
 REGISTRY: stream.Registry[Event] = stream.Registry(
@@ -119,6 +131,7 @@ REGISTRY: stream.Registry[Event] = stream.Registry(
         "engine.leftover_removed": LeftoverRemoved,
         "engine.mark_restored": MarkRestored,
         "engine.agent_installed": AgentInstalled,
+        "engine.network_prepared": NetworkPrepared,
     },
 )
 EVENT_CLASSES: tuple[type[Event], ...] = get_args(Event)

@@ -65,6 +65,8 @@ class Engine(Struct, frozen=True):
     """Objects up to this position are no sign that the log went back."""
     agents: dict[str, str] = {}
     """Agents that were installed there: image id -> the engine's id of what copied the files."""
+    network: ev.NetworkPrepared | None = None
+    """Our own network there, as it was last reported; None = there was none yet."""
 
 
 def stream_of(installation: UUID, name: str) -> UUID:
@@ -135,6 +137,8 @@ def _apply(engine: Engine, event: ev.Event) -> Engine:
             return replace(engine, state=EngineState.MISMATCH, trouble=trouble)
         case ev.AgentInstalled(image_id=image_id, helper=helper):
             return replace(engine, agents=engine.agents | {image_id: helper})
+        case ev.NetworkPrepared():
+            return replace(engine, network=event)
         case ev.LeftoverRemoved(role=ev.ROLE_OF_AGENT, name=name):
             return replace(
                 engine, agents={image: helper for image, helper in engine.agents.items() if not _names(name, image)}

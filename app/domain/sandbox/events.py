@@ -164,6 +164,12 @@ class AgentUnreachable(Struct, frozen=True, omit_defaults=True):
     """Milliseconds from the start of this run."""
 
 
+class AddressChanged(Struct, frozen=True, omit_defaults=True):
+    """The engine shows another address of the same run, or other ports: somebody connected it anew."""
+
+    address: Address
+
+
 class Paused(Struct, frozen=True, omit_defaults=True):
     """The sandbox is paused. `occurred_at` is the engine's time of a pause from outside, if the engine told it. Of one
     that we asked for there is none: its record follows at once.
@@ -325,6 +331,7 @@ Event: TypeAlias = (
     | Restarted
     | Ready
     | AgentUnreachable
+    | AddressChanged
     | Paused
     | Resumed
     | PauseFailed
@@ -364,6 +371,7 @@ REGISTRY: stream.Registry[Event] = stream.Registry(
         "sandbox.restarted": Restarted,
         "sandbox.ready": Ready,
         "sandbox.agent_unreachable": AgentUnreachable,
+        "sandbox.address_changed": AddressChanged,
         "sandbox.paused": Paused,
         "sandbox.resumed": Resumed,
         "sandbox.pause_failed": PauseFailed,

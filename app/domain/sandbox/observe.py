@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.freeze import Freeze
-from app.domain.sandbox.observed import Exit, Observed, Power
+from app.domain.sandbox.observed import Address, Exit, Observed, Power
 from app.domain.sandbox.state import GONE, Desired, Phase, Runtime, RuntimeState, Sandbox
 from app.domain.text import storable
 
@@ -51,9 +51,25 @@ def seen(sandbox: Sandbox, shown: Observed, found_by: str, at: datetime | None =
         found.append(_exited(shown.exit or Exit(), sandbox.run + bool(begun)))
     elif known is RuntimeState.CREATED:
         found += _waits(sandbox, shown, another=another)
+    if not begun and known in _UP:
+        found += _moved(sandbox, shown)
     if freeze is not None and sandbox.ending is None:
         found += _froze(sandbox, freeze, shown, at)
     return tuple(found)
+
+
+def _moved(sandbox: Sandbox, shown: Observed) -> Events:
+    """Another address than the log knows. What the engine does not show is no news: it has lost it for a moment, or the
+    observation is a listing, which has no addresses.
+    """
+    now, before = shown.address, sandbox.address or Address("")
+    if now is None or sandbox.ending is not None or shown.power not in (Power.RUNNING, Power.PAUSED):
+        return ()
+    begun = None if sandbox.runtime is None else sandbox.runtime.started_at
+    if begun is not None and shown.started_at is not None and shown.started_at < begun:
+        return ()  # from before this run
+    after = Address(now.network, now.ip or before.ip, now.ports or before.ports)
+    return () if after == sandbox.address else (ev.AddressChanged(after),)
 
 
 def _froze(sandbox: Sandbox, freeze: Freeze, shown: Observed, at: datetime | None) -> Events:

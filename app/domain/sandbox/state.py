@@ -344,15 +344,13 @@ def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
             return replace(sandbox, runtime=replace(runtime, image_id=image_id, image_digest=digest), waiting=None)
         case ev.RuntimeCreated() | ev.RuntimeAdopted() as made:
             fresh = Runtime(made.parts, runtime.image_id, runtime.image_digest)
-            # The address of an older object may belong to somebody else by now.
-            gpus = sandbox.gpus if made.gpus is None else made.gpus
             return replace(
                 sandbox,
                 observed=RuntimeState.CREATED,
                 generation=made.generation,
                 runtime=fresh,
-                address=None,
-                gpus=gpus,
+                address=None,  # that of an older object may belong to somebody else by now
+                gpus=sandbox.gpus if made.gpus is None else made.gpus,
                 ready_at=None,
                 waiting=None,
                 frozen_by=None,
@@ -375,10 +373,11 @@ def _observe(sandbox: Sandbox, event: ev.Event, at: datetime) -> Sandbox:
             return replace(sandbox, ready_at=at, waiting=None)
         case ev.AgentUnreachable(reason=reason, message=message):
             return replace(sandbox, ready_at=at, waiting=Waiting(PROBE, reason, message))
-        case ev.Paused():
-            return replace(sandbox, observed=RuntimeState.PAUSED)
-        case ev.Resumed():
-            return replace(sandbox, observed=RuntimeState.RUNNING)
+        case ev.AddressChanged(address=address):
+            return replace(sandbox, address=address)
+        case ev.Paused() | ev.Resumed():
+            paused = isinstance(event, ev.Paused)
+            return replace(sandbox, observed=RuntimeState.PAUSED if paused else RuntimeState.RUNNING)
         case ev.RuntimeExited() as gone:
             ended = replace(
                 runtime,

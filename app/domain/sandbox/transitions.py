@@ -33,6 +33,7 @@ ALLOWED: Mapping[type[ev.Event], frozenset[Phase]] = {
     ev.Restarted: _ALIVE | _STOPPING,
     ev.Ready: _PENDING | _STOPPING | {Phase.RUNNING},
     ev.AgentUnreachable: _PENDING,
+    ev.AddressChanged: _ALIVE,
     # From outside, while the agent has not answered yet, too.
     ev.Paused: frozenset({Phase.PENDING, Phase.RUNNING, Phase.PAUSING, Phase.STOPPING}),
     ev.Resumed: frozenset({Phase.PENDING, Phase.PAUSED, Phase.RESUMING, Phase.STOPPING}),

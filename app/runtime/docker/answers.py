@@ -57,10 +57,17 @@ class Config(Struct, frozen=True, rename="pascal"):
     entrypoint: list[str] | None = None
 
 
+class Fixed(Struct, frozen=True):
+    """The address that a container was made with."""
+
+    ip: str = msgspec.field(name="IPv4Address", default="")
+
+
 class Endpoint(Struct, frozen=True):
     """The container's side of one network."""
 
     ip: str = msgspec.field(name="IPAddress", default="")
+    fixed: Fixed | None = msgspec.field(name="IPAMConfig", default=None)
 
 
 class Binding(Struct, frozen=True, rename="pascal"):
@@ -107,6 +114,12 @@ class Inspected(Struct, frozen=True, rename="pascal"):
     def labels(self) -> dict[str, str]:
         """The labels. An engine may answer null; this never does."""
         return self.config.labels or {}
+
+    @property
+    def fixed_ip(self) -> str:
+        """The address that it was made with; empty = the engine chooses one at each start."""
+        networks = (self.network_settings.networks if self.network_settings else None) or {}
+        return next((each.fixed.ip for each in networks.values() if each.fixed is not None and each.fixed.ip), "")
 
     def identity(self, installation: UUID) -> names_.Identity | None:
         """Which part of which object this is; None = a stranger's."""

@@ -34,6 +34,7 @@ from app.runtime.docker.answers import REMOVING, Inspected, observed
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused
 from app.runtime.docker.images import Images
+from app.runtime.docker.network import prepare_network
 from app.runtime.docker.options import DockerOptions, with_seccomp_document
 from app.runtime.docker.placing import Placing
 from app.runtime.docker.pull import Pulls
@@ -55,6 +56,7 @@ from app.runtime.driver import (
     Logs,
     Misnamed,
     Observed,
+    OwnNetwork,
     Pausing,
     Power,
     Progress,
@@ -186,6 +188,10 @@ class DockerDriver:
     async def clean_agents(self, keep: str, before: datetime) -> tuple[str, ...]:
         """Remove agents that no sandbox uses any more."""
         return await clean(self._engine, self._containers, self._options.installation, keep, before)
+
+    async def prepare_network(self) -> OwnNetwork | None:
+        """Make it unless it is there."""
+        return await prepare_network(self._engine, self._options)
 
     async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
         """The last lines of both streams."""

@@ -1,19 +1,20 @@
 """Names and labels of everything that the driver puts on an engine. No other module knows one.
 
-======== ========================================= ===================================================================
-role     name                                      what it is
-======== ========================================= ===================================================================
-`main`   `sandbox-<object id>`                     the container that runs the workload
-`egress` `sandbox-egress-<object id>`              the container that filters its traffic (not made yet)
-`mark`   `sandledger-mark-<installation>`          a volume; its label identifies this engine
-`agent`  `sandledger-agent-<installation>-<image>` a volume with the agent's files, and the container that filled it
-======== ========================================= ===================================================================
+========= ========================================= ==================================================================
+role      name                                      what it is
+========= ========================================= ==================================================================
+`main`    `sandbox-<object id>`                     the container that runs the workload
+`egress`  `sandbox-egress-<object id>`              the container that filters its traffic (not made yet)
+`mark`    `sandledger-mark-<installation>`          a volume; its label identifies this engine
+`agent`   `sandledger-agent-<installation>-<image>` a volume with the agent's files, and the container that filled it
+`network` `sandledger-<installation>`              our own network, on which sandboxes stand
+========= ========================================= ==================================================================
 
 Images of snapshots are `sandledger-snapshots:<snapshot id>`, role `snapshot`, and while they are made
 `sandledger-snapshots:<snapshot id>-raw`, role `raw`. A container that is made from one bears labels of its own instead.
 
 `<installation>` is the first eight hex digits of the installation's id, which is random; `<image>` the first twelve of
-the image's id. What has the role `agent` or `mark` is ours and part of no object: no inventory shows it.
+the image's id. What has the role `agent`, `mark` or `network` is ours and part of no object: no inventory shows it.
 
 Labels are ours only (`sandledger.io/`). The public server lists and removes whatever bears `opensandbox.io/id`, so no
 object of ours bears a label of that prefix, and no label of that prefix makes an object ours.
@@ -40,7 +41,7 @@ POSITION = "sandledger.io/position"
 MARK = "sandledger.io/mark"
 
 MAIN, EGRESS = "main", "egress"
-ROLE_OF_MARK, ROLE_OF_AGENT = "mark", "agent"
+ROLE_OF_MARK, ROLE_OF_AGENT, ROLE_OF_NETWORK = "mark", "agent", "network"
 ROLE_OF_SNAPSHOT, ROLE_OF_RAW = "snapshot", "raw"
 SNAPSHOTS = "sandledger-snapshots"
 """The repository of all images of snapshots."""
@@ -123,6 +124,16 @@ def agent_labels(installation: UUID) -> dict[str, str]:
 def is_agent(labels: Mapping[str, str], installation: UUID) -> bool:
     """Whether a volume or container with the name of one is ours."""
     return labels.get(INSTALLATION) == str(installation) and labels.get(ROLE) == ROLE_OF_AGENT
+
+
+def network_labels(installation: UUID) -> dict[str, str]:
+    """Labels of our own network."""
+    return {INSTALLATION: str(installation), ROLE: ROLE_OF_NETWORK}
+
+
+def is_network(labels: Mapping[str, str], installation: UUID) -> bool:
+    """Whether a network with the name of ours is ours."""
+    return labels.get(INSTALLATION) == str(installation) and labels.get(ROLE) == ROLE_OF_NETWORK
 
 
 def snapshot_tag(snapshot_id: UUID, *, raw: bool = False) -> str:

@@ -60,7 +60,11 @@ class DockerOptions(Struct, frozen=True, kw_only=True):
     """Objects that bear another installation's label are strangers."""
     name: str = "default"
     """The engine's name in the log."""
-    network_mode: str = "bridge"
+    network_mode: str = "default"
+    """`bridge` is our own network, whose addresses are leased: a workload then has one. `default` is the engine's own
+    bridge, `host` the machine's network, anything else an operator's network."""
+    subnets: tuple[str, ...] = ()
+    """Subnets for our own network, in CIDR form; the first one that the engine takes."""
     api_timeout: float = 60.0
     """Seconds for one create, start or remove call; other calls get a fixed share of it."""
     pull_timeout: float = 600.0

@@ -25,7 +25,7 @@ from uuid import UUID
 
 from app.errors import RuntimeFault, RuntimeRejected, RuntimeUnavailable
 from app.runtime.docker import names
-from app.runtime.docker.answers import REMOVING, Created, Inspected, observed
+from app.runtime.docker.answers import REMOVING, Created, Inspected, observed, power
 from app.runtime.docker.containers import Containers
 from app.runtime.docker.engine import Engine, Refused
 from app.runtime.docker.spec import ContainerConfig
@@ -68,7 +68,10 @@ class Placing:
             holder = await self._containers.show(name)
             if holder is not None and holder.identity(self._installation) != self._identity:
                 raise RuntimeRejected("NAME_TAKEN", f"{name} is somebody else's: {created}")
-            if holder is not None and holder.state.status != REMOVING:
+            if holder is not None and self._has_another_address(holder):
+                # Made by an attempt that was refused. With it the sandbox would get an address that it does not hold.
+                await self._containers.delete(holder.id, name)
+            elif holder is not None and holder.state.status != REMOVING:
                 return await self._adopt(holder, self._identity)
             # No container has the name any more, or a removal is about to free it, or a create is not visible yet.
             await wait.a_little(f"the engine keeps the name of a container that it does not show: {created}")
@@ -76,6 +79,10 @@ class Placing:
     async def _adopt(self, holder: Inspected, identity: names.Identity) -> Observed:
         shown = observed(holder, identity, adopted=True)
         return await self._start(holder.id, adopted=True) if shown.power is Power.CREATED else shown
+
+    def _has_another_address(self, holder: Inspected) -> bool:
+        fixed = holder.fixed_ip
+        return bool(self._work.ip) and power(holder.state.status) is Power.CREATED and fixed not in ("", self._work.ip)
 
     async def _create(self) -> Created | str:
         """What was made, or the engine's words about who has the name."""

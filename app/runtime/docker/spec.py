@@ -10,8 +10,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+import msgspec
 from msgspec import Struct
 
+from app.domain.sandbox.address import own_network
 from app.errors import RuntimeRejected
 from app.runtime.docker import names
 from app.runtime.docker.answers import BOOTSTRAP, GPU
@@ -23,6 +25,8 @@ from app.runtime.workload import AGENT_PORT, HTTP_PORT, Agent
 RUNTIME_FOLDER = "/opt/opensandbox"
 AGENT_FOLDER = f"{RUNTIME_FOLDER}/bin"
 TMPFS_OPTIONS = "mode=1777,size=1m"
+OWN, DEFAULT, ENGINES_BRIDGE = "bridge", "default", "bridge"
+"""Network modes: our own network, the engine's own bridge; and how the engine names that."""
 UNPUBLISHED = ("host", "none")
 """Network modes in which the engine publishes no port; neither does it for one who shares another's network."""
 ACCESS = "EXECD_ACCESS_TOKEN"
@@ -70,6 +74,24 @@ class Mount(Struct, frozen=True, rename="pascal", tag_field="Type", tag="volume"
     read_only: bool = False
 
 
+class Fixed(Struct, frozen=True):
+    """An address that was chosen by us."""
+
+    ip: str = msgspec.field(name="IPv4Address")
+
+
+class EndpointConfig(Struct, frozen=True):
+    """The container's side of a network."""
+
+    fixed: Fixed = msgspec.field(name="IPAMConfig")
+
+
+class NetworkingConfig(Struct, frozen=True, rename="pascal"):
+    """Addresses by network."""
+
+    endpoints_config: dict[str, EndpointConfig]
+
+
 class HostConfig(Struct, frozen=True, rename="pascal", omit_defaults=True):
     """Limits, privileges and network of a container, as the engine's API names them."""
 
@@ -102,6 +124,7 @@ class ContainerConfig(Struct, frozen=True, rename="pascal", omit_defaults=True):
     host_config: HostConfig
     exposed_ports: dict[str, dict[str, str]] = {}
     user: str = ""
+    networking_config: NetworkingConfig | None = None
 
     def __repr__(self) -> str:
         """Keep env values out of tracebacks."""
@@ -114,7 +137,7 @@ def host_config(work: Workload, options: DockerOptions) -> HostConfig:
     memory = _limit("memory", limits.memory_bytes, options.default_memory_bytes, options.max_memory_bytes)
     cpus = _limit("cpu", limits.cpu_nanos, options.default_cpu_nanos, options.max_cpu_nanos)
     return HostConfig(
-        network_mode=options.network_mode,
+        network_mode=_network(work, options),
         log_config=LogConfig("json-file", {"max-size": options.log_max_size, "max-file": str(options.log_max_files)}),
         cap_drop=("ALL",),
         cap_add=options.added_capabilities,
@@ -150,6 +173,7 @@ def container_config(work: Workload, options: DockerOptions) -> ContainerConfig:
         ),
         host_config=host_config(work, options),
         exposed_ports={port: {} for port in _ports(work, options)},
+        networking_config=_addressed(work, options),
     )
 
 
@@ -169,6 +193,19 @@ def command(work: Workload) -> tuple[str, ...]:
 def program(work: Workload) -> str:
     """What the engine itself executes."""
     return command(work)[0] if work.agent is None else BOOTSTRAP
+
+
+def _network(work: Workload, options: DockerOptions) -> str:
+    if options.network_mode == OWN:
+        assert work.ip, "an address of our own network is leased before a container is made"
+        return own_network(options.installation)
+    return ENGINES_BRIDGE if options.network_mode == DEFAULT else options.network_mode
+
+
+def _addressed(work: Workload, options: DockerOptions) -> NetworkingConfig | None:
+    if options.network_mode != OWN:
+        return None
+    return NetworkingConfig({own_network(options.installation): EndpointConfig(Fixed(work.ip))})
 
 
 def _agent_files(agent: Agent, options: DockerOptions) -> Mount:

@@ -25,7 +25,7 @@ from app.errors import RuntimeFault, RuntimeRejected
 from app.runtime.docker.engine import Refused, trouble
 from app.runtime.docker.spec import program
 from app.runtime.driver import Power, Workload
-from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
+from app.runtime.faults import AddressTaken, AgentMissing, AttemptFailed, ImageMissing, NetworkMissing
 
 HIDDEN = "***"
 MIN_SECRET_CHARS = 4
@@ -47,6 +47,10 @@ ABSENT = ("executable file not found", "no such file or directory")
 FORBIDDEN = ("permission denied", "is a directory", "exec format error")
 PORTS = ("port is already allocated", "all ports are allocated", "address already in use")
 """Of a port to publish. The next start of the same container tries another one."""
+BINDING = ("bind", "listen", "port", "proxy")
+"""Words of a refusal that is about a port."""
+SUBNET = ("does not belong to any of this network", "networks with user configured subnets", "no configured subnet")
+"""The network is another one than the address was leased on."""
 NO_FREEZER = ("freezer not supported", "freezer is not supported", "freezer not mounted", "not implemented")
 
 
@@ -69,6 +73,8 @@ def create_verdict(work: Workload, refused: Refused) -> RuntimeFault:
         return trouble("create the container", refused, message)
     if is_image_missing(refused):
         return ImageMissing(work.image.reference, message)
+    if work.ip and _is_about_network(refused):
+        return NetworkMissing("START_FAILED", f"the network of sandboxes is gone or has changed: {message}")
     if refused.status == HTTPStatus.BAD_REQUEST:
         if has_any(message, REFERENCE):
             return RuntimeRejected("IMAGE_REFERENCE_INVALID", message)
@@ -79,12 +85,21 @@ def create_verdict(work: Workload, refused: Refused) -> RuntimeFault:
 
 def is_about_ports(refused: Refused) -> bool:
     """True when a start call was refused for a port to publish, so that the same call may work at once."""
-    return has_any(refused.message, PORTS)
+    return has_any(refused.message, PORTS) and not is_about_address(refused)
+
+
+def is_about_address(refused: Refused) -> bool:
+    """True when a start call was refused for the container's own address. The words are those of a port, without it."""
+    return has_any(refused.message, ("address already in use",)) and not has_any(refused.message, BINDING)
 
 
 def start_verdict(work: Workload, refused: Refused, port_range: str = "") -> RuntimeFault:
     """A start call that was refused. 404 for the container itself and 409 are the caller's to know."""
     message = clean(refused.message, work)
+    if work.ip and is_about_address(refused):  # before all others: the engine says it by 403, as a guard would
+        return AddressTaken("START_FAILED", f"{work.ip} is taken by something that this server did not make: {message}")
+    if work.ip and _is_about_network(refused):
+        return NetworkMissing("START_FAILED", f"the network of sandboxes is gone or has changed: {message}")
     if refused.is_engine_trouble:
         return trouble("start the container", refused, message)
     if is_about_ports(refused):
@@ -101,6 +116,11 @@ def start_verdict(work: Workload, refused: Refused, port_range: str = "") -> Run
     if has_any(message, USER) or has_any(message, DEVICE):
         return RuntimeRejected("START_REJECTED", message)
     return AttemptFailed("START_FAILED", f"the engine did not start the container: {message}")
+
+
+def _is_about_network(refused: Refused) -> bool:
+    gone = refused.status == HTTPStatus.NOT_FOUND and has_any(refused.message, ("network",))
+    return gone or has_any(refused.message, SUBNET)
 
 
 def _no_port(message: str, port_range: str) -> RuntimeFault:

@@ -32,6 +32,7 @@ from app.runtime.driver import (
     Logs,
     Misnamed,
     Observed,
+    OwnNetwork,
     Power,
     Progress,
     Ref,
@@ -41,6 +42,7 @@ from app.runtime.driver import (
 from app.runtime.fake import looks
 from app.runtime.fake.agent import FakeAgents
 from app.runtime.fake.engine import FakeContainer, FakeEngine, FakeVolume, Pull, name_of
+from app.runtime.fake.network import FakeNetwork
 from app.runtime.fake.snapshots import FakeSnapshots
 from app.runtime.faults import AgentMissing, AttemptFailed, ImageMissing
 from app.runtime.flights import Flights
@@ -64,6 +66,7 @@ class FakeDriver:
         before: Hook | None = None,
         after: Hook | None = None,
         name: str = "fake",
+        subnet: str = "",  # of our own network; empty = sandboxes stand on another
     ) -> None:
         self.name = name
         self.can = Capabilities()
@@ -73,6 +76,7 @@ class FakeDriver:
         self.after = after
         self._fetches: Flights[Image, FetchedImage | RuntimeFault] = Flights()
         self._known: set[str] = set()
+        self._network = FakeNetwork(engine, installation, subnet, self._enter, self._leave)
         self._agents = FakeAgents(engine, installation, self._enter, self._leave)
         self._snapshots = FakeSnapshots(engine, installation, self._enter, self._leave, self._refuse)
 
@@ -218,6 +222,10 @@ class FakeDriver:
         """Remove agents that no sandbox uses any more."""
         return await self._agents.clean(keep, before)
 
+    async def prepare_network(self) -> OwnNetwork | None:
+        """Make it unless it is there."""
+        return await self._network.prepare()
+
     async def logs(self, ref: Ref, *, tail: int, most: int, since: datetime | None = None) -> Logs | None:
         """The last lines that it wrote."""
         await self._enter("inspect")
@@ -312,6 +320,7 @@ class FakeDriver:
             try:
                 self._refuse("start")
                 self._refuse_without_agent(work)
+                self._network.refuse_address(work)
                 program = work.entrypoint[0].partition(" ")[0]
                 if program.startswith("/missing/"):
                     raise RuntimeRejected("ENTRYPOINT_NOT_FOUND", f"{program}: no such file or directory")

@@ -18,10 +18,11 @@ from uuid import UUID, uuid4
 import msgspec
 from msgspec import Struct
 
+from app.domain.sandbox.address import own_network
 from app.domain.sandbox.diagnostics import LogLine
 from app.domain.sandbox.observed import Address, Waiting
 from app.errors import RuntimeFault
-from app.runtime.driver import Artifact, Change, Exit, FetchedImage, Leftover, Power, Workload
+from app.runtime.driver import Artifact, Change, Exit, FetchedImage, Leftover, OwnNetwork, Power, Workload
 from app.runtime.workload import AGENT_PORT, HTTP_PORT
 
 Clock: TypeAlias = Callable[[], datetime]
@@ -123,6 +124,10 @@ class FakeEngine:
         self.refusals: dict[str, RuntimeFault] = {}
         """Calls that a healthy engine refuses, by name: `pause`, `unpause`, `remove`, `create`, `start`, `pull`,
         `commit`, `load`, `drop_image`."""
+        self.networks: dict[UUID, OwnNetwork] = {}
+        """Networks of ours, by installation."""
+        self.taken: set[str] = set()
+        """Addresses that strangers have."""
         self.volumes: dict[str, FakeVolume] = {}
         """By name."""
         self.fills: dict[str, asyncio.Task[None]] = {}
@@ -243,6 +248,7 @@ class FakeEngine:
         self.marks.clear()
         self.containers.clear()
         self.volumes.clear()
+        self.networks.clear()
         self.leftovers.clear()
         self.snapshots.clear()
         self.drop_streams()
@@ -338,8 +344,20 @@ class FakeEngine:
             power=Power.RUNNING,
             started_at=self._clock(),
             exit=None,
-            address=Address("fake", f"10.0.0.{self._made % 250 + 1}", self._ports(name)),
+            address=self._address(name),
         )
+
+    def _address(self, name: str) -> Address:
+        container = self.containers[name]
+        work, ports = container.work, self._ports(name)
+        if work is None or not work.ip or container.installation is None:
+            return Address("fake", f"10.0.0.{self._made % 250 + 1}", ports)
+        return Address(own_network(container.installation), work.ip, ports)
+
+    def has_address(self, ip: str) -> bool:
+        """Whether something has it that runs."""
+        running = [each.address for each in self.containers.values() if each.address is not None]
+        return ip in self.taken or any(address.ip == ip for address in running)
 
     def _ports(self, name: str) -> dict[str, str]:
         """Others than the last time, as on a real engine."""

@@ -15,11 +15,12 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from typing import NoReturn
 from uuid import UUID
 
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.plan import Ensure, Observe, Remove, SetPower, Step
-from app.domain.sandbox.state import Sandbox
+from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.stream import Actor
 from app.domain.tenants import ANY_TENANT
 from app.errors import RuntimeRejected, RuntimeUnavailable, StoreUnavailable
@@ -144,6 +145,18 @@ class Outcomes:
         if held.missed:
             raise LeaseLost
         return outcome.sandbox
+
+    async def await_address(self, held: Held, sandbox: Sandbox, message: str) -> NoReturn:
+        """The network is full: say so, and look again later. It is no failed attempt.
+
+        Raises:
+            GivenBack: always.
+        """
+        if sandbox.phase is Phase.PENDING:
+            waiting = cmd.RecordWaiting(name_of(Ensure()), "NO_CAPACITY", message)
+            await self.record(held, sandbox, waiting, self._actors.worker)
+        await self.give_back(held, self._policy.place_again, awaiting=True)
+        raise GivenBack
 
     async def complete(self, held: Held, *, closed: bool = False) -> None:
         """Nothing is left to do."""

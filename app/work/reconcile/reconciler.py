@@ -21,8 +21,8 @@ that had ended by the time `ensure` returned is recorded in two appends, so that
 
 **How it fails.** See `app.work.reconcile.outcomes` for trouble and for how claims end. A stream that a newer version
 has written to is left alone. A database that goes away ends the run without a word, and the lease brings it back. An
-error of our own outside of any step is counted in the queue and tried again, later each time, for ever: it says nothing
-about the sandbox. A graceful stop cancels the run and hands the claim back; nothing counts. A lost claim ends the run
+error of our own outside of any step is counted in the queue and tried again, later each time: it says nothing about
+the sandbox. A graceful stop cancels the run and hands the claim back; nothing counts. A lost claim ends the run
 in silence, but if it may have made an object for a sandbox that has ended, it takes that away again. This is always
 right, and other workers may not look there for a while.
 """
@@ -69,6 +69,7 @@ from app.views.current import is_newer
 from app.work.agents import Agents
 from app.work.diagnostics import Diagnostics
 from app.work.fetches import Fetches
+from app.work.networks import Networks, NoAddress
 from app.work.policy import WorkPolicy
 from app.work.probes import Probes
 from app.work.reconcile.actors import Actors
@@ -101,6 +102,7 @@ class Reconciler:
         fetches: Fetches,
         agents: Agents | None,
         probes: Probes | None,
+        networks: Networks,
         outcomes: Outcomes,
         diagnostics: Diagnostics,
         policy: WorkPolicy,
@@ -113,6 +115,7 @@ class Reconciler:
         self._fetches = fetches
         self._agents = agents
         self._probes = probes
+        self._networks = networks
         self._outcomes = outcomes
         self._diagnostics = diagnostics
         self._policy = policy
@@ -256,21 +259,22 @@ class Reconciler:
         raise GivenBack
 
     async def _ensure(self, held: Held, sandbox: Sandbox) -> Observed:
-        work = await self._workloads.of(sandbox)
         try:
-            return await self._driver.ensure(work)
+            return await self._networks.ensure(sandbox, self._workloads)
+        except NoAddress as error:
+            await self._outcomes.await_address(held, sandbox, str(error))
         except AgentMissing:
             if self._agents is not None:
                 self._agents.forget()
             raise
         except ImageMissing as missing:
-            if sandbox.spec.snapshot_id is not None:
+            if (source := sandbox.spec.snapshot_id) is not None:
                 await self._confirm_engine(held, sandbox)
-                # No registry has it. The snapshot is looked at, so that the next one is told before it is made.
-                await self._outcomes.suspect_snapshot(sandbox.spec.snapshot_id)
-                message = f"the engine does not have the image of snapshot {sandbox.spec.snapshot_id} any more"
-                raise RuntimeRejected("IMAGE_NOT_FOUND", message) from missing
-            await self._fetch(held, sandbox, work.image)
+                # No registry has it. The snapshot is looked at, so that the next is told before it is made.
+                await self._outcomes.suspect_snapshot(source)
+                gone = f"the engine does not have the image of snapshot {source} any more"
+                raise RuntimeRejected("IMAGE_NOT_FOUND", gone) from missing
+            await self._fetch(held, sandbox, (await self._workloads.of(sandbox)).image)
             raise GivenBack from None
 
     async def _install_agent(self, held: Held, sandbox: Sandbox) -> None:
@@ -280,8 +284,8 @@ class Reconciler:
             await self._agents.install()
         except ImageMissing:
             image = self._agents.image
-            message = f"The image of the agent, {image.reference}, is being pulled."
-            await self._pull(held, sandbox, image, InstallAgent(), ("AGENT_INSTALLING", message))
+            why = ("AGENT_INSTALLING", f"The image of the agent, {image.reference}, is being pulled.")
+            await self._pull(held, sandbox, image, InstallAgent(), why)
             raise GivenBack from None
 
     async def _probe(self, held: Held, sandbox: Sandbox) -> NoReturn:
@@ -293,8 +297,7 @@ class Reconciler:
 
     async def _fetch(self, held: Held, sandbox: Sandbox, image: Image) -> None:
         """Have the image pulled while nobody holds the claim."""
-        message = f"Image {image.reference} is being pulled."
-        await self._pull(held, sandbox, image, Fetch(), ("IMAGE_PULLING", message))
+        await self._pull(held, sandbox, image, Fetch(), ("IMAGE_PULLING", f"Image {image.reference} is being pulled."))
 
     async def _pull(
         self, held: Held, sandbox: Sandbox, image: Image, step: InstallAgent | Fetch, why: tuple[str, str]
@@ -333,8 +336,7 @@ class Reconciler:
         if await self._station.confirm_identity():
             return
         _LOG.warning(
-            "nothing of sandbox %s is on engine %s, but nothing is recorded, because the engine could not be confirmed "
-            "as the one that the log knows: %s",
+            "nothing of sandbox %s is on engine %s, but nothing is recorded, as the engine could not be confirmed: %s",
             sandbox.id,
             self._station.name,
             self._station.trouble or "it was in doubt a moment ago",

@@ -58,8 +58,8 @@ class Workloads:
         self._agents = agents
         self._snapshots = SnapshotsView(database)
 
-    async def of(self, sandbox: Sandbox) -> Workload:
-        """What to make.
+    async def of(self, sandbox: Sandbox, ip: str = "") -> Workload:
+        """What to make, with this address on our own network.
 
         Raises:
             RuntimeRejected: `SECRETS_UNAVAILABLE`, the values are gone; `IMAGE_NOT_FOUND`, the snapshot is.
@@ -84,6 +84,7 @@ class Workloads:
             generation=sandbox.generation + 1,
             position=sandbox.position,
             agent=None if self._agents is None else self._agents.of(sandbox),
+            ip=ip,
         )
 
     async def _image_of(self, snapshot_id: UUID) -> str:
