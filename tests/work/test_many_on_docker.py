@@ -33,6 +33,7 @@ from tests.work.stage import Stage
 
 pytestmark = pytest.mark.engine
 IMAGE = "sandledger-demo:1"
+STAYS = ("sleep", "3600")
 
 
 class Rig:
@@ -117,7 +118,7 @@ async def test_half_of_the_range_is_taken_and_none_fails(stage: Stage, rig: Rig,
     with ExitStack() as stack:
         ports = half_taken(stack, 8 * creates)
         async with stage.working(stage.worker(rig.driver(port_range=ports), agent=agent)):
-            made = await asyncio.gather(*(stage.create(image=IMAGE) for _ in range(creates)))
+            made = await asyncio.gather(*(stage.create(image=IMAGE, entrypoint=STAYS) for _ in range(creates)))
             async with asyncio.timeout(30 + 3 * creates):
                 while not await stage.is_phase(Phase.RUNNING, *made)():
                     await asyncio.sleep(0.1)
@@ -138,7 +139,7 @@ async def test_what_is_left_is_what_was_there(stage: Stage, rig: Rig, until: Any
     agent = AgentPolicy(image, b"k" * 32, way=way)
 
     async def live() -> None:
-        sandbox_id = await stage.create(image=IMAGE)
+        sandbox_id = await stage.create(image=IMAGE, entrypoint=STAYS)
         await until(stage.is_phase(Phase.RUNNING, sandbox_id))
         await stage.ask(sandbox_id, cmd.Terminate())
         await until(stage.is_phase(Phase.TERMINATED, sandbox_id))
