@@ -4,7 +4,8 @@ Names, bounds and defaults follow the public server, so that its configuration f
 differs (`server.host`, `docker.network_mode`, `store.type`), the field says so. `app.settings.keys` walks these types
 to distinguish known keys from unknown ones, `app.settings.problems` to say what a key allows; nothing is listed twice.
 
-The kinds of values, with their bounds, are in `app.settings.values`, the tables below `[sandledger]` in `app.settings.own`.
+The kinds of values, with their bounds, are in `app.settings.values`; the tables below `[sandledger]` in
+`app.settings.own`.
 """
 
 from __future__ import annotations
