@@ -7,9 +7,10 @@ question under way, then shuts the scheduler down from another thread, because A
 its thread may hold while it waits for the loop.
 
 **How it fails.** APScheduler does not guard all calls of a store; an exception there would end its thread for good. So
-`ask` never raises: it has a fallback for every question. Jobs that fail are logged and fire again by their trigger. A
-job that never ends is not started again, and one slot of the executor is gone. `alive` is false when the thread has
-ended or has asked nothing for a while, and when a job runs for longer than any job may.
+`ask` never raises: it has a fallback for every question. Jobs that fail are logged, with a traceback unless the error
+is one of ours, and fire again by their trigger. A job that never ends is not started again, and one slot of the
+executor is gone. `alive` is false when the thread has ended or has asked nothing for a while, and when a job runs for
+longer than any job may.
 """
 
 # APScheduler 3 ships without types.
@@ -31,6 +32,8 @@ from apscheduler.jobstores.base import BaseJobStore
 from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
+
+from app.errors import SandledgerError
 
 T = TypeVar("T")
 ON_LOOP = "loop"
@@ -120,6 +123,9 @@ class LoopExecutor(BaseExecutor):
             async with self._slots:
                 self._running[job.id] = time.monotonic()
                 await job.func(*job.args)
+        except SandledgerError as error:  # of the database, say: it comes again, and its cause needs one line
+            _LOG.warning("%s: no success this time: %s: %s", job.name, type(error).__name__, error)
+            self._run_job_success(job.id, [])
         except Exception as error:  # noqa: BLE001 - one job's error is its own
             self._run_job_error(job.id, error, error.__traceback__)
         except BaseException:

@@ -673,6 +673,23 @@ async def test_a_thread_that_ended_or_a_job_that_hangs_is_not_alive(until):
     await until(dead)
 
 
+async def test_a_job_without_a_database_says_so_in_one_line(caplog: pytest.LogCaptureFixture):
+    """An outage met every loop of a worker; each printed its traceback."""
+    failed = asyncio.Event()
+
+    async def fails() -> None:
+        failed.set()
+        raise StoreUnavailable("the database is away")
+
+    timers = Timers(2)
+    timers.every(3600, fails)
+    timers.start()
+    await failed.wait()
+    await timers.stop(1)
+    said = [record for record in caplog.records if "the database is away" in record.getMessage()]
+    assert [(record.levelname, record.exc_info) for record in said] == [("WARNING", None)]
+
+
 async def test_due_rows_are_found_by_index(ready: Field):
     connection = await asyncpg.connect(ready.dsn, server_settings=SEARCH_PATH)
     try:

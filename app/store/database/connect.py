@@ -253,6 +253,8 @@ async def _role_of(driver: Any) -> str:
         raise StoreRefused("this database has no schema of this version; run `sandledger migrate`") from None
     except pg.InsufficientPrivilegeError:
         login, role = await driver.fetchval("SELECT session_user"), await driver.fetchval(GRANTED)
+        if role is None:  # a schema that is being made at this moment: nobody has been granted anything yet
+            raise StoreRefused("this database has no schema of this version; run `sandledger migrate`") from None
         raise StoreRefused(
             f"the database login {login} is not a member of the application role: GRANT {role} TO {login}"
         ) from None
