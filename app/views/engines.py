@@ -152,6 +152,7 @@ class EnginesView:
         self._database = database
         self._known: tuple[Engine, ...] = ()
         self._read_at = float("-inf")
+        self._changes = 0
         self._reading = asyncio.Lock()
 
     async def known(self) -> Sequence[Engine]:
@@ -160,13 +161,16 @@ class EnginesView:
         if clock() - self._read_at < CACHE_SECONDS:
             return self._known
         async with self._reading:
-            if clock() - self._read_at >= CACHE_SECONDS:
-                self._known = tuple(from_row(row) for row in await self._database.fetch(_ALL))
-                self._read_at = clock()
+            while clock() - self._read_at >= CACHE_SECONDS:
+                changes = self._changes
+                rows = await self._database.fetch(_ALL)
+                if changes == self._changes:  # else the rows may be older than the change
+                    self._known, self._read_at = tuple(from_row(row) for row in rows), clock()
         return self._known
 
     def forget(self) -> None:
-        """Read again at the next call: this process has changed an engine."""
+        """Read again, also what is being read: this process has changed an engine."""
+        self._changes += 1
         self._read_at = float("-inf")
 
     async def load(self, engine_id: UUID) -> tuple[Engine, datetime] | None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from itertools import pairwise
+from typing import Any
 from uuid import UUID, uuid4
 
 import msgspec
@@ -27,6 +28,7 @@ from app.service.operations import OperationsLog
 from app.service.sandboxes import Service
 from app.service.streams import decoded
 from app.store.database.pool import Database
+from app.store.database.statement import Statement
 from app.store.log.signal import Signal
 from app.store.log.store import EventLog
 from app.views.engines import EnginesView
@@ -51,6 +53,34 @@ async def servers(dsn: str) -> AsyncIterator[list[Engines]]:
 async def history(database: Database, engine_id: UUID) -> list[ev.Recorded]:
     stored = EventLog(database).whole_history(engine_id, PLATFORM_TENANT)
     return [decoded(ev.REGISTRY, one) async for one in stored]
+
+
+class SlowAnswers(Database):
+    """The answer of a read is on its way until somebody lets it arrive."""
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn)
+        self.read, self.arrives = asyncio.Event(), asyncio.Event()
+
+    async def fetch(self, statement: Statement, **values: Any) -> Any:
+        rows = await super().fetch(statement, **values)
+        self.read.set()
+        await self.arrives.wait()
+        return rows
+
+
+async def test_a_read_that_a_registration_overtook_is_not_kept(dsn: str, database: Database, signal: Signal):
+    """Else a worker that has just found its engine tells sandboxes for a second that there is none."""
+    slow = SlowAnswers(dsn)
+    view = EnginesView(slow)
+    before = asyncio.create_task(view.known())
+    await slow.read.wait()
+    await Engines(database, signal, INSTALLATION, EnginesView(database)).register(SIGHTING, META)
+    view.forget()  # as a registration in this process does
+    slow.arrives.set()
+    assert [engine.name for engine in await before] == ["second"]
+    assert [engine.name for engine in await view.known()] == ["second"]
+    await slow.close()
 
 
 async def test_servers_that_meet_an_engine_at_once_register_it_once(database: Database, servers: list[Engines]):

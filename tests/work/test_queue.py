@@ -11,8 +11,10 @@ import asyncpg
 import pytest
 
 from app.domain.sandbox import commands as cmd
+from app.store.database.pool import Database
 from app.store.queue.claiming import CLAIM
 from app.store.queue.reconcile import BACKGROUND, USER, Claim, Failed, Queue
+from app.store.queue.wake import make_engine_due
 from app.views.overview import OverviewReader
 from tests.work.stage import Stage
 
@@ -184,6 +186,19 @@ async def test_without_awaiting_such_a_hint_is_lost_for_the_wait(stage: Stage, q
     await queue.enqueue([sandbox_id])
     await queue.defer(claim, 1000)
     assert not await is_claimable(queue)
+
+
+async def test_an_engine_that_comes_back_during_a_claim_is_not_missed_by_what_waits_for_it(
+    stage: Stage, queue: Queue, database: Database
+):
+    """A sandbox found no engine, and one came before the claim was given back: it waited for seconds all the same."""
+    await stage.create_unplaced()
+    claim = await claim_one(queue)
+    await make_engine_due(database, stage.engine_name)
+    assert not await is_claimable(queue), "it is held"
+    deferred = await queue.defer(claim, 1000, awaiting=True)
+    assert deferred is not None
+    assert deferred.due
 
 
 async def test_what_waits_rests_when_nothing_has_come(stage: Stage, queue: Queue):

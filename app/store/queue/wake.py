@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Text, bindparam, func, or_, select, update
+from sqlalchemy import Text, bindparam, case, func, select, update
 
 from app.store.database.statement import Connections, Statement
 from app.store.tables import reconcile_queue
@@ -17,8 +17,6 @@ def _wake() -> Statement:
         .where(
             _Q.engine.in_(("", bindparam("engine", type_=Text))),
             _Q.due_at > _NOW,
-            # A claim that is held ends by itself; its row would otherwise be claimed a second time.
-            or_(_Q.lease_until.is_(None), _Q.lease_until <= _NOW),
         )
         # In the order of ids, as every statement that waits for several rows.
         .order_by(_Q.stream_id)
@@ -28,7 +26,12 @@ def _wake() -> Statement:
     return Statement(
         update(reconcile_queue)
         .where(_Q.stream_id.in_(select(waiting.c.stream_id)))
-        .values(due_at=_NOW)
+        .values(
+            # A claim that is held ends by itself; its row would otherwise be claimed a second time. But its holder may
+            # have looked before the engine could be used, and wait for it: the revision tells it that there is news.
+            revision=_Q.revision + 1,
+            due_at=case((_Q.lease_until > _NOW, _Q.due_at), else_=_NOW),
+        )
         .returning(_Q.stream_id)
     )
 
@@ -37,5 +40,5 @@ _WAKE = _wake()
 
 
 async def make_engine_due(connections: Connections, engine: str) -> int:
-    """Rows of this engine, and rows of no engine yet, are due now. Says how many that were."""
+    """Rows of this engine, and of no engine yet, are due now, or when their claims are given back. Says how many."""
     return len(await connections.fetch(_WAKE, engine=engine))
