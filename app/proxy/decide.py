@@ -31,7 +31,7 @@ from typing import Final
 from msgspec import Struct
 
 from app.agent.token import TOKEN_HEADER
-from app.errors import NotFound, StoreUnavailable
+from app.errors import NotFound, StoreUnavailable, UnknownEvent
 from app.proxy.admit import ByKey
 from app.proxy.heads import CONFINED_PAGE, Headers, Passage, to_sandbox
 from app.proxy.inbound import request_id_of
@@ -104,7 +104,6 @@ MAX_ANSWER_BYTES: Final = 6 * 1024
 _PURPOSE: Final = b"nginx"
 _GONE: Final = {True: frozenset((*SET, *REMOVED, *REMOVED_BY_PATH)), False: frozenset((*SET, *REMOVED))}
 """What does not pass as it is, by whether the form is the one with the path."""
-_READS: Final = (b"GET", b"HEAD", b"OPTIONS")
 _HANDSHAKE: Final = (b"GET", b"HTTP/1.1")
 
 
@@ -177,7 +176,7 @@ class Decider:
         """The headers of the answer 204; None = nginx may not carry this request."""
         try:
             return await self._decide(hop)
-        except (Refusal, NotFound, StoreUnavailable):
+        except (Refusal, NotFound, StoreUnavailable, UnknownEvent):
             return None
 
     async def _decide(self, hop: Hop) -> list[tuple[bytes, bytes]] | None:
@@ -197,8 +196,8 @@ class Decider:
         if not isinstance(shown, ByKey):
             return None
         target = await self._resolver.target_now(found.sandbox_id, shown.tenant, found.port, generation_of(headers))
-        if target.leased and not _may_repeat(hop) and not self._resolver.accepts(target):
-            return None
+        if target.leased and target.place not in self._resolver.ports.accepting:
+            return None  # the relay finds out whose the address is, and whether the program itself accepts connections
         passage = passage_of(
             self._options,
             found,
@@ -211,15 +210,6 @@ class Decider:
         )
         values = _values(own, to_sandbox(headers, passage), by_path=bool(found.prefix))
         return None if values is None else _answer(found, target, passage, values, upgrade)
-
-
-def _may_repeat(hop: Hop) -> bool:
-    """Whether nginx gives the request to the relay when the program accepts no connection. One that may act is sent
-    only once, so the relay carries it until it has learned that the program itself accepts connections.
-    """
-    said = hop.said
-    framed = said.get(LENGTH, b"") not in (b"", b"0") or any(name == b"transfer-encoding" for name, _ in hop.headers)
-    return said.get(METHOD) in _READS and not framed
 
 
 def _upgrade(said: Mapping[bytes, bytes]) -> bytes:

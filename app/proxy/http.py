@@ -20,7 +20,7 @@ way round.
 * **A link** that let a stream in ends, or is revoked: the stream is cut. Its first visit is answered here.
 * **The server stops**: streams get `drain_seconds`, and those that are left are cut.
 * **Nothing listens** at a leased address: then, before anything was sent, the request goes through the agent, which
-  reaches also what listens on the sandbox's loopback only.
+  reaches also what listens on the sandbox's loopback only. The agent says first whose the address is (`ports`).
 * **401** through the agent: it says that of a token that is not its own, so another sandbox may have the address by
   now. But the program in the sandbox may say it too. So the agent is asked by `/ping`, with the token, before such an
   answer is passed on.
@@ -34,6 +34,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from math import ceil
 from typing import Final, cast
 from uuid import UUID
@@ -70,6 +71,7 @@ from app.proxy.watch import watch
 _PROVE_SECONDS: Final = 2.0
 _UNAUTHORISED: Final = 401
 _OK: Final = 200
+_ANOTHERS: Final = "What answers at the sandbox's address does not know its token: the address is another's."
 _NOBODY: Final = "Nothing listens on port {} inside the sandbox, or only on its loopback: listen on 0.0.0.0."
 _CLOSE: Final = (b"connection", b"close")
 _EMPTY: Final = (b"content-length", b"0")
@@ -121,15 +123,18 @@ class Relay:
             generation = generation_of(scope["headers"])
             admitted = await self._admit(shown, route.sandbox_id, route.port)
             tenant = admitted.tenant
+            by_link = admitted.link is not None
             if isinstance(shown, ByLinks) and shown.is_first_visit and inbound.is_read:
                 await self._remember(admitted, inbound, send)
                 return
-            place = self.streams.enter(tenant, route.sandbox_id)
+            place = self.streams.enter(tenant, route.sandbox_id, by_link=by_link)
             stream = _Stream(self, place, inbound, send)
             try:
                 if admitted.link is not None:
                     stream.by_link(admitted.link, self.resolver.rows.now())
-                await stream.run(lambda port: self.resolver.target(route.sandbox_id, tenant, port, generation))
+                    generation = admitted.link.generation if generation is None else generation
+                find = partial(self.resolver.target, generation=generation, by_link=by_link)
+                await stream.run(lambda port: find(route.sandbox_id, tenant, port))
             finally:
                 if not stream.spliced:
                     place.leave()
@@ -220,19 +225,28 @@ class _Stream:
     async def _asked(self, target: Target) -> tuple[Answer, Passage]:
         """Ask the program itself where that may be done, else the agent."""
         self._passing.asked()
-        if target.leased:
-            try:
-                found = await self._ask(target)
-            except ConnectFailed as error:
-                if not error.refused:
-                    raise not_connected("The sandbox does not answer at its address; it may have ended.") from None
-                inside = self._resolver.not_accepted(target)
-                if inside is None:
-                    raise not_connected(_NOBODY.format(target.port_inside)) from None
-                target = inside
-            else:
-                self._resolver.accepted(target)
-                return found
+        if not target.leased:
+            return await self._ask_agent(target)
+        ports, place, agent = self._resolver.ports, target.place, target.through_agent
+        if agent is not None and place.whole not in ports.owned:
+            if await self._ping(agent) == _UNAUTHORISED:
+                raise not_proven(_ANOTHERS)
+            ports.owned.add(place.whole)
+        try:
+            found = await self._ask(target)
+        except ConnectFailed as error:
+            ports.accepting.discard(place)
+            if not error.refused:
+                raise not_connected("The sandbox does not answer at its address; it may have ended.") from None
+            if agent is None:
+                raise not_connected(_NOBODY.format(target.port_inside)) from None
+            found = await self._ask_agent(agent)
+            ports.inside.add(place)
+        else:
+            ports.accepting.add(place)
+        return found
+
+    async def _ask_agent(self, target: Target) -> tuple[Answer, Passage]:
         try:
             return await self._ask(target)
         except ConnectFailed:
@@ -262,8 +276,8 @@ class _Stream:
         )
         answer = self._answer = await self._sent(outgoing)
         self._passing.answered()
-        if answer.status == _UNAUTHORISED and not target.leased:
-            await self._prove(target)
+        if answer.status == _UNAUTHORISED and not target.leased and await self._ping(target) != _OK:
+            raise not_proven(_ANOTHERS)
         try:
             silent = bool(target.path) and await nothing_listens(answer)
         except Cut:
@@ -284,12 +298,8 @@ class _Stream:
             _LOG.info("request %s: no answer of HTTP from a sandbox: %s", self._inbound.request_id, error)
             raise no_answer("The sandbox closed the connection, or sent what is no answer of HTTP/1.1.") from None
 
-    async def _prove(self, target: Target) -> None:
-        """Whether the address is still this sandbox's.
-
-        Raises:
-            Refusal: it is not, or nobody says so.
-        """
+    async def _ping(self, target: Target) -> int:
+        """What the agent says to the sandbox's token. 0 = nothing."""
         headers = [(b"host", target.address.encode()), (TOKEN_HEADER.lower().encode(), target.token.encode())]
         agent = replace(target, path="")
         status = 0
@@ -298,8 +308,7 @@ class _Stream:
                 ping = await self._client.send(Outgoing("GET", agent, "/ping", headers))
                 status = ping.status
                 ping.abort()
-        if status != _OK:
-            raise not_proven("What answers at the sandbox's address does not know its token: the address is another's.")
+        return status
 
     def _splice(self, answer: Answer, passage: Passage) -> None:
         """Join the two connections. The rest happens without this request."""

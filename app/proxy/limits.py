@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias
 from uuid import UUID
@@ -30,6 +31,8 @@ class Limits(Struct, frozen=True):
     of_sandbox: int = 512
 
 
+LINKS_SHARE: Final = 4
+"""Streams with links have one of so many places."""
 Key: TypeAlias = tuple[UUID, str]
 """A sandbox, and the tenant that asks for it. It need not be the owner, so it gets none of the owner's places."""
 
@@ -37,7 +40,18 @@ Key: TypeAlias = tuple[UUID, str]
 class Stream:
     """One open stream."""
 
-    __slots__ = ("_since", "_streams", "_timer", "cut", "generation", "has_moved", "key", "link_number", "run")
+    __slots__ = (
+        "_since",
+        "_streams",
+        "_timer",
+        "cut",
+        "generation",
+        "has_moved",
+        "is_guest",
+        "key",
+        "link_number",
+        "run",
+    )
 
     def __init__(self, streams: Streams, key: Key) -> None:
         self.key = key
@@ -48,6 +62,8 @@ class Stream:
         """Breaks it; None = it has no answer yet, and no link let it in."""
         self.link_number: int | None = None
         """Of the link that let it in; None = no link did."""
+        self.is_guest = False
+        """Whether it counts among those that links let in."""
         self.has_moved = True
         """Whether bytes passed, in any direction, since `is_still` was asked."""
         self._since = 0.0
@@ -88,11 +104,13 @@ class Streams:
         self._limits = limits
         self._tenants: dict[str, int] = {}
         self._sandboxes: dict[Key, set[Stream]] = {}
+        self._guests: Counter[str | UUID | None] = Counter()
+        """Those that links let in: in all (None), of each tenant and of each sandbox."""
         self._changed = asyncio.Event()
         self.open = 0
 
-    def enter(self, tenant: str, sandbox_id: UUID) -> Stream:
-        """Take a place, until the stream's `leave`.
+    def enter(self, tenant: str, sandbox_id: UUID, *, by_link: bool = False) -> Stream:
+        """Take a place, until the stream's `leave`. Those with links get a share of the places: they are not the owner.
 
         Raises:
             Refusal: there is none.
@@ -106,6 +124,8 @@ class Streams:
         if of_sandbox >= self._limits.of_sandbox:
             raise busy("The sandbox")
         stream = Stream(self, key)
+        if by_link:
+            self._enter_guest(stream)
         self._tenants[tenant] = of_tenant + 1
         self._sandboxes.setdefault(key, set()).add(stream)
         self.open += 1
@@ -113,10 +133,22 @@ class Streams:
             self._changed.set()
         return stream
 
+    def _enter_guest(self, stream: Stream) -> None:
+        sandbox_id, tenant = stream.key
+        limits, guests = self._limits, self._guests
+        most = ((None, limits.in_process), (tenant, limits.of_tenant), (sandbox_id, limits.of_sandbox))
+        if any(guests[whose] >= max(1, places // LINKS_SHARE) for whose, places in most):
+            raise busy("A signed link")
+        stream.is_guest = True
+        guests.update(whose for whose, _ in most)
+
     def leave(self, stream: Stream) -> None:
         """Give the place back. Names that count nothing are not kept: there are as many as sandboxes ever were."""
         key = stream.key
         self._sandboxes[key].remove(stream)
+        if stream.is_guest:
+            self._guests.subtract((None, key[1], key[0]))
+            self._guests = +self._guests
         self._tenants[key[1]] -= 1
         self.open -= 1
         if not self._sandboxes[key]:

@@ -70,13 +70,15 @@ def _names_link(field: bytes) -> bool:
 def in_cookies(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, ...]:
     """The links that a browser sends."""
     found = [
-        value.strip(b' "').decode("latin-1")
+        (name.strip(), value.strip(b' "').decode("latin-1"))
         for header, cookies in headers
         if header == b"cookie" and COOKIE in cookies
         for name, _, value in (each.partition(b"=") for each in cookies.split(b";"))
         if name.strip() in _COOKIES
     ]
-    return tuple(found[:_MOST])
+    # Pages of a sibling can set the plain name for the whole domain, and many of them. The other name they cannot.
+    safe = [value for name, value in found if name == HOST_COOKIE]
+    return tuple((safe or [value for _, value in found])[:_MOST])
 
 
 def without_link(cookies: bytes) -> bytes:

@@ -54,7 +54,7 @@ _NO_ANSWER: Final = (
     "nginx got no answer from the sandbox: the connection ended, or nothing came for an hour. The program there may "
     "have acted all the same."
 )
-_NOT_CONNECTED: Final = "nginx got no connection to the agent of the sandbox; it may have ended."
+_NOT_CONNECTED: Final = "nginx got no connection to the sandbox; the program there, or its agent, may have ended."
 _HIDDEN: Final = ("Sandledger-Error", "Sandledger-Epoch", "Sandledger-Generation", "X-Sendfile")
 _FAILED: Final = "400 403 404 405 408 413 414 429 431 500 501 502 503 504 508"
 """Whatever else than a decision the question brings."""
@@ -267,6 +267,11 @@ _SERVER: Final = r"""server {
         proxy_set_header Connection $sandledger_hop_connection;
         proxy_pass http://sandledger_api$request_uri;
         error_page 502 504 = @away;
+    }
+
+    # Only nginx asks. A client's own question would be answered with the secret of nginx.
+    location = @path@ {
+        return 404;
     }
 
     location /.sandledger/ {

@@ -7,7 +7,7 @@ when its container ends, so an address is used only while it is known whose it i
 * On our own network it is leased: nobody else gets it for ten minutes after the removal. A request goes to the port
   itself, without a token, when this server stands on that network. When nothing accepts the connection there, a program
   may listen on the sandbox's loopback only, which the agent reaches: then, before anything was sent, the request goes
-  through the agent, and so does what follows for `LOOPBACK_SECONDS`.
+  through the agent, and when it answered, so does what follows for a minute (`app.proxy.ports`).
 * Anywhere else it goes through the agent with the sandbox's token. The token is how the next owner of the address is
   found out: its agent answers 401.
 
@@ -33,6 +33,7 @@ from typing import Final
 from uuid import UUID
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.agent.token import AGENT_PORT, agent_token
 from app.domain.sandbox.address import Reach, Way, agent_at, has_agent, leased_at
@@ -41,6 +42,7 @@ from app.domain.sandbox.state import Phase, Sandbox
 from app.domain.sandbox.status import status_of
 from app.domain.tenants import ANY_TENANT
 from app.errors import NotFound, StoreUnavailable, UnknownEvent
+from app.proxy.ports import Place, Ports
 from app.proxy.refusals import (
     Refusal,
     busy,
@@ -57,9 +59,9 @@ from app.views.current import CurrentView
 
 GENERATION_HEADER: Final = b"sandledger-generation"
 PENDING_SECONDS: Final = 20.0
-LOOPBACK_SECONDS: Final = 60.0
-"""For how long a port that accepted no connection is reached through the agent."""
 _READ_AGAIN_SECONDS: Final = 1.0
+_AWAY: Final = "The database is not reachable at the moment; try again."
+_NEWER: Final = "A newer version of the server wrote the row of this sandbox; ask a server of that version."
 _UNPROVEN_READS: Final = 4
 _UNPROVEN_WAITING: Final = 256
 """Requests with links that are not proven, at once: those that read, and those that wait for them. Beyond that 503."""
@@ -76,6 +78,8 @@ class Access(Struct, frozen=True):
     """How it reaches what the engine runs."""
     has_agents: bool = False
     """Whether sandboxes get an agent now. It counts only where no published port says it, as on the host network."""
+    way_of_links: Way | None = None
+    """The same for requests that a link let in; None = as `way`."""
 
     def __repr__(self) -> str:
         """Keep the key out of logs and tracebacks."""
@@ -107,6 +111,11 @@ class Target(Struct, frozen=True):
     def leased(self) -> bool:
         """Whether this is the program itself, and nobody else's by the lease of its address."""
         return not self.token
+
+    @property
+    def place(self) -> Place:
+        """What is learned of it is learned of this."""
+        return Place(self.sandbox_id, self.generation, self.run, self.host, self.port_inside)
 
     @property
     def address(self) -> str:
@@ -168,10 +177,6 @@ def _through_agent(sandbox: Sandbox, port: int, access: Access) -> Target | None
     )
 
 
-def _key(target: Target) -> tuple[UUID, int, int, int]:
-    return target.sandbox_id, target.generation, target.run, target.port_inside
-
-
 class Resolver:
     """Reads rows, and waits."""
 
@@ -191,12 +196,10 @@ class Resolver:
         self._access = access
         self._stopping = stopping
         self._pending_seconds = pending_seconds
-        self._targets: dict[tuple[UUID, int], tuple[Sandbox, Target]] = {}
+        self._by_link = access if access.way_of_links is None else replace(access, way=access.way_of_links)
+        self._targets: dict[tuple[UUID, int, bool], tuple[Sandbox, Target]] = {}
         """What the same state, and not only an equal one, led to."""
-        self._accepting: set[tuple[UUID, int, int, int]] = set()
-        """Ports at which a leased address accepted a connection."""
-        self._only_inside: dict[tuple[UUID, int, int, int], float] = {}
-        """Ports at which a leased address accepted no connection, and until when they are reached through the agent."""
+        self.ports = Ports()
         self._unproven = asyncio.Semaphore(_UNPROVEN_READS)
         self._unproven_waiting = 0
 
@@ -217,12 +220,16 @@ class Resolver:
         try:
             async with self._unproven:
                 return await self.rows.read(sandbox_id, ANY_TENANT)
-        except (StoreUnavailable, UnknownEvent):
-            raise store_unavailable("The database is not reachable at the moment; try again.") from None
+        except UnknownEvent:
+            raise store_unavailable(_NEWER) from None
+        except StoreUnavailable:
+            raise store_unavailable(_AWAY) from None
         finally:
             self._unproven_waiting -= 1
 
-    async def target(self, sandbox_id: UUID, tenant: str, port: int, generation: int | None) -> Target:
+    async def target(
+        self, sandbox_id: UUID, tenant: str, port: int, generation: int | None, *, by_link: bool = False
+    ) -> Target:
         """Where the request goes.
 
         Raises:
@@ -237,53 +244,33 @@ class Resolver:
                 raise not_available(f"The sandbox is still Pending: {status_of(sandbox, attempt).message}")
         except NotFound as error:
             raise Refusal(404, error.code, error.message) from None
+        except UnknownEvent:
+            raise store_unavailable(_NEWER) from None
         except StoreUnavailable:
-            raise store_unavailable("The database is not reachable at the moment; try again.") from None
-        return self._detour(self._target(sandbox, port))
-
-    def not_accepted(self, target: Target) -> Target | None:
-        """The way through the agent, after the program itself accepted no connection; remembered for a while."""
-        if target.through_agent is not None:
-            if len(self._only_inside) >= MAX_ROWS:
-                self._only_inside.clear()
-            self._only_inside[_key(target)] = asyncio.get_running_loop().time() + LOOPBACK_SECONDS
-        return target.through_agent
-
-    def accepted(self, target: Target) -> None:
-        """The program itself accepted a connection."""
-        if len(self._accepting) >= MAX_ROWS:
-            self._accepting.clear()
-        self._accepting.add(_key(target))
-
-    def accepts(self, target: Target) -> bool:
-        """Whether the program itself has accepted a connection before."""
-        return _key(target) in self._accepting
+            raise store_unavailable(_AWAY) from None
+        return self._detour(self._target(sandbox, port, by_link=by_link))
 
     def _detour(self, target: Target) -> Target:
-        if target.through_agent is None or (until := self._only_inside.get(_key(target))) is None:
-            return target
-        if asyncio.get_running_loop().time() < until:
-            return target.through_agent
-        del self._only_inside[_key(target)]
-        return target
+        through_agent = target.through_agent
+        return target if through_agent is None or target.place not in self.ports.inside else through_agent
 
     async def target_now(self, sandbox_id: UUID, tenant: str, port: int, generation: int | None) -> Target:
         """As `target`, for who does not wait for a sandbox that is on its way.
 
         Raises:
-            Refusal, NotFound, StoreUnavailable: nowhere, or not yet.
+            Refusal, NotFound, StoreUnavailable, UnknownEvent: nowhere, or not yet.
         """
-        return self._detour(self._target(await self._read(sandbox_id, tenant, generation), port))
+        return self._detour(self._target(await self._read(sandbox_id, tenant, generation), port, by_link=False))
 
-    def _target(self, sandbox: Sandbox, port: int) -> Target:
+    def _target(self, sandbox: Sandbox, port: int, *, by_link: bool) -> Target:
         """As `target_of`; once for a state that many requests meet."""
-        known = self._targets.get((sandbox.id, port))
+        known = self._targets.get((sandbox.id, port, by_link))
         if known is not None and known[0] is sandbox:
             return known[1]
         if len(self._targets) >= MAX_ROWS:
             self._targets.clear()
-        target = target_of(sandbox, port, self._access)
-        self._targets[sandbox.id, port] = (sandbox, target)
+        target = target_of(sandbox, port, self._by_link if by_link else self._access)
+        self._targets[sandbox.id, port, by_link] = (sandbox, target)
         return target
 
     async def _read(self, sandbox_id: UUID, tenant: str, generation: int | None) -> Sandbox:

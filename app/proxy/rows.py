@@ -22,7 +22,7 @@ from uuid import UUID
 
 from app.domain.sandbox.state import Sandbox
 from app.domain.tenants import ANY_TENANT, AnyTenant
-from app.errors import StoreUnavailable
+from app.errors import StoreUnavailable, UnknownEvent
 from app.store.log.signal import Signal, Subscription
 from app.views.current import CurrentView
 
@@ -110,6 +110,9 @@ class Rows:
         try:
             async with asyncio.timeout(READ_WITHIN_SECONDS):
                 loaded = await self._view.load(key, ANY_TENANT)
+        except UnknownEvent:
+            row.news.wake()
+            raise
         except (TimeoutError, StoreUnavailable) as error:
             row.news.wake()  # the news that was taken is not read yet
             raise StoreUnavailable(str(error) or f"no answer within {READ_WITHIN_SECONDS:g} s") from None

@@ -184,11 +184,12 @@ def carriers(parts: Opened, stopping: asyncio.Event) -> tuple[Relay, Before]:
 
 def access_of(settings: Settings, installation: UUID, token_key: bytes) -> Access:
     """How this server gets into sandboxes."""
-    way = way_of(settings, installation)
+    way = by_link = way_of(settings, installation)
     if settings.proxy.auth == "open":
-        # The agent asks callers without a key for its token. Nobody would, at the program itself.
+        # The agent asks callers without a key for its token. Nobody would, at the program itself. Whoever has a link is
+        # asked for that, and then the program does not see the token.
         way = replace(way, stands_on=nowhere)
-    return Access(token_key, way, has_agents=bool(settings.runtime.execd_image))
+    return Access(token_key, way, has_agents=bool(settings.runtime.execd_image), way_of_links=by_link)
 
 
 def external_path(address: str) -> str | None:

@@ -95,7 +95,12 @@ Subnet = Annotated[
         description="a private IPv4 subnet with 16 to 24 bits, such as 10.212.0.0/18",
     ),
 ]
-SUBNETS = tuple(f"10.{212 + number // 4}.{number % 4 * 64}.0/18" for number in range(16))
+SUBNETS = (
+    *(f"10.{212 + number // 4}.{number % 4 * 64}.0/18" for number in range(16)),
+    # For machines that route all of 10.0.0.0/8.
+    "172.29.0.0/18",
+    "192.168.192.0/20",
+)
 Port = Annotated[int, Meta(ge=1024, le=65535)]
 LogSize = Annotated[
     str, Meta(pattern=r"^[1-9][0-9]*[kmg]?\Z", description="a size in bytes, or with k, m or g, such as 10m")

@@ -99,6 +99,9 @@ _HOLD = Statement(
     ).returning(_A.ip)
 )
 _GIVE_UP = Statement(update(addresses).where(*_HELD).values(freed_at=_NOW).returning(_A.ip))
+_GIVE_UP_ONE = Statement(
+    update(addresses).where(*_HELD, _A.ip == bindparam("ip", type_=INET)).values(freed_at=_NOW).returning(_A.ip)
+)
 _HIGHEST = Statement(select(func.max(_A.ip).label("ip")).where(*_HERE))
 _MAKE = Statement(
     insert(addresses)
@@ -154,9 +157,14 @@ class Addresses:
                 return None if held is None else _text(held)
         return None
 
-    async def give_up(self, stream_id: UUID) -> None:
-        """Free the address of this sandbox, because the engine does not give it to it. Another one is leased then."""
-        await self._database.fetch(_GIVE_UP, stream_id=stream_id)
+    async def give_up(self, stream_id: UUID, ip: str | None = None) -> None:
+        """Free the address of this sandbox, because the engine does not give it to it. Another one is leased then. With
+        `ip` only that one: a worker that lost its claim may come late with an address that it had long before.
+        """
+        if ip is None:
+            await self._database.fetch(_GIVE_UP, stream_id=stream_id)
+        else:
+            await self._database.fetch(_GIVE_UP_ONE, stream_id=stream_id, ip=IPv4Address(ip))
 
     async def hold(self, holder: Holder, ip: str) -> bool:
         """Lease the address that the sandbox has already, instead of the one that was leased for it: its object was

@@ -78,7 +78,7 @@ class Networks:
                 raise
             except AddressTaken:
                 _LOG.warning("%s on engine %s has an owner that this server does not know", ip, self._station.name)
-                await self._addresses.give_up(sandbox.id)
+                await self._addresses.give_up(sandbox.id, ip)
                 if attempt == MAX_TAKEN:
                     raise
             else:

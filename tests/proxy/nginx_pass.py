@@ -66,6 +66,15 @@ EXCEPTIONS: dict[str, str] = {
     "test_another_start_cuts_the_streams_of_the_last": NOT_CUT,
     "test_a_pause_leaves_its_streams": NOT_CUT,
     "test_streams_live_while_the_database_is_away": NOT_CUT,
+    "test_bytes_are_counted_in_both_directions": COUNTED,
+    "test_an_open_silent_stream_is_no_activity": COUNTED,
+    "test_a_stop_writes_what_is_left": COUNTED,
+    "test_slow_clients_harm_nobody_else": COUNTED,
+    "test_a_revocation_ends_streams_on_every_server": COUNTED,
+    "test_those_of_answers_neither": "nginx takes the trailers away and leaves the word Trailer",
+    "test_trailers_without_end_cost_no_memory": "nginx reads them for as long as they come, and keeps none",
+    "test_every_header_that_may_be_forged": "nginx drops names with _; test_nginx has headers of its own",
+    "test_nothing_listens_on_the_port": "nginx passes the agent's words on",
 }
 REFUSED_PATHS = frozenset(("/a%00b", "/a%", "/a%zz"))
 """nginx answers 400: it decodes each path, though it passes on what came. These are no text."""

@@ -252,13 +252,14 @@ async def serving(
     settings: Settings | None = None,
     view: CurrentView | None = None,
     way: Way | None = None,
+    way_of_links: Way | None = None,
 ) -> AsyncGenerator[Rig]:
     """As a server process puts it together."""
     authenticate = context.authenticate or built_in(context.api_key, context.sealer)
     resolver = Resolver(
         view or context.service.view,
         context.signal,
-        Access(TOKEN_KEY, way or Way(), has_agents=has_agents),
+        Access(TOKEN_KEY, way or Way(), has_agents=has_agents, way_of_links=way_of_links),
         context.stopping,
         pending_seconds=pending_seconds,
     )

@@ -16,7 +16,10 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox.state import Sandbox
 from app.domain.tenants import ANY_TENANT, AnyTenant
 from app.errors import StoreUnavailable
+from app.proxy.limits import Limits, Streams
+from app.proxy.links import in_cookies
 from app.proxy.options import Options
+from app.proxy.refusals import Refusal
 from app.service.sandboxes import Service
 from app.settings import LogSettings, ProxySettings, Settings
 from app.store.database.pool import Database
@@ -126,6 +129,26 @@ async def test_by_host_all_paths_are_open_and_the_programs_cookies_stay(keyed: R
     asked = agent.requests[-1]
     assert (asked.target, asked.one("cookie"), asked.one("referer")) == ("/proxy/3000/b", "a=1", None)
     assert refused(await by_host(keyed, sandbox, cookie(value), port=3001)) == INVALID
+
+
+def test_cookies_that_a_sibling_has_set_do_not_hide_the_right_one():
+    """Under TLS. A page can set the plain name for the whole domain, with paths that put them first."""
+    cookies = "; ".join([*(f"sandledger-link=x{number}" for number in range(20)), "__Host-sandledger-link=right"])
+    assert in_cookies([(b"cookie", cookies.encode())]) == ("right",)
+
+
+def test_links_take_a_share_of_the_places():
+    """Whoever has a link to one port could otherwise keep the owner out of the whole sandbox."""
+    streams, sandbox = Streams(Limits(8, 8, 8)), UUID(int=1)
+    guests = [streams.enter("default", sandbox, by_link=True) for _ in range(2)]
+    with pytest.raises(Refusal, match="PROXY::BUSY"):
+        streams.enter("default", sandbox, by_link=True)
+    owner = [streams.enter("default", sandbox) for _ in range(6)]
+    for each in (*owner, guests[0]):
+        each.leave()
+    streams.enter("default", sandbox, by_link=True).leave()
+    guests[1].leave()
+    assert not streams._guests
 
 
 async def test_behind_tls_the_cookie_is_of_this_host_alone(make_context: MakeContext, agent: Agent):

@@ -117,6 +117,18 @@ async def test_without_the_secret_there_is_no_question(keyed: Rig, agent: Agent)
     assert (await say(keyed.port, twice)).status == 404
 
 
+async def test_a_client_of_nginx_cannot_ask(keyed: Rig, agent: Agent, front: nginx.Nginx):
+    """nginx shows its secret with all that it passes on, so the question of a client would be answered."""
+    sandbox = await keyed.running(agent)
+    uri = f"/v1/sandboxes/{sandbox}/proxy/3000/a"
+    key = f"OPEN-SANDBOX-API-KEY: {KEY}"
+    assert (await say(keyed.port, asks(uri, key))).status == 204
+    for path in (PATH, PATH.replace("d", "%64"), f"/x/..{PATH}", f"{PATH}?", f"{PATH}/", PATH.replace("/p", "//p")):
+        reply = await say(front.port, asks(uri, key, secret="").replace(PATH.encode(), path.encode(), 1))
+        assert reply.status in (400, 404), path
+        assert agent.address not in str(reply.pairs)
+
+
 async def test_a_question_costs_no_row_and_no_engine_and_never_waits(make_context: MakeContext, agent: Agent):
     engine = FakeEngine()
     context = make_context(api_key=None, driver=FakeDriver(engine, INSTALLATION))

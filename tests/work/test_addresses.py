@@ -86,6 +86,17 @@ async def test_one_sandbox_gets_one_address_from_two_workers(database: Database)
     assert len(set(found)) == 1
 
 
+async def test_a_late_worker_gives_up_the_address_that_it_had_and_no_other(database: Database):
+    """Its claim ran out, and the next worker leased another address for the object that runs now."""
+    ours, one = Addresses(database, HERE), holder()
+    late = await ours.lease(one, (FIRST, LAST))
+    await ours.give_up(one.stream_id, late)
+    present = await ours.lease(one, (FIRST, LAST))
+    assert present != late
+    await ours.give_up(one.stream_id, late)
+    assert await ours.lease(one, (FIRST, LAST)) == present
+
+
 async def test_addresses_go_round(dsn: str, database: Database):
     """The one that has been free for the longest time comes next, and none before its time."""
     ours = Addresses(database, HERE, quarantine=0)
