@@ -204,11 +204,11 @@ async def test_an_answer_is_ones_own_or_an_error(
 
 @pytest.mark.proof
 @pytest.mark.timeout(900)
-async def test_three_hundred_ends_and_beginnings(
+async def test_forty_ends_and_beginnings(
     stage: Stage,
     docker: aiodocker.Docker,
     make_context: MakeContext,
     hire: Callable[[str], Worker],
     engines_choice: str,
 ):
-    await _compared(stage, docker, make_context, hire, engines_choice, 300)
+    await _compared(stage, docker, make_context, hire, engines_choice, 40)
