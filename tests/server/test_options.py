@@ -38,7 +38,7 @@ def test_our_own_network_is_the_default_and_cannot_be_named():
     """Named, the engine would choose addresses on it, and they would count as leased."""
     installation = uuid4()
     options = docker_options(Settings(), installation)
-    assert (options.network_mode, len(options.subnets)) == ("bridge", 16)
+    assert (options.network_mode, len(options.subnets)) == ("bridge", 18)
     named = Settings(docker=DockerSettings(network_mode=f"sandledger-{installation.hex[:8]}"))
     with pytest.raises(SettingsError, match=r"say \"bridge\""):
         docker_options(named, installation)
