@@ -18,6 +18,7 @@ from app.errors import StoreUnavailable
 from app.proxy.limits import Limits, Streams
 from app.proxy.options import Options
 from app.proxy.watch import is_over
+from app.store.log.signal import Signal
 from app.views.current import CurrentView
 from tests.api.conftest import WORKER, MakeContext
 from tests.proxy.rig import (
@@ -36,6 +37,7 @@ from tests.proxy.test_states import streams_are
 from tests.proxy.websockets import (
     ACCEPTED,
     MIB,
+    echo_back,
     echoes,
     ended,
     handshake,
@@ -43,6 +45,7 @@ from tests.proxy.websockets import (
     pour,
     within_a_second,
 )
+from tests.support.sql import connected
 from tests.support.stream import Stream as Running
 
 # Ends
@@ -212,6 +215,28 @@ async def test_the_end_of_a_sandbox_cuts_its_streams(rig: Rig, agent: Agent, san
         others.writer.write(b"x")
         assert await others.reader.readexactly(1) == b"x"
     await streams_are(rig, 0)
+
+
+async def test_a_row_of_a_newer_version_keeps_no_other_stream_alive(
+    rig: Rig, agent: Agent, sandbox: UUID, echo: None, dsn: str, signal: Signal
+):
+    """It cannot be read here. Its stream goes on, and those of the sandboxes that are compared after it are cut."""
+    other = await rig.pending()
+    await rig.runs(other, {"44772": agent.address})
+    agent.token = ""
+    async with calling(rig.port) as newer, calling(rig.port) as mine, connected(dsn, owner=True) as owner:
+        await opened(newer, handshake(sandbox))
+        await opened(mine, handshake(other))
+        await owner.execute("SET session_replication_role = replica")  # versions need not rise
+        known = await owner.fetchval("SELECT desired FROM sandboxes WHERE id = $1", sandbox)
+        await owner.execute("UPDATE sandboxes SET desired = 'dreaming' WHERE id = $1", sandbox)
+        try:
+            signal.poke(sandbox)
+            await rig.service.execute(other, ANY_TENANT, cmd.Terminate(), WORKER)
+            assert await ended(mine) == b""
+            await echo_back(newer, b"x")
+        finally:
+            await owner.execute("UPDATE sandboxes SET desired = $2 WHERE id = $1", sandbox, known)
 
 
 async def test_another_start_cuts_the_streams_of_the_last(rig: Rig, agent: Agent, echo: None):
