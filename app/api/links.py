@@ -29,7 +29,7 @@ from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.decide import unknown, visible
 from app.domain.sandbox.endpoints import Asked, link_url
-from app.domain.sandbox.links import LONGEST_SECONDS, Link, check_port, milliseconds
+from app.domain.sandbox.links import LONGEST_SECONDS, check_port, milliseconds, present
 from app.domain.sandbox.state import Phase, Sandbox
 
 
@@ -111,7 +111,7 @@ class Links(ApiController):
         sandbox, ours = outcome.sandbox, self.context.endpoints
         (made,) = outcome.events
         assert isinstance(made, ev.LinkCreated)
-        link = Link(sandbox.id, number, sandbox.generation, sandbox.link_number, milliseconds(made.expires_at))
+        link = present(sandbox, number, milliseconds(made.expires_at))
         asked = Asked(number, True, host_of(request), request.mount, request.scope["scheme"])
         url = link_url(sandbox, asked, ours.network, ours.link_key.sign(link))
         return Answer(

@@ -19,7 +19,7 @@ from app.cli.session import database, operator
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.endpoints import Asked, link_url
-from app.domain.sandbox.links import Link, milliseconds
+from app.domain.sandbox.links import milliseconds, present
 from app.domain.tenants import ANY_TENANT
 from app.server.assembly import link_key
 from app.server.network import network_of
@@ -41,7 +41,7 @@ async def create(settings: Settings, sandbox_id: UUID, port: int, seconds: int, 
         outcome = await service.execute(sandbox_id, ANY_TENANT, cmd.CreateLink(port, seconds), operator())
     sandbox, (made,) = outcome.sandbox, outcome.events
     assert isinstance(made, ev.LinkCreated)
-    link = Link(sandbox.id, port, sandbox.generation, sandbox.link_number, milliseconds(made.expires_at))
+    link = present(sandbox, port, milliseconds(made.expires_at))
     network = network_of(settings, os.environ)
     host = network.outbound if settings.server.host in ("0.0.0.0", "::") else settings.server.host  # noqa: S104
     at = f"[{host}]" if ":" in host else host

@@ -32,7 +32,7 @@ from typing import Final, TypeAlias
 
 from msgspec import Struct
 
-from app.domain.sandbox.links import Link, LinkKey, Sent, check_port, milliseconds, read
+from app.domain.sandbox.links import Link, LinkKey, Sent, check_port, milliseconds, present, read
 from app.domain.sandbox.state import Sandbox
 from app.errors import Forbidden
 from app.proxy.refusals import Refusal, link_expired, link_invalid, origin_not_allowed, replaced
@@ -111,13 +111,13 @@ def _rank(found: Admitted | Refusal) -> int:
 
 
 def _held(sandbox: Sandbox, port: int, sent: Sent, key: LinkKey, now: datetime) -> Admitted | Refusal:
-    present = Link(sandbox.id, port, sandbox.generation, sandbox.link_number, sent.expiry_ms)
-    link = next((one for one in (present, *_before(present)) if key.signed(one, sent)), None)
+    current = present(sandbox, port, sent.expiry_ms)
+    link = next((one for one in (current, *_before(current)) if key.signed(one, sent)), None)
     if link is None:
         return link_invalid()
     if sandbox.ending is not None:
         return replaced("The sandbox of this link has ended.")
-    if link is not present:
+    if link is not current:
         return replaced("The sandbox has been made again since this link was made; ask for a new one.")
     if sent.expiry_ms <= milliseconds(now):
         return link_expired()

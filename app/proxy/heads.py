@@ -52,11 +52,11 @@ from typing import Final, TypeAlias
 from msgspec import Struct
 
 from app.agent.token import TOKEN_HEADER
+from app.domain.sandbox.address import EGRESS_PORT
 from app.proxy.links import sets_link, shows_link, without_link
 from app.proxy.refusals import invalid_header, loop, no_answer
 
 Headers: TypeAlias = Sequence[tuple[bytes, bytes]]
-EGRESS_PORT: Final = 18080
 _MAX_PASSAGES: Final = 4
 _HOP_BY_HOP: Final = frozenset(
     (

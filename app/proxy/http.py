@@ -117,24 +117,23 @@ class Relay:
             return
         try:
             shown = self._identify(scope["headers"], route)
-            if route.port is None:
+            if (port := route.port) is None:
                 raise invalid_port()
             inbound.frame()
             generation = generation_of(scope["headers"])
-            admitted = await self._admit(shown, route.sandbox_id, route.port)
-            tenant = admitted.tenant
-            by_link = admitted.link is not None
+            admitted = await self._admit(shown, route.sandbox_id, port)
+            tenant, link = admitted.tenant, admitted.link
             if isinstance(shown, ByLinks) and shown.is_first_visit and inbound.is_read:
                 await self._remember(admitted, inbound, send)
                 return
-            place = self.streams.enter(tenant, route.sandbox_id, by_link=by_link)
+            place = self.streams.enter(tenant, route.sandbox_id, None if link is None else link.number)
             stream = _Stream(self, place, inbound, send)
             try:
-                if admitted.link is not None:
-                    stream.by_link(admitted.link, self.resolver.rows.now())
-                    generation = admitted.link.generation if generation is None else generation
-                find = partial(self.resolver.target, generation=generation, by_link=by_link)
-                await stream.run(lambda port: find(route.sandbox_id, tenant, port))
+                if link is not None:
+                    stream.by_link(link, self.resolver.rows.now())
+                    generation = link.generation if generation is None else generation
+                find = partial(self.resolver.target, route.sandbox_id, tenant, port, generation)
+                await stream.run(partial(find, by_link=link is not None))
             finally:
                 if not stream.spliced:
                     place.leave()
@@ -181,10 +180,9 @@ class _Stream:
     def by_link(self, link: Link, now: datetime) -> None:
         """A link let it in: it ends with the link. Browsers do not have the agent's token, so it is added for them."""
         self._adds_token = True
-        self._place.link_number = link.number
         self._place.end_in((link.expires_at - now).total_seconds(), self._inbound.exchange.abort)
 
-    async def run(self, find: Callable[[int], Awaitable[Target]]) -> None:
+    async def run(self, find: Callable[[], Awaitable[Target]]) -> None:
         """From the target to the last byte. Returns too when the client has left.
 
         Raises:
@@ -197,9 +195,7 @@ class _Stream:
                 exchange.on_left = lambda: _within(clock, 0)
                 if exchange.gone:
                     return
-                port = self._route.port
-                assert port is not None, "a route without a port is refused before"
-                target = await find(port)
+                target = await find()
                 self._place.generation, self._place.run = target.generation, target.run
                 if inbound.has_body:
                     inbound.on_move = lambda: _within(clock, idle)

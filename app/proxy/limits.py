@@ -47,23 +47,20 @@ class Stream:
         "cut",
         "generation",
         "has_moved",
-        "is_guest",
         "key",
         "link_number",
         "run",
     )
 
-    def __init__(self, streams: Streams, key: Key) -> None:
+    def __init__(self, streams: Streams, key: Key, link_number: int | None) -> None:
         self.key = key
         self.generation = 0
         self.run = 0
         """Which object of the sandbox, and which start of it, the bytes go to. 0 = that is not known yet."""
         self.cut: Callable[[], None] | None = None
         """Breaks it; None = it has no answer yet, and no link let it in."""
-        self.link_number: int | None = None
+        self.link_number = link_number
         """Of the link that let it in; None = no link did."""
-        self.is_guest = False
-        """Whether it counts among those that links let in."""
         self.has_moved = True
         """Whether bytes passed, in any direction, since `is_still` was asked."""
         self._since = 0.0
@@ -109,8 +106,8 @@ class Streams:
         self._changed = asyncio.Event()
         self.open = 0
 
-    def enter(self, tenant: str, sandbox_id: UUID, *, by_link: bool = False) -> Stream:
-        """Take a place, until the stream's `leave`. Those with links get a share of the places: they are not the owner.
+    def enter(self, tenant: str, sandbox_id: UUID, link_number: int | None = None) -> Stream:
+        """Take a place, until the stream's `leave`. Those that a link lets in get a share: they are not the owner.
 
         Raises:
             Refusal: there is none.
@@ -123,9 +120,9 @@ class Streams:
             raise busy("The tenant")
         if of_sandbox >= self._limits.of_sandbox:
             raise busy("The sandbox")
-        stream = Stream(self, key)
-        if by_link:
-            self._enter_guest(stream)
+        if link_number is not None:
+            self._enter_guest(key)
+        stream = Stream(self, key, link_number)
         self._tenants[tenant] = of_tenant + 1
         self._sandboxes.setdefault(key, set()).add(stream)
         self.open += 1
@@ -133,20 +130,19 @@ class Streams:
             self._changed.set()
         return stream
 
-    def _enter_guest(self, stream: Stream) -> None:
-        sandbox_id, tenant = stream.key
+    def _enter_guest(self, key: Key) -> None:
+        sandbox_id, tenant = key
         limits, guests = self._limits, self._guests
         most = ((None, limits.in_process), (tenant, limits.of_tenant), (sandbox_id, limits.of_sandbox))
         if any(guests[whose] >= max(1, places // LINKS_SHARE) for whose, places in most):
             raise busy("A signed link")
-        stream.is_guest = True
         guests.update(whose for whose, _ in most)
 
     def leave(self, stream: Stream) -> None:
         """Give the place back. Names that count nothing are not kept: there are as many as sandboxes ever were."""
         key = stream.key
         self._sandboxes[key].remove(stream)
-        if stream.is_guest:
+        if stream.link_number is not None:
             self._guests.subtract((None, key[1], key[0]))
             self._guests = +self._guests
         self._tenants[key[1]] -= 1

@@ -16,7 +16,8 @@ path                    `sandledger-link`, `Secure` with TLS        of this sand
 ======================= =========================================== ========================
 
 Browsers take the name with `__Host-` over TLS only. It keeps the page of another sandbox, whose host is a sibling of
-this one, from setting the cookie. Where a sibling can set it, several may come, and the right one counts.
+this one, from setting the cookie. Where a sibling can set it, several may come: the right one counts when it is among
+the first eight.
 """
 
 from __future__ import annotations

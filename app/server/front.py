@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 from app.api.auth import ANONYMOUS, API_KEY, Authenticate, built_in, check_keyless, principal_of
 from app.api.errors import Problem
+from app.domain.sandbox.address import nowhere
 from app.domain.sandbox.links import LinkKey
 from app.proxy.activity import Activity
 from app.proxy.admit import ByKey, Credentials, by_links, check_page
@@ -37,7 +38,7 @@ from app.proxy.resolve import Access, Resolver
 from app.proxy.route import Route
 from app.server.assembly import Opened
 from app.server.listener import domain_of
-from app.server.network import nowhere, way_of
+from app.server.network import way_of
 from app.settings import Settings, is_loopback
 
 App: TypeAlias = Any

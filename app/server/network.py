@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from app.domain.sandbox.address import LOOPBACK, Way, own_link, own_network
+from app.domain.sandbox.address import LOOPBACK, Way, nowhere, own_link, own_network
 from app.domain.sandbox.endpoints import Network
 from app.settings import Settings
 
@@ -55,11 +55,6 @@ def way_of(settings: Settings, installation: UUID, links: Path = LINKS) -> Way:
         return (links / own_link(network)).exists()
 
     return Way(host, own_network(installation), stands_on if settings.proxy.resolve_internal else nowhere)
-
-
-def nowhere(_network: str) -> bool:
-    """This server stands on no network of ours."""
-    return False
 
 
 def in_container(environ: Mapping[str, str], root: Path) -> bool:

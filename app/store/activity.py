@@ -21,18 +21,18 @@ from typing import Final
 from uuid import UUID
 
 from msgspec import Struct
-from sqlalchemy import BigInteger, Double, Interval, Uuid, bindparam, column, func, literal_column, select
+from sqlalchemy import BigInteger, Double, Uuid, bindparam, column, func, select
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
+from app.store.database.times import SECOND
 from app.store.tables import activity, sandboxes
 
 MOST_AT_ONCE: Final = 5000
 """Rows of one statement, so that it ends well within the time that a statement has."""
 _A = activity.c
 _NOW = func.clock_timestamp()
-_SECOND = literal_column("interval '1 second'", Interval)
 
 
 class Marks(Struct):
@@ -68,7 +68,7 @@ def _add() -> Statement:
     new = given.c
     rows = insert(activity).from_select(
         ["sandbox_id", "tenant", "last_at", "requests", "bytes_in", "bytes_out"],
-        select(new.id, sandboxes.c.tenant, _NOW - new.age * _SECOND, new.requests, new.bytes_in, new.bytes_out)
+        select(new.id, sandboxes.c.tenant, _NOW - new.age * SECOND, new.requests, new.bytes_in, new.bytes_out)
         .join_from(given, sandboxes, sandboxes.c.id == new.id)
         # In the order of their keys, as every statement that waits for several rows.
         .order_by(new.id),

@@ -26,7 +26,6 @@ from sqlalchemy import (
     DateTime,
     Double,
     Integer,
-    Interval,
     Text,
     Uuid,
     bindparam,
@@ -39,6 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INET, insert
 
 from app.store.database.statement import Connections, Statement
+from app.store.database.times import SECOND
 from app.store.log.append import Parts
 from app.store.tables import addresses, sandboxes
 
@@ -50,14 +50,13 @@ _ATTEMPTS: Final = 16
 _A = addresses.c
 _NOW = func.clock_timestamp()
 _NEVER = cast(literal_column("'-infinity'"), DateTime(timezone=True))
-_SECOND = literal_column("interval '1 second'", Interval)
 _ENGINE = bindparam("engine", type_=Text)
 _STREAM = bindparam("stream_id", type_=Uuid)
 _FIRST, _LAST = bindparam("first", type_=INET), bindparam("last", type_=INET)
 _HERE = (_A.engine == _ENGINE, _A.ip >= _FIRST, _A.ip <= _LAST)
 _FREE = (
     select(_A.ip)
-    .where(*_HERE, _A.freed_at <= _NOW - bindparam("quarantine", type_=Double) * _SECOND)
+    .where(*_HERE, _A.freed_at <= _NOW - bindparam("quarantine", type_=Double) * SECOND)
     .order_by(_A.freed_at, _A.ip)
     .limit(1)
     .with_for_update(skip_locked=True)
@@ -114,7 +113,7 @@ _MAKE = Statement(
 _REAP = Statement(
     update(addresses)
     .where(_A.engine == _ENGINE, _A.freed_at.is_(None), _A.stream_id == sandboxes.c.id)
-    .where(sandboxes.c.closed_at <= _NOW - bindparam("age", type_=Double) * _SECOND)
+    .where(sandboxes.c.closed_at <= _NOW - bindparam("age", type_=Double) * SECOND)
     .values(freed_at=_NOW)
     .returning(_A.ip)
 )

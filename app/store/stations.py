@@ -9,18 +9,18 @@ worker. Without a database nothing is said; then nobody can read either.
 
 from __future__ import annotations
 
-from sqlalchemy import Double, Interval, Text, bindparam, delete, func, literal_column
+from sqlalchemy import Double, Text, bindparam, delete, func
 from sqlalchemy.dialects.postgresql import insert
 
 from app.domain.text import storable
 from app.store.database.statement import Connections, Statement
+from app.store.database.times import SECOND
 from app.store.tables import stations
 
 SAID_SECONDS = 30.0
 """For how long a row counts after it was written."""
 _W = stations.c
 _NOW = func.clock_timestamp()
-_SECOND = literal_column("interval '1 second'", Interval)
 _KEY = (_W.worker_id == bindparam("worker_id", type_=Text)) & (_W.engine == bindparam("engine", type_=Text))
 _ROW = insert(stations).values(
     worker_id=bindparam("worker_id", type_=Text),
@@ -38,7 +38,7 @@ _SAY = Statement(
 )
 _CLEAR = Statement(delete(stations).where(_KEY))
 _PURGE = Statement(
-    delete(stations).where(_W.said_at < _NOW - bindparam("last_s", type_=Double) * _SECOND).returning(_W.worker_id)
+    delete(stations).where(_W.said_at < _NOW - bindparam("last_s", type_=Double) * SECOND).returning(_W.worker_id)
 )
 
 

@@ -9,7 +9,7 @@ and never appended to.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any
 from uuid import UUID
@@ -19,7 +19,6 @@ import msgspec
 from msgspec import Struct
 from sqlalchemy import (
     Boolean,
-    ColumnElement,
     Double,
     Interval,
     Text,
@@ -45,11 +44,11 @@ from app.domain.tenants import ANY_TENANT, AnyTenant
 from app.errors import UnknownEvent
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
+from app.store.database.times import SECOND
 from app.store.log.append import Effect, Parts, head_columns, insert_head, update_head
 from app.store.log.epoch import EPOCH
 from app.store.tables import engines, reconcile_queue, sandboxes
 
-_SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
 _S = sandboxes.c
 _ALWAYS = (
     _S.version,
@@ -83,7 +82,7 @@ def _begin(parts: Parts) -> dict[str, Any]:
     return row | {
         "created_at": parts.clock.c.now,
         "changed_at": parts.clock.c.now,
-        "expires_at": parts.clock.c.now + bindparam("timeout_s", type_=Double) * _SECOND,
+        "expires_at": parts.clock.c.now + bindparam("timeout_s", type_=Double) * SECOND,
         "since_position": parts.first - 1,
     }
 

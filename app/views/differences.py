@@ -12,7 +12,6 @@ from msgspec import Struct
 from sqlalchemy import (
     Double,
     Integer,
-    Interval,
     Text,
     Uuid,
     and_,
@@ -20,7 +19,6 @@ from sqlalchemy import (
     bindparam,
     func,
     literal,
-    literal_column,
     or_,
     select,
 )
@@ -30,13 +28,13 @@ from app.domain.engine.state import EngineState
 from app.domain.sandbox.state import Desired, Phase, Runtime, RuntimeState
 from app.domain.snapshot.state import SnapshotState
 from app.store.database.statement import Connections, Statement
+from app.store.database.times import SECOND
 from app.store.tables import deadlines, engines, reconcile_queue, sandboxes, snapshots
 
 _OVERDUE_SECONDS = 120.0
 _decode_runtime = msgspec.json.Decoder(Runtime).decode
 _MAX_STRANDED_ROWS = 500
 _S, _E, _Q, _N = sandboxes.c, engines.c, reconcile_queue.c, snapshots.c
-_SECOND = literal_column("interval '1 second'", Interval)
 _NOW = select(func.clock_timestamp()).scalar_subquery()
 _OBJECT = func.coalesce(_S.object_id, _S.id)
 _OF_ENGINE = and_(_S.engine == bindparam("engine", type_=Text), _S.closed_at.is_(None))
@@ -44,7 +42,7 @@ _WITH_QUEUE = sandboxes.outerjoin(reconcile_queue, _Q.stream_id == _S.id)
 
 
 def _ago(seconds: Any) -> Any:
-    return _NOW - seconds * _SECOND
+    return _NOW - seconds * SECOND
 
 
 _OPEN = Statement(

@@ -19,13 +19,11 @@ from sqlalchemy import (
     Boolean,
     DateTime,
     Double,
-    Interval,
     Text,
     Uuid,
     bindparam,
     case,
     func,
-    literal_column,
     or_,
     select,
     update,
@@ -35,6 +33,7 @@ from app.domain.engine.events import Capacity, NetworkPrepared
 from app.domain.engine.state import Engine, EngineState
 from app.domain.sandbox.observed import Capabilities
 from app.store.database.statement import Connections, Statement
+from app.store.database.times import SECOND
 from app.store.log.append import Effect, Parts, head_columns, insert_head, update_head
 from app.store.tables import engines
 
@@ -65,12 +64,11 @@ _STANDINGS = Statement(
     select(*COLUMNS, _E.last_seen_at, _E.swept_at, func.clock_timestamp().label("now")).order_by(_E.name)
 )
 _NOW = select(func.clock_timestamp()).scalar_subquery()
-_SECOND = literal_column("interval '1 second'", Interval)
 _NAMED = _E.name == bindparam("name", type_=Text)
 
 
 def _older(column: Any, seconds: str) -> Any:
-    return or_(column.is_(None), column <= _NOW - bindparam(seconds, type_=Double) * _SECOND)
+    return or_(column.is_(None), column <= _NOW - bindparam(seconds, type_=Double) * SECOND)
 
 
 _SEEN = Statement(update(engines).where(_NAMED, _older(_E.last_seen_at, "age")).values(last_seen_at=_NOW))

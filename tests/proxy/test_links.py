@@ -140,13 +140,13 @@ def test_cookies_that_a_sibling_has_set_do_not_hide_the_right_one():
 def test_links_take_a_share_of_the_places():
     """Whoever has a link to one port could otherwise keep the owner out of the whole sandbox."""
     streams, sandbox = Streams(Limits(8, 8, 8)), UUID(int=1)
-    guests = [streams.enter("default", sandbox, by_link=True) for _ in range(2)]
+    guests = [streams.enter("default", sandbox, 0) for _ in range(2)]
     with pytest.raises(Refusal, match="PROXY::BUSY"):
-        streams.enter("default", sandbox, by_link=True)
+        streams.enter("default", sandbox, 0)
     owner = [streams.enter("default", sandbox) for _ in range(6)]
     for each in (*owner, guests[0]):
         each.leave()
-    streams.enter("default", sandbox, by_link=True).leave()
+    streams.enter("default", sandbox, 0).leave()
     guests[1].leave()
     assert not streams._guests
 

@@ -33,6 +33,8 @@ from app.domain.sandbox.observed import Address
 
 AGENT_PORT: Final = 44772
 """Where the agent listens inside the sandbox."""
+EGRESS_PORT: Final = 18080
+"""Where the sidecar that filters traffic is asked."""
 HOST_NETWORK: Final = "host"
 """How the engine names the network of a container that shares the machine's."""
 LOOPBACK: Final = "127.0.0.1"
@@ -43,7 +45,8 @@ _OWN_BITS: Final = 4
 """A sixteenth of a network."""
 
 
-def _nowhere(_network: str) -> bool:
+def nowhere(_network: str) -> bool:
+    """This server stands on no network of ours."""
     return False
 
 
@@ -65,7 +68,7 @@ class Way(Struct, frozen=True):
     """How it reaches the engine's machine."""
     own_network: str = ""
     """Our own network, whose addresses are leased; empty = there is none."""
-    stands_on: Callable[[str], bool] = _nowhere
+    stands_on: Callable[[str], bool] = nowhere
     """Whether this server reaches the addresses of this network. Asked again and again: a network may come later."""
 
 

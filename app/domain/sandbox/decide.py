@@ -13,7 +13,7 @@ from uuid import UUID
 from app.domain.sandbox import commands as cmd
 from app.domain.sandbox import events as ev
 from app.domain.sandbox.deadlines import longest
-from app.domain.sandbox.links import Link, check_port, milliseconds
+from app.domain.sandbox.links import check_port, milliseconds, present
 from app.domain.sandbox.observe import seen
 from app.domain.sandbox.observed import Power, Waiting
 from app.domain.sandbox.spec import check_metadata
@@ -184,7 +184,7 @@ def _create_link(sandbox: Sandbox, command: cmd.CreateLink, now: datetime) -> Ev
     if sandbox.phase in (Phase.FAILED, Phase.TERMINATED):
         raise Conflict("DOCKER::SANDBOX_NOT_RUNNING", f"The sandbox is {status.state}: {status.message}")
     expiry_ms = milliseconds(now) + command.seconds * 1000
-    link = Link(sandbox.id, command.port, sandbox.generation, sandbox.link_number, expiry_ms)
+    link = present(sandbox, command.port, expiry_ms)
     return (ev.LinkCreated(link.id, link.port, link.expires_at),)
 
 

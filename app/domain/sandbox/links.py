@@ -26,11 +26,12 @@ from uuid import UUID, uuid5
 
 from msgspec import Struct
 
-from app.domain.sandbox.address import AGENT_PORT
+from app.domain.sandbox.address import AGENT_PORT, EGRESS_PORT
+from app.domain.sandbox.state import Sandbox
 from app.errors import Forbidden
 
 LONGEST_SECONDS: Final = 7 * 24 * 3600
-PRIVATE_PORTS: Final = frozenset((AGENT_PORT, 18080))
+PRIVATE_PORTS: Final = frozenset((AGENT_PORT, EGRESS_PORT))
 """Of the agent and of the sidecar. They control the sandbox, and no link leads to them."""
 LINK_PARAMETER: Final = "sandledger_link"
 """The name of a link's value in the query of its address."""
@@ -92,6 +93,11 @@ class Link(Struct, frozen=True):
     def expires_at(self) -> datetime:
         """When it ends."""
         return instant_of(self.expiry_ms)
+
+
+def present(sandbox: Sandbox, port: int, expiry_ms: int) -> Link:
+    """A link to this port of the sandbox, as it would be made now."""
+    return Link(sandbox.id, port, sandbox.generation, sandbox.link_number, expiry_ms)
 
 
 class Sent(Struct, frozen=True):

@@ -7,17 +7,14 @@ array of {n: name, at: instant or null, s: seconds from now or null, gone: bool}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import msgspec
 from sqlalchemy import (
     CTE,
     Boolean,
-    ColumnElement,
     DateTime,
     Double,
-    Interval,
     Text,
     bindparam,
     cast,
@@ -31,10 +28,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB, insert
 
 from app.domain.sandbox.deadlines import Due
+from app.store.database.times import SECOND
 from app.store.log.append import Parts
 from app.store.tables import deadlines
-
-_SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
 
 
 def parameters(changes: Mapping[str, Due | None]) -> dict[str, Any]:
@@ -59,7 +55,7 @@ def _changes() -> Any:
 def set_deadlines(parts: Parts) -> CTE:
     """Write each deadline that is new or moved."""
     change, guard, clock = _changes(), parts.guard, parts.clock
-    fires_at = func.coalesce(change.c.at, clock.c.now + change.c.s * _SECOND)
+    fires_at = func.coalesce(change.c.at, clock.c.now + change.c.s * SECOND)
     source: Any = (
         select(
             guard.c.id, change.c.n, literal(parts.kind), guard.c.tenant, fires_at, fires_at, literal(0), parts.position

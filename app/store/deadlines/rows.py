@@ -20,7 +20,6 @@ from sqlalchemy import (
     DateTime,
     Double,
     Integer,
-    Interval,
     Text,
     Uuid,
     any_,
@@ -36,6 +35,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from app.domain.sandbox.deadlines import EXPIRY, FREEZE, READY, TRANSITION
 from app.domain.snapshot.decide import COMMIT
 from app.store.database.statement import Connections, Statement
+from app.store.database.times import SECOND
 from app.store.tables import deadlines, reconcile_queue
 
 NAMES = (EXPIRY, TRANSITION, READY, FREEZE, COMMIT)
@@ -43,7 +43,6 @@ NAMES = (EXPIRY, TRANSITION, READY, FREEZE, COMMIT)
 _D, _Q = deadlines.c, reconcile_queue.c
 _NOW = select(func.clock_timestamp()).scalar_subquery()
 _PLACE = literal_column("deadlines.ctid", Text)
-_SECOND = literal_column("interval '1 second'", Interval)
 
 
 class Deadline(Struct, frozen=True):
@@ -87,7 +86,7 @@ def _claim() -> Statement:
     # By the place of the row, as an array: the rows are fetched one by one, however many others there are. The lock
     # keeps a row where it is, so that its place still holds.
     taken: Any = any_(func.array(select(due.c.ctid).scalar_subquery())) == _PLACE
-    until = _NOW + bindparam("lease", type_=Double) * _SECOND
+    until = _NOW + bindparam("lease", type_=Double) * SECOND
     claimed: Any = update(deadlines).where(taken).values(next_run_time=until, attempts=_D.attempts + 1)
     return Statement(claimed.returning(*_COLUMNS))
 
@@ -105,7 +104,7 @@ _ALL = Statement(select(*_COLUMNS).order_by(_D.next_run_time))
 _REMOVE = Statement(delete(deadlines).where(*_KEY))
 _DROP = Statement(delete(deadlines).where(*_MINE))
 _HAND_BACK = Statement(
-    update(deadlines).where(*_MINE).values(next_run_time=_NOW + bindparam("wait", type_=Double) * _SECOND)
+    update(deadlines).where(*_MINE).values(next_run_time=_NOW + bindparam("wait", type_=Double) * SECOND)
 )
 _POSTPONE = Statement(
     update(deadlines)
@@ -114,7 +113,7 @@ _POSTPONE = Statement(
         fires_at=bindparam("fires_at", type_=DateTime(timezone=True)),
         # Never at once: the code that computed the time and the code that decides may disagree; the row would then
         # be claimed again without pause.
-        next_run_time=func.greatest(bindparam("fires_at", type_=DateTime(timezone=True)), _NOW + _SECOND),
+        next_run_time=func.greatest(bindparam("fires_at", type_=DateTime(timezone=True)), _NOW + SECOND),
     )
 )
 

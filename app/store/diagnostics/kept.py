@@ -18,14 +18,12 @@ from sqlalchemy import (
     Boolean,
     Double,
     Integer,
-    Interval,
     Text,
     Uuid,
     bindparam,
     cast,
     delete,
     func,
-    literal_column,
     select,
 )
 from sqlalchemy.dialects.postgresql import JSONB, insert
@@ -33,11 +31,11 @@ from sqlalchemy.dialects.postgresql import JSONB, insert
 from app.domain.sandbox.diagnostics import Inspection, LogText
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
+from app.store.database.times import DAY, SECOND
 from app.store.tables import kept_ends
 
 _K = kept_ends.c
 _NOW = func.clock_timestamp()
-_SECOND, _DAY = literal_column("interval '1 second'", Interval), literal_column("interval '1 day'", Interval)
 _PURGED_AT_ONCE = 1000
 _OF_RUN = (
     (_K.stream_id == bindparam("stream_id", type_=Uuid))
@@ -45,7 +43,7 @@ _OF_RUN = (
     & (_K.run == bindparam("run", type_=Integer))
 )
 _IS_DONE = Statement(
-    select(_K.logs.is_not(None) | (_K.taken_at <= _NOW - bindparam("patience", type_=Double) * _SECOND)).where(_OF_RUN)
+    select(_K.logs.is_not(None) | (_K.taken_at <= _NOW - bindparam("patience", type_=Double) * SECOND)).where(_OF_RUN)
 )
 
 
@@ -60,7 +58,7 @@ def _keep() -> Statement:
         more=bindparam("more", type_=Boolean),
         inspect=cast(bindparam("inspect", type_=Text), JSONB),
         error=bindparam("error", type_=Text),
-        keep_until=_NOW + bindparam("days", type_=Double) * _DAY,
+        keep_until=_NOW + bindparam("days", type_=Double) * DAY,
     )
     new = row.excluded
     replaced = {name: new[name] for name in ("taken_at", "logs", "more", "inspect", "error")}

@@ -43,11 +43,11 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
+from app.store.database.times import SECOND
 from app.store.tables import engine_requests
 
 _R = engine_requests.c
 _NOW = func.clock_timestamp()
-_SECOND = literal_column("interval '1 second'", Interval)
 _LIFE = literal_column("interval '60 seconds'", Interval)
 _ID = _R.id == bindparam("id", type_=Uuid)
 _OPEN = (_R.engine == bindparam("engine", type_=Text), _R.answered_at.is_(None), _R.asked_at > _NOW - _LIFE)
@@ -96,7 +96,7 @@ _FREE = _free()
 _CLAIM = Statement(
     update(engine_requests)
     .where(_R.id == _FREE.c.id)
-    .values(lease_until=_NOW + bindparam("lease", type_=Double) * _SECOND)
+    .values(lease_until=_NOW + bindparam("lease", type_=Double) * SECOND)
     .returning(_R.id, _R.tenant, _R.stream_id, _R.what, _R.arguments)
 )
 _ANSWER = Statement(

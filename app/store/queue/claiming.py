@@ -20,7 +20,6 @@ A claim skips locked rows, and compares `due_at` again at the lock, so two claim
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import (
@@ -30,7 +29,6 @@ from sqlalchemy import (
     ColumnElement,
     Double,
     Integer,
-    Interval,
     SmallInteger,
     Text,
     Uuid,
@@ -47,12 +45,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from app.store.database.statement import Statement
+from app.store.database.times import SECOND
 from app.store.tables import reconcile_queue
 
 USER, BACKGROUND = 0, 1
 SPARE_ROWS = 16
 """Rows that are looked at beyond the free slots, for those that other claimers have locked."""
-SECOND: ColumnElement[timedelta] = literal_column("interval '1 second'", Interval)
 _TRUE: ColumnElement[bool] = literal_column("true", Boolean)
 _Q = reconcile_queue.c
 

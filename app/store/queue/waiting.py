@@ -23,7 +23,8 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from app.store.database.pool import Database
 from app.store.database.statement import Statement
-from app.store.queue.claiming import SECOND, clock, later
+from app.store.database.times import SECOND
+from app.store.queue.claiming import clock, later
 from app.store.queue.reconcile import ids_of
 from app.store.tables import reconcile_queue, sandboxes
 
